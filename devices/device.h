@@ -1,0 +1,182 @@
+// THE interface between the system and a device: a table of verbs, not of operations.
+//
+// A backend (OpenCL; CUDA) lists its devices, opens one, moves memory, launches kernels by number and
+// multiplies matrices. It knows nothing of layers. Operations are written once, above this line, in
+// runtime/ops.h; kernels once, in kernels.cl; their names, group sizes and arguments once, in
+// kernels.def. So a new backend costs these verbs and nothing else.
+//
+// Conventions: functions return 0 or a negative code of error.h. Memory is a handle, never a pointer.
+// Work is put on a stream and runs in order; write/read return when the host memory may be reused /
+// holds the data; everything else is asynchronous and reports late errors at sync(). Objects are used
+// by one thread at a time. Sizes and offsets are bytes unless said otherwise.
+#ifndef DITMOE_DEVICE_H
+#define DITMOE_DEVICE_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "devices/error.h"
+
+// Storage types. Arithmetic and accumulation are f32 whatever the storage.
+enum dtype { F32, BF16, I32, I64 };
+size_t dtype_size(enum dtype type);
+const char *dtype_name(enum dtype type);
+
+enum device_kind { DEVICE_CPU, DEVICE_GPU, DEVICE_ACCELERATOR };
+const char *device_kind_name(enum device_kind kind);
+
+struct backend;
+struct device;
+struct mem;
+struct stream;
+struct event;
+
+// What `ditmoe devices` shows; filled by a backend's list() and completed from hwloc by devices.c.
+struct device_info {
+    const struct backend *backend;
+    int index;             // number within its backend
+    char key[24];          // what --device takes: "opencl:0"
+    char name[128];        // as the driver says it; names repeat, keys do not
+    char platform[128];    // OpenCL platform name
+    char vendor[128];
+    char driver[96];       // driver version
+    char language[64];     // OpenCL C version, or compute capability
+    enum device_kind kind;
+    uint64_t memory;       // bytes we may plan with: the least of driver, hwloc and OS
+    uint64_t memory_driver; // bytes the driver reports (PoCL misreports)
+    uint64_t max_alloc;    // largest single allocation, bytes
+    int compute_units;
+    int clock_mhz;
+    int vector_width;      // native float vector width
+    size_t align;          // bytes; every view starts at a multiple of this
+    bool fp16, fp64;
+    bool unified;          // shares memory with the host (CPU devices, integrated GPUs)
+    char pci[20];          // "0000:3b:00.0", or "" for devices without a PCI place (PoCL)
+    int numa;              // NUMA node from hwloc, or -1: at the machine's root
+    char place[64];        // hwloc's words for it: "NUMANode 0 / PCI 0000:3b:00.0" or "Machine"
+};
+
+// Every device of every backend, in the order of their keys. Returns the count (<= max), 0 when there
+// is none, or a negative code. A platform that fails to answer is skipped.
+int devices_list(struct device_info *out, int max);
+
+// Finds `key` ("opencl:1"; "auto" or NULL: the best device, GPUs first). ERR_NODEVICE names what there is.
+int devices_find(const char *key, struct device_info *out);
+
+// Kernel numbers: one per line of kernels.def.
+enum kernel {
+#define KERNEL(name, ...) KERNEL_##name,
+#include "devices/kernels.def"
+#undef KERNEL
+    KERNEL_COUNT
+};
+
+enum kernel_form { FORM_ANY, FORM_GPU, FORM_CPU };
+
+struct kernel_spec {
+    const char *name;
+    int group[2];     // work-group size (x, y); z is always 1
+    const char *args; // one letter an argument: b buffer, i int32, u uint32, f float
+    enum kernel_form form;
+};
+extern const struct kernel_spec kernel_specs[KERNEL_COUNT];
+
+// One kernel argument. `b` may be NULL for an operand that is absent.
+union arg {
+    struct mem *b;
+    int32_t i;
+    uint32_t u;
+    float f;
+};
+
+// C[m,n] = op(A)[m,k] op(B)[k,n] (+ bias[n]) (+ C), row-major, f32 accumulation.
+// trans_a: A is stored [k,m]. trans_b: B is stored [n,k] (the layout of a Linear weight).
+//
+// Ragged forms multiply by expert e of `groups`, rows split by the device array offsets[groups+1]
+// (int32, ascending, offsets[0] = 0, offsets[groups] <= the stored number of rows):
+//   GEMM_RAGGED_M: rows offsets[e]..offsets[e+1] of A and C belong to e; B is [groups] matrices, one
+//                  after the other; m is the stored number of rows. (expert forward, dX)
+//   GEMM_RAGGED_K: rows offsets[e].. of A (stored [k,m]) and of B (stored [k,n]) are summed over into
+//                  C[e], [groups] matrices [m,n]; k is the stored number of rows. An expert without
+//                  rows gets zero (or keeps C, when accumulating). (expert dW)
+// Rows past offsets[groups] are never read into a result and never written.
+enum gemm_ragged { GEMM_PLAIN, GEMM_RAGGED_M, GEMM_RAGGED_K };
+struct gemm {
+    enum gemm_ragged ragged;
+    int m, n, k;
+    bool trans_a, trans_b;
+    bool accumulate;
+    struct mem *a, *b, *c;
+    enum dtype type_a, type_b, type_c; // F32 or BF16
+    struct mem *bias;                  // [n] F32, or NULL; plain only
+    int groups;
+    struct mem *offsets;
+    struct mem *space; // scratch of at least gemm_space() bytes; may be NULL when that is 0
+};
+
+// Whole operations that a backend may take over with its own library or its own launch shape.
+enum accelerated { ACCELERATE_ATTENTION_FWD, ACCELERATE_ATTENTION_BWD, ACCELERATE_COUNT };
+enum { NOT_MINE = 1 }; // accelerate()'s polite refusal: the portable kernel runs instead
+
+enum open_flags {
+    OPEN_BF16 = 1,      // activations are stored as bf16 (compiled into the kernels); f32 otherwise
+    OPEN_GPU_FORMS = 2, // use the GPU forms of kernels on a CPU device (tests)
+    OPEN_PORTABLE = 4,  // accelerate() always answers NOT_MINE; gemm uses the project's own kernels
+};
+
+struct backend {
+    const char *name; // "opencl"
+
+    // devices
+    int (*list)(struct device_info *out, int max);
+    int (*open)(const struct device_info *info, unsigned flags, struct device **out);
+    void (*close)(struct device *dev);
+
+    // memory; a view must start at a multiple of info.align and is freed before its parent.
+    // A view of a view is allowed.
+    int (*alloc)(struct device *dev, size_t bytes, struct mem **out);
+    int (*view)(struct mem *parent, size_t offset, size_t bytes, struct mem **out);
+    void (*free)(struct mem *mem);
+
+    // streams, transfers (offsets in bytes); fill repeats a 32-bit pattern, bytes a multiple of 4
+    int (*stream_new)(struct device *dev, struct stream **out);
+    void (*stream_free)(struct stream *stream);
+    int (*write)(struct stream *s, struct mem *dst, size_t offset, const void *src, size_t bytes);
+    int (*read)(struct stream *s, const struct mem *src, size_t offset, void *dst, size_t bytes);
+    int (*copy)(struct stream *s, struct mem *dst, size_t dst_offset, const struct mem *src,
+                size_t src_offset, size_t bytes);
+    int (*peer)(struct stream *s, struct mem *dst, size_t dst_offset, const struct mem *src,
+                size_t src_offset, size_t bytes); // optional: from another device's memory
+    int (*fill)(struct stream *s, struct mem *dst, size_t offset, size_t bytes, uint32_t pattern);
+
+    // work; groups counts work-groups in x, y, z; a launch with a zero count does nothing
+    int (*launch)(struct stream *s, enum kernel kernel, const int groups[3], const union arg *args,
+                  int count);
+    size_t (*gemm_space)(struct device *dev, const struct gemm *g); // scratch bytes that gemm wants
+    int (*gemm)(struct stream *s, const struct gemm *g);
+    int (*accelerate)(struct stream *s, enum accelerated op, const void *args); // optional
+
+    // events (for timing and for ordering streams) and the host's wait
+    int (*event_new)(struct device *dev, struct event **out);
+    void (*event_free)(struct event *event);
+    int (*record)(struct stream *s, struct event *event);
+    int (*wait)(struct stream *s, struct event *event);
+    int (*elapsed)(struct event *from, struct event *to, double *seconds); // both recorded and done
+    int (*sync)(struct stream *s);
+};
+
+extern const struct backend backend_opencl;
+
+// Every backend's device starts with this.
+struct device {
+    const struct backend *api;
+    struct device_info info;
+    enum dtype act;       // storage type of activations: F32 or BF16
+    bool cpu_forms;       // launch `name_cpu` kernels where there are any
+    unsigned flags;       // as opened
+    uint64_t allocations; // alloc() calls so far; tests assert that training makes none
+    uint64_t allocated;   // bytes allocated now
+};
+
+#endif

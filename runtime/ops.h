@@ -1,0 +1,214 @@
+// The operations of the network, each written once: check shapes, try the device's own version,
+// else choose the groups and launch the portable kernel (CPU or GPU form by the device's kind).
+//
+// Outputs come first. ACT is the context's activation type (dev->act: f32 or bf16); parameters,
+// their gradients, statistics and the router are f32. Operations write their outputs unless the
+// text says "+=". Every backward op accumulates into parameter gradients (+=). All are deterministic:
+// no float atomics, so the same inputs give the same bits on one device.
+//
+// `mod` arguments are the adaLN modulations [N, W] (ACT), of which an operation uses D columns that
+// start at a given column; row m of a [M,D] tensor belongs to image m / (M/N).
+//
+// Returns 0 or a negative code; a wrong shape is a bug of the caller (BUG_IF), not an error.
+#ifndef DITMOE_OPS_H
+#define DITMOE_OPS_H
+
+#include "runtime/tensor.h"
+
+// ---- matrix products (devices/device.h struct gemm) ------------------------------------------------
+
+// y[M,O] = x[M,I] w[O,I]^T + bias[O] (bias may be NULL). y: ACT or f32.
+int op_linear(struct context *c, struct tensor *y, const struct tensor *x, const struct tensor *w,
+              const struct tensor *bias);
+// dx[M,I] (+)= dy[M,O] w[O,I]
+int op_linear_dx(struct context *c, struct tensor *dx, const struct tensor *dy,
+                 const struct tensor *w, bool accumulate);
+// dw[O,I] += dy[M,O]^T x[M,I];  dbias[O] += sum over rows of dy (dbias may be NULL)
+int op_linear_dw(struct context *c, struct tensor *dw, struct tensor *dbias,
+                 const struct tensor *dy, const struct tensor *x);
+
+// The same for E matrices w[E,O,I] over rows sorted by expert; offsets[E+1] int32 on the device.
+int op_experts(struct context *c, struct tensor *y, const struct tensor *x, const struct tensor *w,
+               const struct tensor *offsets);
+int op_experts_dx(struct context *c, struct tensor *dx, const struct tensor *dy,
+                  const struct tensor *w, const struct tensor *offsets);
+int op_experts_dw(struct context *c, struct tensor *dw, const struct tensor *dy,
+                  const struct tensor *x, const struct tensor *offsets);
+
+// ---- embedding -------------------------------------------------------------------------------------
+
+// Cuts images into patches: out[N*T, C*p*p] (ACT) from x[N,C,H,W] (f32).
+// Column order PATCH_CPQ (c,p,q) is that of a convolution's weight; PATCH_PQC (p,q,c) that of the
+// final layer. Used with PATCH_PQC it is the backward of op_unpatchify.
+enum patch_order { PATCH_CPQ, PATCH_PQC };
+int op_patchify(struct context *c, struct tensor *out, const struct tensor *x, int patch,
+                enum patch_order order);
+// out[N,C,H,W] (f32) from in[N*T, p*p*C] (ACT), column order PATCH_PQC
+int op_unpatchify(struct context *c, struct tensor *out, const struct tensor *in, int patch);
+
+// x[N*T,D] (ACT) += pos[T,D] (f32)
+int op_add_pos(struct context *c, struct tensor *x, const struct tensor *pos);
+
+// out[N,F] (ACT): cos(t*w_i) for i < F/2, then sin(t*w_i); w_i = 10000^(-i/(F/2)); t[N] f32, unscaled
+int op_timestep_embed(struct context *c, struct tensor *out, const struct tensor *t);
+
+// out[N,D] (ACT) += table[y[n],:] (f32); y[N] int32.  Backward: dtable[y[n],:] += dout[n,:]
+int op_embed_fwd(struct context *c, struct tensor *out, const struct tensor *table,
+                 const struct tensor *y);
+int op_embed_bwd(struct context *c, struct tensor *dtable, const struct tensor *dout,
+                 const struct tensor *y);
+
+// ---- elementwise -----------------------------------------------------------------------------------
+
+// y = f(x), dx = dy * f'(x); any shape, ACT. y may be x; dx may be dy. GELU is the tanh form.
+int op_silu_fwd(struct context *c, struct tensor *y, const struct tensor *x);
+int op_silu_bwd(struct context *c, struct tensor *dx, const struct tensor *dy, const struct tensor *x);
+int op_gelu_fwd(struct context *c, struct tensor *y, const struct tensor *x);
+int op_gelu_bwd(struct context *c, struct tensor *dx, const struct tensor *dy, const struct tensor *x);
+
+// SwiGLU: h[R,F] = silu(g) * u, gu[R,2F] = g | u.  Backward: dgu from dh and gu; dgu may be gu.
+int op_swiglu_fwd(struct context *c, struct tensor *h, const struct tensor *gu);
+int op_swiglu_bwd(struct context *c, struct tensor *dgu, const struct tensor *dh,
+                  const struct tensor *gu);
+
+// y += x (same shape; each ACT or f32)
+int op_add(struct context *c, struct tensor *y, const struct tensor *x);
+
+// ---- LayerNorm, adaLN, gated residual ----------------------------------------------------------------
+
+// y[M,D] = LN(x) * (1 + mod[n, scale+d]) + mod[n, shift+d], eps 1e-6, no affine;
+// stats[M,2] f32 gets mean and 1/std.
+int op_layernorm_mod_fwd(struct context *c, struct tensor *y, struct tensor *stats,
+                         const struct tensor *x, const struct tensor *mod, int shift, int scale);
+// dx[M,D] += ...; dmod[n, shift+d] and dmod[n, scale+d] are written (the other columns are not).
+int op_layernorm_mod_bwd(struct context *c, struct tensor *dx, struct tensor *dmod,
+                         const struct tensor *dy, const struct tensor *x,
+                         const struct tensor *stats, const struct tensor *mod, int shift, int scale);
+
+// y[M,D] = x + mod[n, gate+d] * z (y may be x).
+// Backward: dz = mod[n, gate+d] * dy; dmod[n, gate+d] = sum over the image's rows of dy*z. (dx = dy;
+// dz may be z.)
+int op_gate_residual_fwd(struct context *c, struct tensor *y, const struct tensor *x,
+                         const struct tensor *z, const struct tensor *mod, int gate);
+int op_gate_residual_bwd(struct context *c, struct tensor *dz, struct tensor *dmod,
+                         const struct tensor *dy, const struct tensor *z,
+                         const struct tensor *mod, int gate);
+
+// ---- attention ---------------------------------------------------------------------------------------
+
+// qkv[M,3*D] holds q, k, v of H heads of size D/H: column (which*H + h)*hd + d. No mask, scale
+// 1/sqrt(hd). o[M,D]; lse[N,H,T] f32 = log sum exp of the scaled scores (NULL when not needed).
+int op_attention_fwd(struct context *c, struct tensor *o, struct tensor *lse,
+                     const struct tensor *qkv, int images, int heads);
+// dqkv is written; it may not be qkv. delta[N,H,T] f32 is scratch: sum_d do*o.
+int op_attention_bwd(struct context *c, struct tensor *dqkv, struct tensor *delta,
+                     const struct tensor *dout, const struct tensor *o, const struct tensor *lse,
+                     const struct tensor *qkv, int images, int heads);
+
+// LayerNorm per head (affine, eps 1e-6) of the q and k parts; v is copied. out may be in (but the
+// backward needs the input). Parameters [hd] f32. stats[M,2*H,2] f32 (mean, 1/std).
+int op_qk_norm_fwd(struct context *c, struct tensor *out, struct tensor *stats,
+                   const struct tensor *qkv, const struct tensor *wq, const struct tensor *bq,
+                   const struct tensor *wk, const struct tensor *bk, int heads);
+// dqkv is changed in place (gradient of the output in, of the input out).
+int op_qk_norm_bwd(struct context *c, struct tensor *dqkv, struct tensor *dwq, struct tensor *dbq,
+                   struct tensor *dwk, struct tensor *dbk, const struct tensor *qkv,
+                   const struct tensor *stats, const struct tensor *wq, const struct tensor *wk,
+                   int heads);
+
+// ---- mixture of experts --------------------------------------------------------------------------------
+
+// From logits[M,E] f32: probs[M,E] = softmax; index[M,K] int32 = the K largest, in descending order (a
+// tie goes to the lower expert); weight[M,K] = their probabilities, divided by their sum (+1e-20) when
+// `renormalise` and K > 1. A row with NaN still gets valid, distinct indices. E <= 512, K <= 64.
+int op_router_fwd(struct context *c, struct tensor *probs, struct tensor *weight,
+                  struct tensor *index, const struct tensor *logits, bool renormalise);
+
+// Sorts the M*K (token, choice) pairs by expert, stable in token order: offsets[E+1];
+// slot[M,K] = row of the pair in the sorted order; token[M*K] = the token of each sorted row.
+int op_route(struct context *c, struct tensor *offsets, struct tensor *slot, struct tensor *token,
+             const struct tensor *index);
+
+// rows[R,D] = x[token[r],:].   Backward: dx[m,:] += sum_k drows[slot[m,k],:]
+int op_dispatch_fwd(struct context *c, struct tensor *rows, const struct tensor *x,
+                    const struct tensor *token);
+int op_dispatch_bwd(struct context *c, struct tensor *dx, const struct tensor *drows,
+                    const struct tensor *slot);
+
+// out[m,:] = sum_k weight[m,k] * rows[slot[m,k],:] (+ shared[m,:] when not NULL)
+int op_combine_fwd(struct context *c, struct tensor *out, const struct tensor *rows,
+                   const struct tensor *slot, const struct tensor *weight,
+                   const struct tensor *shared);
+// drows[slot[m,k],:] = weight[m,k] * dout[m,:];  dweight[m,k] = <dout[m,:], rows[slot[m,k],:]> (f32)
+// drows may be rows.
+int op_combine_bwd(struct context *c, struct tensor *drows, struct tensor *dweight,
+                   const struct tensor *dout, const struct tensor *rows,
+                   const struct tensor *slot, const struct tensor *weight);
+
+// Balance statistics over G groups of M/G rows (G = 1: the whole batch; G = N: per sequence):
+// fraction[G,E] = share of the group's choices that fell on e, times E; mean_prob[G,E].
+// Balance loss = alpha/G * sum_{g,e} fraction*mean_prob.
+int op_balance(struct context *c, struct tensor *fraction, struct tensor *mean_prob,
+               const struct tensor *index, const struct tensor *probs);
+
+// dlogits[M,E] f32 from dweight[M,K] (through top-k, renormalisation and softmax) and, where `alpha`
+// is not 0, from alpha times the balance loss (fraction[G,E] taken as a constant).
+int op_router_bwd(struct context *c, struct tensor *dlogits, const struct tensor *dweight,
+                  const struct tensor *probs, const struct tensor *index,
+                  const struct tensor *fraction, float alpha, bool renormalise);
+
+// ---- rectified flow ------------------------------------------------------------------------------------
+
+// xt = (1-t[n]) x + t[n] noise; all [N,C,H,W] f32
+int op_flow_mix(struct context *c, struct tensor *xt, const struct tensor *x,
+                const struct tensor *noise, const struct tensor *t);
+// loss[n] = mean over (C,H,W) of (out[:, :C] - (noise - x))^2; out [N,Co,H,W] f32, Co >= C.
+// dout [N,Co,H,W] = scale * d loss[n] / d out; channels from C on get zero. dout may be NULL.
+int op_flow_loss(struct context *c, struct tensor *loss, struct tensor *dout,
+                 const struct tensor *out, const struct tensor *x, const struct tensor *noise,
+                 float scale);
+// Euler with classifier-free guidance. v[2N,Co,H,W]: rows n conditional, N+n unconditional (or
+// v[N,...] when cfg is 1: no guidance). v' = vu + cfg (vc - vu) on channels < `channels`, vc elsewhere;
+// z[N,C,H,W] -= dt v'
+int op_flow_euler(struct context *c, struct tensor *z, const struct tensor *v, float cfg,
+                  int channels, float dt);
+
+// Standard normal noise: element i of out (f32) depends on (seed, stream, i) alone, and has the same
+// bits on every device and on the host (runtime/rng.h rng_normal).
+int op_normal(struct context *c, struct tensor *out, uint64_t seed, uint64_t stream);
+
+// ---- optimiser -----------------------------------------------------------------------------------------
+
+// The step's scalars live on the device, so that no step waits for the host.
+enum control {
+    CONTROL_NORM2,   // out: sum of squares of all gradients (unscaled)
+    CONTROL_SCALE,   // factor on gradients: clip * 1, 0 for a skipped step
+    CONTROL_RATE,    // learning rate of this step
+    CONTROL_BIAS1,   // 1 - beta1^t, t = applied steps
+    CONTROL_BIAS2,   // 1 - beta2^t
+    CONTROL_EMA,     // EMA decay of this step, warmed up
+    CONTROL_SKIPPED, // 1 when this step's loss or gradient was not finite, else 0
+    CONTROL_SUM,     // mean loss of the step
+    CONTROL_COUNT
+};
+
+struct adamw {
+    float rate, beta1, beta2, eps, decay; // 1e-4, 0.9, 0.999, 1e-8, 0
+    float clip;                           // gradient norm to clip to; 0: no clipping
+    int warmup;                           // steps of linear warm-up of the rate
+    float ema;                            // EMA decay (0.9999), warmed up as min(ema, (1+t)/(10+t))
+};
+
+// control[CONTROL_NORM2] (+)= sum of squares of g (deterministic order)
+int op_norm2(struct context *c, struct tensor *control, const struct tensor *g, bool accumulate);
+// Fills control from norm2, the per-image losses [N] and the hyperparameters. counts [2] int32 on the
+// device: steps applied, steps skipped; a step whose loss or norm is not finite is not applied.
+int op_adamw_control(struct context *c, struct tensor *control, struct tensor *counts,
+                     const struct tensor *loss, const struct adamw *a);
+// One pass over one slab of parameters: w, m, v, ema updated from g and control; nothing is touched
+// when the step is skipped. ema may be NULL. All f32 [count].
+int op_adamw(struct context *c, struct tensor *w, struct tensor *m, struct tensor *v,
+             struct tensor *ema, const struct tensor *g, const struct tensor *control,
+             const struct adamw *a);
+
+#endif

@@ -1,0 +1,59 @@
+// The memory plan. Nothing is allocated while a model runs: a dry pass names every tensor with its
+// lifetime, the plan gives each an offset in one slab per class, commit() allocates the slabs and
+// makes the views. The plan can be printed before anything is loaded; a run that cannot fit says so
+// in a second, with the table.
+//
+// Time is a counter of the dry pass: a tensor whose life [first,last] overlaps no other's may share
+// its bytes. KEEP / RECOMPUTE / SCRATCH are therefore lifetimes, not different code.
+#ifndef DITMOE_PLAN_H
+#define DITMOE_PLAN_H
+
+#include <stdio.h>
+#include "runtime/tensor.h"
+
+enum plan_class {
+    PLAN_WEIGHTS,
+    PLAN_GRADIENTS,
+    PLAN_MOMENTS, // both Adam moments
+    PLAN_EMA,
+    PLAN_ACTIVATIONS,
+    PLAN_INPUT, // batch, noise, results
+    PLAN_CLASSES
+};
+const char *plan_class_name(enum plan_class class);
+
+enum { PLAN_FOREVER = 1 << 30 };
+
+struct plan;
+
+int plan_new(struct device *dev, struct plan **out);
+void plan_free(struct plan *p); // frees views and slabs
+
+// Declares a tensor: sets dtype and shape of *t now, its memory at commit. `t` must stay where it is.
+// The class gives the slab; lifetimes share bytes only within a class.
+int plan_tensor(struct plan *p, const char *name, enum plan_class class, enum dtype type, int first,
+                int last, struct tensor *t, int ndim, const int64_t *shape);
+#define PLAN_TENSOR(p, name, class, type, first, last, t, ...)                                     \
+    plan_tensor(p, name, class, type, first, last, t,                                              \
+                (int)(sizeof((int64_t[]){__VA_ARGS__}) / sizeof(int64_t)),                         \
+                (int64_t[]){__VA_ARGS__})
+
+// Gives offsets (deterministic). Fails with ERR_NOMEM, naming need and limit, when the total is more
+// than `limit` bytes (0: the device's memory); the table can still be printed then.
+int plan_layout(struct plan *p, uint64_t limit);
+// Allocates and makes the views; plan_layout() first.
+int plan_commit(struct plan *p);
+
+uint64_t plan_total(const struct plan *p);
+uint64_t plan_class_bytes(const struct plan *p, enum plan_class class);
+void plan_print(const struct plan *p, FILE *out, bool every_tensor);
+
+// A view of `count` elements of `type` from element `start` of t, freed with the plan.
+int plan_view(struct plan *p, const struct tensor *t, int64_t start, struct tensor *out, int ndim,
+              const int64_t *shape);
+
+// The slabs of a class as flat f32 tensors (for operations on all parameters at once): returns how
+// many there are, *slabs points to them. Classes declared alike have slabs that match one by one.
+int plan_slabs(const struct plan *p, enum plan_class class, const struct tensor **slabs);
+
+#endif

@@ -1,0 +1,31 @@
+// Counter-based random numbers (Philox 4x32-10, Salmon et al. 2011): every number is a pure function
+// of (seed, stream, index), the same on the host and on every device, so a run needs no generator
+// state: seed and step are enough to continue it.
+#ifndef DITMOE_RNG_H
+#define DITMOE_RNG_H
+
+#include <stdint.h>
+
+// Streams: what a number is for, in the top byte; the rest is the caller's (a step, a tensor...).
+enum rng_purpose {
+    RNG_INIT = 1,   // initial weights; low bits: parameter index
+    RNG_SHUFFLE,    // order of the data; low bits: epoch
+    RNG_FLIP,       // horizontal flips; low bits: position in the run
+    RNG_TIME,       // t of rectified flow; low bits: micro-step
+    RNG_NOISE,      // training noise; low bits: micro-step
+    RNG_DROP,       // label dropout; low bits: micro-step
+    RNG_SAMPLE,     // sampling noise; low bits: image number
+};
+static inline uint64_t rng_stream(enum rng_purpose purpose, uint64_t low)
+{
+    return (uint64_t)purpose << 56 | (low & 0xffffffffffffffu);
+}
+
+// Four 32-bit words for (seed, stream, block): key = seed, counter = (block, stream).
+void rng_philox(uint64_t seed, uint64_t stream, uint64_t block, uint32_t out[4]);
+
+uint32_t rng_u32(uint64_t seed, uint64_t stream, uint64_t index);     // word index%4 of block index/4
+float rng_uniform(uint64_t seed, uint64_t stream, uint64_t index);    // (0,1): (u32>>8 + 0.5) / 2^24
+float rng_normal(uint64_t seed, uint64_t stream, uint64_t index);     // standard normal, bit for bit
+                                                                      // as op_normal gives it
+#endif

@@ -1,0 +1,37 @@
+// A tensor: device memory with a storage type and a shape, contiguous, row-major; and the context
+// that operations run in. Letters, fixed once: N images, T tokens an image, M = N*T rows, D model
+// width, H heads, E routed experts, K active experts a token, R = M*K routed rows, F expert width.
+#ifndef DITMOE_TENSOR_H
+#define DITMOE_TENSOR_H
+
+#include "devices/device.h"
+
+enum { TENSOR_DIMS = 5 };
+
+struct tensor {
+    struct mem *mem; // a view; NULL until the plan is committed
+    enum dtype dtype;
+    int ndim;
+    int64_t shape[TENSOR_DIMS];
+};
+
+int64_t tensor_count(const struct tensor *t);  // elements
+size_t tensor_bytes(const struct tensor *t);
+
+// Where operations run: one device, one stream, one scratch area. In a dry context (plan time)
+// operations check their shapes, note how much scratch they would want, and launch nothing.
+struct context {
+    struct device *dev;
+    struct stream *stream;
+    bool dry;
+    size_t space_wanted;  // dry: the largest scratch any operation asked for, bytes
+    struct tensor space;  // the scratch; planned from space_wanted
+};
+
+// Host transfers of a whole tensor; `host` holds tensor_bytes() bytes.
+int tensor_write(struct context *c, const struct tensor *t, const void *host);
+int tensor_read(struct context *c, const struct tensor *t, void *host);
+int tensor_zero(struct context *c, const struct tensor *t);
+int tensor_copy(struct context *c, const struct tensor *to, const struct tensor *from);
+
+#endif
