@@ -1,0 +1,88 @@
+// Every device kernel, once. OpenCL C 1.2 that nvcc also reads (devices/cl_cuda.h).
+//
+// Defined by the backend when it compiles this:
+//   ACT_BF16   activations are stored as bf16 (upper half of an f32, in a ushort); else as f32
+//   CPU_FORMS  the device is a CPU: also compile the `name_cpu` forms (one work-item a tile, float16
+//              vectors, no barriers). Guard them, and everything with vector types, with it.
+// Rules that keep both compilers content: no vector types and no (type)(a,b) literals outside
+// CPU_FORMS; LOCAL for arrays shared by a work-group (declared at kernel scope); pointers to them are
+// LOCAL_PTR; a*b+c that must be fused is fma(), never mad(); arithmetic in float; kernel arguments are
+// __global pointers, int, uint and float.
+
+#ifndef LOCAL
+#define LOCAL __local
+#define LOCAL_PTR __local
+#endif
+#define KERNEL(gx, gy) __kernel __attribute__((reqd_work_group_size(gx, gy, 1)))
+#define GLOBAL __global
+
+// ---- storage types -----------------------------------------------------------------------------------
+
+inline float bf16_to_float(ushort h)
+{
+    return as_float((uint)h << 16);
+}
+
+// Round to nearest, ties to even; NaN stays NaN.
+inline ushort float_to_bf16(float f)
+{
+    uint u = as_uint(f);
+    if ((u & 0x7fffffffu) > 0x7f800000u)
+        return (ushort)((u >> 16) | 0x40u);
+    return (ushort)((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
+}
+
+#ifdef ACT_BF16
+typedef ushort act;
+inline float act_load(const GLOBAL act *p, size_t i)
+{
+    return bf16_to_float(p[i]);
+}
+inline void act_store(GLOBAL act *p, size_t i, float v)
+{
+    p[i] = float_to_bf16(v);
+}
+#else
+typedef float act;
+inline float act_load(const GLOBAL act *p, size_t i)
+{
+    return p[i];
+}
+inline void act_store(GLOBAL act *p, size_t i, float v)
+{
+    p[i] = v;
+}
+#endif
+
+#ifdef CPU_FORMS
+inline float16 bf16_to_float16(ushort16 h)
+{
+    return as_float16(convert_uint16(h) << 16);
+}
+inline ushort16 float16_to_bf16(float16 f)
+{
+    uint16 u = as_uint16(f);
+    uint16 rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+    uint16 quiet = (u >> 16) | 0x40u;
+    return convert_ushort16(select(rounded, quiet, (u & 0x7fffffffu) > 0x7f800000u));
+}
+#ifdef ACT_BF16
+inline float16 act_load16(const GLOBAL act *p)
+{
+    return bf16_to_float16(vload16(0, p));
+}
+inline void act_store16(GLOBAL act *p, float16 v)
+{
+    vstore16(float16_to_bf16(v), 0, p);
+}
+#else
+inline float16 act_load16(const GLOBAL act *p)
+{
+    return vload16(0, p);
+}
+inline void act_store16(GLOBAL act *p, float16 v)
+{
+    vstore16(v, 0, p);
+}
+#endif
+#endif // CPU_FORMS
