@@ -1,0 +1,78 @@
+// Inside the OpenCL backend: what its handles hold. Only devices/*.c include this.
+//
+// opencl.c has the verbs; opencl_program.c builds kernels.cl and keeps the result on disk;
+// opencl_gemm.c multiplies matrices. Every driver call goes through CL(), which turns a code into a
+// message that names it.
+#ifndef DITMOE_OPENCL_H
+#define DITMOE_OPENCL_H
+
+#include <CL/cl.h>
+
+#include "devices/device.h"
+
+// A device opened. `base` is first: a struct device * of this backend is one of these.
+struct opencl_device {
+    struct device base;
+    cl_platform_id platform;
+    cl_device_id id;
+    cl_context context;
+    cl_program program;
+    cl_kernel kernels[KERNEL_COUNT]; // NULL: a CPU form on a device that is no CPU
+    void *gemm;                      // opencl_gemm.c's own state, freed by opencl_gemm_close()
+};
+
+// An allocation (cl == root, offset 0) or a view of one (cl is a sub-buffer of root).
+struct mem {
+    struct opencl_device *dev;
+    cl_mem cl;     // what kernels are given
+    cl_mem root;   // the allocation it lies in
+    size_t offset; // bytes from the start of root
+    size_t bytes;
+    bool is_view;
+};
+
+// An in-order queue with profiling.
+struct stream {
+    struct opencl_device *dev;
+    cl_command_queue queue;
+};
+
+struct event {
+    struct opencl_device *dev;
+    cl_event cl; // NULL until recorded
+};
+
+static inline struct opencl_device *opencl_device_of(struct device *dev)
+{
+    return (struct opencl_device *)(void *)dev;
+}
+
+// "CL_OUT_OF_RESOURCES" for -5; "an unknown code" for what is not in the standard.
+const char *opencl_error_name(cl_int code);
+
+// Sets the message "OpenCL: WHAT failed: CL_NAME (code)" and returns ERR_NOMEM or ERR_DRIVER.
+int opencl_fail(cl_int code, const char *what);
+
+// The string of a device query, or "" ; the spaces around it taken off.
+void opencl_device_string(cl_device_id id, cl_device_info what, char *out, size_t size);
+
+// Passes a failed driver call up: CL(clFinish(queue), "clFinish").
+#define CL(call, what)                                                                             \
+    do {                                                                                           \
+        cl_int cl_code = (call);                                                                   \
+        if (cl_code != CL_SUCCESS)                                                                 \
+            return opencl_fail(cl_code, what);                                                     \
+    } while (0)
+
+// opencl_program.c: builds kernels.cl for the device, from the disk cache where possible, and makes
+// all kernels. ERR_DRIVER with the first errors of the build log, or with the names of the kernels
+// that are missing or have another number of arguments than kernels.def says.
+int opencl_program_open(struct opencl_device *dev);
+void opencl_program_close(struct opencl_device *dev);
+
+// opencl_gemm.c: see struct gemm and gemm_space in device.h.
+int opencl_gemm(struct stream *s, const struct gemm *g);
+size_t opencl_gemm_space(struct device *dev, const struct gemm *g);
+void opencl_gemm_close(struct opencl_device *dev); // frees dev->gemm; called once by close()
+
+#endif
