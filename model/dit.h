@@ -1,0 +1,135 @@
+// The network: DiT with mixture-of-experts blocks, forward and backward, written once for every
+// device. Each layer file has X_forward and X_backward side by side; backward accumulates into the
+// gradients. A dit owns its memory plan: nothing is allocated after dit_commit().
+//
+//     struct dit *d;
+//     dit_new(ctx, &config, &(struct dit_options){.batch = 64, .train = true}, &d);   // plans
+//     dit_commit(d); dit_init(d, seed);                                                // allocates
+//     dit_forward(d);  dit_backward(d);                                                 // as often as wanted
+#ifndef DITMOE_DIT_H
+#define DITMOE_DIT_H
+
+#include "model/params.h"
+#include "runtime/ops.h"
+
+// What a block remembers between its forward and its backward. M = N*T, R = M*K.
+struct block_act {
+    struct tensor mod;                              // [N,6D]
+    struct tensor stats1, h1, qkv, qk, qk_stats;    // LN1, its output [M,D], [M,3D], after q/k norm
+    struct tensor lse, o, attn, mid;                // [N,H,T], [M,D], [M,D], [M,D] after attention
+    struct tensor stats2, h2;                       // LN2 and its output [M,D]
+    struct tensor logits, probs, weight, index;     // router: [M,E] [M,E] [M,K] [M,K]
+    struct tensor slot, token;                      // [M,K] [R]
+    struct tensor rows, gu, hidden, y;              // [R,D] [R,2F] [R,F] [R,D]
+    struct tensor shared_gu, shared_hidden, shared; // [M,2Fs] [M,Fs] [M,D]
+    struct tensor fc1, act;                         // plain MLP: [M,4D] [M,4D]
+    struct tensor out;                              // [M,D] of the MoE or MLP
+    bool shared_rows;                               // (recompute) tensors belong to another block too
+};
+
+// Kept per layer even when the block is recomputed: what logs and the parity door read.
+struct block_route {
+    struct tensor offsets;             // [E+1] int32
+    struct tensor fraction, mean_prob; // [G,E], training only
+};
+
+// Scratch of the backward pass, one set for all blocks.
+struct block_grad {
+    struct tensor dmod, dh, dout;           // [N,6D] [M,D] [M,D]
+    struct tensor dqkv, delta, da;          // [M,3D] [N,H,T] [M,D]
+    struct tensor dhidden, drows;           // [R,F] [R,D]
+    struct tensor dweight, dlogits;         // [M,K] [M,E]
+    struct tensor dshared_hidden;           // [M,Fs]
+    struct tensor dfc;                      // [M,4D]
+};
+
+struct embed_act {
+    struct tensor patches;            // [M,C*p*p]
+    struct tensor features, t0, ts;   // [N,256] [N,D] [N,D]
+    struct tensor cond, cs;           // [N,D] conditioning and its SiLU
+    struct tensor dcs, dts;           // [N,D] gradients
+};
+
+struct final_act {
+    struct tensor mod, stats, h, patches; // [N,2D] [M,2] [M,D] [M,p*p*Co]
+    struct tensor dmod, dh, dpatches;
+};
+
+struct dit_options {
+    int batch;
+    bool train;     // plan gradients and everything a backward pass needs
+    bool optimiser; // Adam moments
+    bool ema;
+    bool recompute; // keep only each block's input; run its forward again in the backward pass
+    uint64_t limit; // bytes of device memory to plan with; 0: what the device has
+};
+
+struct dit {
+    struct config config;
+    struct dit_options options;
+    struct params params;
+    struct context ctx;
+    struct plan *plan;
+    struct weights w, g, m, v, ema;
+
+    struct tensor input, t, labels; // [N,C,H,W] f32, [N] f32, [N] int32
+    struct tensor output, doutput;  // [N,Co,H,W] f32
+
+    struct embed_act embed;
+    struct tensor *x;            // [L+1] residual stream [M,D] before each block, and after the last
+    struct tensor dx;            // [M,D]
+    struct block_act *acts;      // [L]
+    struct block_route *routes;  // [L]
+    struct block_grad grad;
+    struct final_act final;
+};
+
+// Plans a model on ctx's device: sets every shape, lays memory out, allocates nothing. The caller may
+// declare tensors of its own in (*out)->plan before dit_layout().
+int dit_new(struct device *dev, struct stream *stream, const struct config *c,
+            const struct dit_options *options, struct dit **out);
+int dit_layout(struct dit *d); // ERR_NOMEM: does not fit; plan_print(d->plan) says what is needed
+int dit_commit(struct dit *d);
+void dit_free(struct dit *d);
+
+int dit_init(struct dit *d, uint64_t seed); // weights (and EMA = weights, moments = 0) as published
+
+// input, t, labels -> output.
+int dit_forward(struct dit *d);
+// doutput -> gradients, added to d->g. After a dit_forward with the same input.
+int dit_backward(struct dit *d);
+int dit_zero_gradients(struct dit *d);
+
+// Host copies for the parity door and for logs: sizes [N*T*K] and [E] (tokens that each expert got).
+int dit_read_experts(struct dit *d, int layer, int32_t *index);
+int dit_read_load(struct dit *d, int layer, int32_t *load);
+// Balance loss of a layer in the last training forward (alpha included).
+int dit_read_balance(struct dit *d, int layer, double *loss);
+
+// ---- layers (each in its own file) -------------------------------------------------------------------
+
+int embed_plan(struct dit *d);
+int embed_forward(struct dit *d);
+int embed_backward(struct dit *d);
+
+int block_plan(struct dit *d, int layer);
+int block_forward(struct dit *d, int layer);
+int block_backward(struct dit *d, int layer);
+
+int attention_forward(struct dit *d, int layer);  // h1 -> attn
+int attention_backward(struct dit *d, int layer); // grad.da (d attn) -> grad.dh (d h1)
+
+int moe_forward(struct dit *d, int layer);  // h2 -> out
+int moe_backward(struct dit *d, int layer); // grad.dout (d out) -> grad.dh (d h2)
+int mlp_forward(struct dit *d, int layer);  // the same for a plain block
+int mlp_backward(struct dit *d, int layer);
+
+int final_plan(struct dit *d);
+int final_forward(struct dit *d);
+int final_backward(struct dit *d);
+
+// Times of the dry pass: block l's forward, its backward. Embedding is block -1, the head block L.
+int time_forward(const struct dit *d, int layer, int phase);
+int time_backward(const struct dit *d, int layer, int phase);
+
+#endif

@@ -1,0 +1,79 @@
+// The parameters: one table that gives every parameter its published name, shape, initial value and
+// place in the device tensors; and the struct of device tensors that weights, gradients, both Adam
+// moments and the EMA share.
+//
+// Experts of a layer lie one after the other in one tensor, gate and up projection together, so that
+// a layer's experts are one ragged matrix product; the published names are slices of it.
+#ifndef DITMOE_PARAMS_H
+#define DITMOE_PARAMS_H
+
+#include "model/config.h"
+#include "runtime/plan.h"
+
+struct block_weights {
+    struct tensor ada_w, ada_b;                   // [6D,D] [6D]: shift, scale, gate for attention; for MoE
+    struct tensor qkv_w, qkv_b, proj_w, proj_b;   // [3D,D] [3D] [D,D] [D]
+    struct tensor q_norm_w, q_norm_b, k_norm_w, k_norm_b; // [D/H] each, with qk_norm
+    struct tensor gate_w;                         // [E,D] router
+    struct tensor experts_gu, experts_down;       // [E,2F,D] (gate rows, then up rows), [E,D,F]
+    struct tensor shared_gu, shared_down;         // [2Fs,D], [D,Fs], Fs = shared*D
+    struct tensor fc1_w, fc1_b, fc2_w, fc2_b;     // plain MLP blocks: [4D,D] [4D] [D,4D] [D]
+};
+
+struct weights {
+    struct tensor pos;                            // [T,D], fixed: exists once, in the weights
+    struct tensor patch_w, patch_b;               // [D,C*p*p] [D]
+    struct tensor t0_w, t0_b, t2_w, t2_b;         // [D,256] [D] [D,D] [D]
+    struct tensor labels;                         // [classes+1,D]
+    struct tensor final_ada_w, final_ada_b;       // [2D,D] [2D]: shift, scale
+    struct tensor final_w, final_b;               // [p*p*Co,D] [p*p*Co]
+    struct block_weights *blocks;                 // [L]
+};
+
+enum init {
+    INIT_ZERO,
+    INIT_ONE,
+    INIT_XAVIER,  // uniform, +-sqrt(6/(fan in + fan out))
+    INIT_KAIMING, // uniform, +-1/sqrt(fan in): the router
+    INIT_NORMAL,  // N(0, 0.02)
+    INIT_POSITION // 2-D sin-cos table
+};
+
+struct param {
+    char name[72]; // published name: "blocks.0.moe.experts.3.gate_proj.weight"
+    int ndim;
+    int64_t shape[4];
+    enum init init;
+    bool frozen;     // no gradient, moments or EMA of its own (pos_embed)
+    int block;       // -1: in struct weights, else in blocks[block]
+    size_t member;   // offset of the device tensor in that struct
+    int64_t start;   // first element within it
+};
+
+struct params {
+    struct config config;
+    int count;
+    struct param *list;
+};
+
+int params_new(const struct config *c, struct params *out);
+void params_free(struct params *p);
+int64_t param_count(const struct param *p); // elements
+const struct param *params_find(const struct params *p, const char *name);
+
+// The device tensor of `w` that holds the parameter.
+struct tensor *param_tensor(struct weights *w, const struct param *p);
+
+// Declares one copy of all parameters (class WEIGHTS, GRADIENTS, ...). `frozen` ones are declared
+// (as PLAN_INPUT) only with PLAN_WEIGHTS.
+int weights_plan(struct weights *w, const struct params *p, struct plan *plan, enum plan_class class);
+void weights_free(struct weights *w); // the block array; memory belongs to the plan
+
+// Host transfers of one parameter; `host` holds param_count() floats.
+int param_write(struct context *c, struct weights *w, const struct param *p, const float *host);
+int param_read(struct context *c, struct weights *w, const struct param *p, float *host);
+
+// Initial values as published, a pure function of (seed, parameter).
+void param_init(const struct params *all, const struct param *p, uint64_t seed, float *host);
+
+#endif
