@@ -14,7 +14,8 @@
 enum plan_class {
     PLAN_WEIGHTS,
     PLAN_GRADIENTS,
-    PLAN_MOMENTS, // both Adam moments
+    PLAN_MOMENT1, // Adam's first moment
+    PLAN_MOMENT2, // Adam's second moment
     PLAN_EMA,
     PLAN_ACTIVATIONS,
     PLAN_INPUT, // batch, noise, results
@@ -30,7 +31,9 @@ int plan_new(struct device *dev, struct plan **out);
 void plan_free(struct plan *p); // frees views and slabs
 
 // Declares a tensor: sets dtype and shape of *t now, its memory at commit. `t` must stay where it is.
-// The class gives the slab; lifetimes share bytes only within a class.
+// The class gives the slab; lifetimes share bytes only within a class. A tensor whose life ends at
+// PLAN_FOREVER shares with nobody; these lie first in their slab, in the order of declaration, so that
+// classes declared alike (weights, gradients, moments, EMA) have the same layout.
 int plan_tensor(struct plan *p, const char *name, enum plan_class class, enum dtype type, int first,
                 int last, struct tensor *t, int ndim, const int64_t *shape);
 #define PLAN_TENSOR(p, name, class, type, first, last, t, ...)                                     \
@@ -39,16 +42,20 @@ int plan_tensor(struct plan *p, const char *name, enum plan_class class, enum dt
                 (int64_t[]){__VA_ARGS__})
 
 // Gives offsets (deterministic). Fails with ERR_NOMEM, naming need and limit, when the total is more
-// than `limit` bytes (0: the device's memory); the table can still be printed then.
+// than `limit` bytes (0: what is left of the device's memory), or when one tensor is larger than the
+// device's largest allocation; the table can still be printed then.
 int plan_layout(struct plan *p, uint64_t limit);
-// Allocates and makes the views; plan_layout() first.
+// Allocates and makes the views; plan_layout() first. The slabs of weights, gradients, moments and EMA
+// are zeroed, so that operations on whole slabs find nothing in the gaps between tensors.
 int plan_commit(struct plan *p);
 
 uint64_t plan_total(const struct plan *p);
 uint64_t plan_class_bytes(const struct plan *p, enum plan_class class);
 void plan_print(const struct plan *p, FILE *out, bool every_tensor);
 
-// A view of `count` elements of `type` from element `start` of t, freed with the plan.
+// *out becomes a part of t, from element `start` (whose byte offset must be a multiple of the device's
+// alignment) with the given shape and t's type; freed with the plan. Before the commit the view is
+// noted and made then: t and *out must stay where they are.
 int plan_view(struct plan *p, const struct tensor *t, int64_t start, struct tensor *out, int ndim,
               const int64_t *shape);
 
