@@ -1,0 +1,37 @@
+// Sampling: rectified-flow Euler from t = 1 (noise) to 0 with classifier-free guidance
+// (v = v_null + s (v_class - v_null), Ho & Salimans 2022), in batches of the planned size.
+#ifndef DITMOE_SAMPLER_H
+#define DITMOE_SAMPLER_H
+
+#include "model/dit.h"
+
+struct sample_options {
+    int steps;        // Euler steps, equal in t
+    float cfg;        // guidance scale; 1: none (one forward pass an image instead of two)
+    uint64_t seed;
+};
+
+struct sampler {
+    struct dit *dit;        // planned for 2*batch images with guidance, else batch
+    struct sample_options options;
+    int batch;              // images at a time
+    struct tensor z;        // [batch,C,S,S]
+    int32_t *labels;
+    float *times;
+};
+
+// Called after each step of each batch; NULL: no one looks. Return < 0 to stop.
+typedef int (*sample_progress)(void *user, int done, int total);
+
+// Plans and allocates a model for sampling; weights are loaded into (*out)->dit afterwards.
+int sampler_new(struct device *dev, struct stream *stream, const struct config *c, int batch,
+                const struct sample_options *o, struct sampler **out);
+void sampler_free(struct sampler *s);
+
+// Draws `count` images of the given classes into latents [count,C,S,S]. noise [count,C,S,S] is the
+// start, or NULL: image i starts from normals (seed, RNG_SAMPLE stream i), the same on every device
+// and whatever the batch size.
+int sampler_run(struct sampler *s, int count, const int32_t *classes, const float *noise,
+                float *latents, sample_progress progress, void *user);
+
+#endif

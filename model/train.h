@@ -1,0 +1,71 @@
+// Training by rectified flow (t = 1 is noise: x_t = (1-t) x + t e, v = e - x): the step, without
+// files or printing. One optimiser step = `accumulate` micro-batches of `batch` images, gradients
+// averaged over all of them, then one AdamW+EMA pass; nothing in it waits for the host.
+// Random numbers are functions of (seed, micro-step, image): nothing to save but the step.
+#ifndef DITMOE_TRAIN_H
+#define DITMOE_TRAIN_H
+
+#include "model/dit.h"
+
+// Distribution of t: sigmoid of a normal; uniform; sigmoid of a normal, one draw per 1/N quantile.
+enum flow_time { TIME_LOGIT_NORMAL, TIME_UNIFORM, TIME_STRATIFIED };
+int flow_time_parse(const char *name, enum flow_time *out); // ERR_INPUT names the choices
+
+struct train_options {
+    int batch, accumulate;
+    bool recompute;
+    enum flow_time time;
+    struct adamw adamw;
+    uint64_t seed;
+    uint64_t limit; // device memory to plan with, bytes; 0: all
+};
+struct train_options train_defaults(void);
+
+struct trainer {
+    struct train_options options;
+    struct dit *dit;
+    int64_t step;   // steps taken
+    int micro;      // micro-batches of the current step done
+    struct tensor images, noise, loss, losses, control, counts;
+    float *t_host;  // [N]
+    int32_t *y_host;
+};
+
+// What a finished step tells.
+struct train_report {
+    double loss;       // mean of the flow loss over the step's images
+    double balance;    // sum of the layers' balance losses, last micro-batch
+    double grad_norm;  // before clipping
+    double rate;
+    bool skipped;      // not finite: parameters untouched
+    int32_t applied, skips;
+    double load_max;   // max over layers of (largest expert load / mean load), last micro-batch
+    double *entropy;   // [MoE layers] load entropy / ln E; owned by the trainer
+    int layers;        // number of MoE layers
+};
+
+// Plans (dit_new + the trainer's own tensors + dit_layout). ERR_NOMEM leaves *out usable for
+// plan_print((*out)->dit->plan) and trainer_free().
+int trainer_new(struct device *dev, struct stream *stream, const struct config *c,
+                const struct train_options *o, struct trainer **out);
+int trainer_commit(struct trainer *t); // allocates; then dit_init or checkpoint_load_training
+void trainer_free(struct trainer *t);
+
+// One micro-batch: images [N,C,S,S] in [-1,1], labels [N]. After `accumulate` calls the optimiser runs
+// and the step is complete (*done = true).
+int trainer_micro(struct trainer *t, const float *images, const int32_t *labels, bool *done);
+// Reads the last complete step's scalars; waits for the device.
+int trainer_report(struct trainer *t, struct train_report *out);
+
+// The optimiser's own counters, for checkpoints.
+int trainer_counts(struct trainer *t, int32_t *applied, int32_t *skipped);
+int trainer_restore(struct trainer *t, int64_t step, int32_t applied, int32_t skipped);
+
+// The parity door: loss of given x, t, y, noise; gradients stay in t->dit->g (not applied).
+int trainer_loss(struct trainer *t, const float *x, const float *time, const int32_t *y,
+                 const float *noise, double *loss);
+
+// Draws `count` values of t for a micro-step.
+void flow_draw_times(enum flow_time kind, uint64_t seed, int64_t micro, int count, float *t);
+
+#endif
