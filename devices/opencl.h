@@ -57,11 +57,11 @@ int opencl_fail(cl_int code, const char *what);
 void opencl_device_string(cl_device_id id, cl_device_info what, char *out, size_t size);
 
 // Passes a failed driver call up: CL(clFinish(queue), "clFinish").
-#define CL(call, what)                                                                             \
-    do {                                                                                           \
-        cl_int cl_code = (call);                                                                   \
-        if (cl_code != CL_SUCCESS)                                                                 \
-            return opencl_fail(cl_code, what);                                                     \
+#define CL(call, what)                         \
+    do {                                       \
+        cl_int cl_code = (call);               \
+        if (cl_code != CL_SUCCESS)             \
+            return opencl_fail(cl_code, what); \
     } while (0)
 
 // opencl_program.c: builds kernels.cl for the device, from the disk cache where possible, and makes
