@@ -1,0 +1,77 @@
+// What the ops_*.c files share: arguments and launches. Not for other layers.
+//
+//     TRY(LAUNCH(c, FORM(c, add), GROUPS(count, 256), 1, 1, BUF(y), BUF(x), UINT(count)));
+#ifndef DITMOE_OPS_INTERNAL_H
+#define DITMOE_OPS_INTERNAL_H
+
+#include "runtime/ops.h"
+
+#define BUF(tensor) ((union arg){.b = (tensor)->mem})
+#define BUF_OR_NULL(tensor) ((union arg){.b = (tensor) ? (tensor)->mem : NULL})
+#define INT(value) ((union arg){.i = arg_int(value)})
+#define UINT(value) ((union arg){.u = arg_uint(value)})
+#define FLOAT(value) ((union arg){.f = (value)})
+
+static inline int32_t arg_int(int64_t value)
+{
+    BUG_IF(value < INT32_MIN || value > INT32_MAX);
+    return (int32_t)value;
+}
+
+static inline uint32_t arg_uint(int64_t value)
+{
+    BUG_IF(value < 0 || value > UINT32_MAX);
+    return (uint32_t)value;
+}
+
+// Work-groups (or chunks) of `size` that cover `count`.
+static inline int64_t cover(int64_t count, int64_t size)
+{
+    return (count + size - 1) / size;
+}
+
+// The number of the kernel's form for this device: KERNEL_name or KERNEL_name_cpu.
+#define FORM(c, name) ((c)->dev->cpu_forms ? KERNEL_##name##_cpu : KERNEL_##name)
+
+// Launches groups gx * gy * gz of a kernel; in a dry context does nothing and returns 0.
+#define LAUNCH(c, kernel, gx, gy, gz, ...)                             \
+    op_launch(c, kernel, gx, gy, gz, (const union arg[]){__VA_ARGS__}, \
+              (int)(sizeof((const union arg[]){__VA_ARGS__}) / sizeof(union arg)))
+
+static inline int op_launch(struct context *c, enum kernel kernel, int64_t gx, int64_t gy,
+                            int64_t gz, const union arg *args, int count)
+{
+    if (c->dry)
+        return 0;
+    const int groups[3] = {arg_int(gx), arg_int(gy), arg_int(gz)};
+    return c->dev->api->launch(c->stream, kernel, groups, args, count);
+}
+
+// Asks for `bytes` of c->space: notes the wish in a dry context; else it must be there.
+static inline void op_want_space(struct context *c, size_t bytes)
+{
+    if (c->dry)
+        c->space_wanted = bytes > c->space_wanted ? bytes : c->space_wanted;
+    else
+        BUG_IF(bytes > 0 && (!c->space.mem || tensor_bytes(&c->space) < bytes));
+}
+
+// A chunk size that gives every compute unit at least 8 chunks, within [least, most].
+static inline int64_t op_chunk(const struct context *c, int64_t count, int64_t least, int64_t most)
+{
+    int units = c->dev->info.compute_units;
+    int64_t chunk = cover(count, 8 * (int64_t)(units > 0 ? units : 1));
+    return chunk < least ? least : chunk > most ? most : chunk;
+}
+
+static inline bool is_act(const struct context *c, const struct tensor *t)
+{
+    return t->dtype == c->dev->act;
+}
+
+static inline bool has_shape2(const struct tensor *t, int64_t rows, int64_t columns)
+{
+    return t->ndim == 2 && t->shape[0] == rows && t->shape[1] == columns;
+}
+
+#endif
