@@ -24,8 +24,11 @@ int fail_in(int code, const char *format, ...)
     va_start(args, format);
     int n = vsnprintf(message, sizeof message, format, args);
     va_end(args);
-    if (n >= 0 && (size_t)n < sizeof message)
-        snprintf(message + n, sizeof message - (size_t)n, ": %s", inner);
+    // what does not fit of the inner message is cut; strncat always ends the string
+    if (n >= 0 && (size_t)n + 3 < sizeof message) {
+        strcat(message, ": ");
+        strncat(message, inner, sizeof message - strlen(message) - 1);
+    }
     return code;
 }
 
