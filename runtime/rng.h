@@ -4,6 +4,7 @@
 #ifndef DITMOE_RNG_H
 #define DITMOE_RNG_H
 
+#include <stddef.h>
 #include <stdint.h>
 
 // Streams: what a number is for, in the top byte; the rest is the caller's (a step, a tensor...).
@@ -25,7 +26,11 @@ static inline uint64_t rng_stream(enum rng_purpose purpose, uint64_t low)
 void rng_philox(uint64_t seed, uint64_t stream, uint64_t block, uint32_t out[4]);
 
 uint32_t rng_u32(uint64_t seed, uint64_t stream, uint64_t index);     // word index%4 of block index/4
-float rng_uniform(uint64_t seed, uint64_t stream, uint64_t index);    // (0,1): (u32>>8 + 0.5) / 2^24
-float rng_normal(uint64_t seed, uint64_t stream, uint64_t index);     // standard normal, bit for bit
-                                                                      // as op_normal gives it
+float rng_uniform(uint64_t seed, uint64_t stream, uint64_t index);    // (0,1): (u32>>9 + 0.5) / 2^23
+
+// Standard normal, bit for bit as op_normal gives it: Box and Muller's method on words 0,1 and 2,3 of
+// block index/4. The tails end at 6.8. rng_normal_fill() gives out[i] = element first+i, four times as fast.
+float rng_normal(uint64_t seed, uint64_t stream, uint64_t index);
+void rng_normal_fill(uint64_t seed, uint64_t stream, uint64_t first, float *out, size_t count);
+
 #endif
