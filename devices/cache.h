@@ -10,7 +10,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
-// The whole file `name`, to be freed by the caller, with a 0 byte after it; NULL when there is none.
+// The whole file `name`, to be freed by the caller, with a 0 byte after it; NULL when there is
+// none.
 unsigned char *cache_read(const char *name, size_t *size);
 
 // Stores a file; false when that is not possible.

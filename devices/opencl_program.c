@@ -1,12 +1,11 @@
 // Builds kernels.cl for a device and makes its kernels.
 #include "devices/opencl.h"
 
+#include "devices/kernels.h"
+
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-
-extern const unsigned char kernels_cl[];
-extern const size_t kernels_cl_size;
 
 // ---- building
 // --------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 // The tuner: which of several ways to do the same thing is fastest on this device?
 //
-// Measured once, then remembered: in the process, and in the user's cache (tune-HASH.json, one file a
-// device, driver and version of kernels.cl). DITMOE_TUNE=0 switches measuring off: candidate 0 is
+// Measured once, then remembered: in the process, and in the user's cache (tune-HASH.json, one file
+// a device, driver and version of kernels.cl). DITMOE_TUNE=0 switches measuring off: candidate 0 is
 // taken, whatever is remembered. Results may differ in rounding between candidates, so what must be
 // the same bit for bit from run to run sets it.
 #ifndef DITMOE_TUNE_H
