@@ -31,6 +31,11 @@ def is_moe(cfg, layer):
             "shallow": layer < half, "deep": layer >= half}[cfg["moe"]]
 
 
+def label_rows(cfg):
+    """The null class that dropped labels become is the last row."""
+    return cfg["classes"] + (cfg["class_dropout"] > 0)
+
+
 def out_channels(cfg):
     return cfg["channels"] * (2 if cfg["learn_sigma"] else 1)
 
@@ -57,7 +62,7 @@ def shapes(cfg):
     s["x_embedder.proj.bias"] = (D,)
     linear("t_embedder.mlp.0", D, FREQUENCIES)
     linear("t_embedder.mlp.2", D, D)
-    s["y_embedder.embedding_table.weight"] = (cfg["classes"] + 1, D)
+    s["y_embedder.embedding_table.weight"] = (label_rows(cfg), D)
     for layer in range(cfg["layers"]):
         b = f"blocks.{layer}."
         if cfg["qk_norm"]:
@@ -267,7 +272,7 @@ def random_inputs(cfg, count, seed):
     g = torch.Generator().manual_seed(seed)
     shape = (count, cfg["channels"], cfg["size"], cfg["size"])
     y = torch.randint(cfg["classes"], (count,), generator=g)
-    y[-1] = cfg["classes"]  # the null label, which guidance uses
+    y[-1] = label_rows(cfg) - 1  # the null label, which guidance uses
     return dict(x=torch.randn(shape, generator=g), t=torch.rand(count, generator=g) * 0.98 + 0.01, y=y,
                 noise=torch.randn(shape, generator=g))
 
