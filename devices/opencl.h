@@ -1,8 +1,8 @@
 // Inside the OpenCL backend: what its handles hold. Only devices/*.c include this.
 //
-// opencl.c has the verbs; opencl_program.c builds kernels.cl and keeps the result on disk;
-// opencl_gemm.c multiplies matrices. Every driver call goes through CL(), which turns a code into a
-// message that names it.
+// opencl_list.c finds devices; opencl.c has the verbs; opencl_program.c builds kernels.cl and keeps
+// the result on disk; opencl_gemm.c multiplies matrices. Every driver call goes through CL(), which
+// turns a code into a message that names it.
 #ifndef DITMOE_OPENCL_H
 #define DITMOE_OPENCL_H
 
@@ -52,6 +52,12 @@ const char *opencl_error_name(cl_int code);
 
 // Sets the message "OpenCL: WHAT failed: CL_NAME (code)" and returns ERR_NOMEM or ERR_DRIVER.
 int opencl_fail(cl_int code, const char *what);
+
+// All devices of all platforms in the drivers' order, and the platform each belongs to; both arrays
+// hold OPENCL_DEVICES_MAX. Returns the count, 0 without any platform. opencl_list: see device.h.
+enum { OPENCL_DEVICES_MAX = 64 };
+int opencl_device_ids(cl_device_id *ids, cl_platform_id *owners);
+int opencl_list(struct device_info *out, int max);
 
 // The string of a device query, or "" ; the spaces around it taken off.
 void opencl_device_string(cl_device_id id, cl_device_info what, char *out, size_t size);
