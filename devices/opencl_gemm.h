@@ -1,0 +1,31 @@
+// Between opencl_gemm.c (which kernel multiplies) and the files that hold one way each.
+#ifndef DITMOE_OPENCL_GEMM_H
+#define DITMOE_OPENCL_GEMM_H
+
+#include "devices/opencl.h"
+
+// The `flags` argument of the gemm kernels (kernels_gemm.cl has the same numbers).
+enum gemm_flags { GEMM_ACCUMULATE = 1, GEMM_A_BF16 = 2, GEMM_B_BF16 = 4, GEMM_C_BF16 = 8 };
+
+static inline int gemm_flags(const struct gemm *g)
+{
+    return (g->accumulate ? GEMM_ACCUMULATE : 0) | (g->type_a == BF16 ? GEMM_A_BF16 : 0) |
+           (g->type_b == BF16 ? GEMM_B_BF16 : 0) | (g->type_c == BF16 ? GEMM_C_BF16 : 0);
+}
+
+static inline int gemm_cover(int count, int size)
+{
+    return (int)(((int64_t)count + size - 1) / size);
+}
+
+// Launches kernel `name` over gx * gy * gz groups with the arguments that follow.
+#define GEMM_LAUNCH(s, kernel, gx, gy, gz, ...)                                            \
+    (s)->dev->base.api->launch(                                                            \
+        (s), (kernel), (const int[3]){(gx), (gy), (gz)}, (const union arg[]){__VA_ARGS__}, \
+        (int)(sizeof((const union arg[]){__VA_ARGS__}) / sizeof(union arg)))
+
+// opencl_gemm_cpu.c: the CPU forms (one work-item a tile, packed panels).
+int opencl_gemm_cpu(struct stream *s, const struct gemm *g);
+size_t opencl_gemm_cpu_space(struct opencl_device *dev, const struct gemm *g);
+
+#endif

@@ -1,0 +1,147 @@
+// Linear layers and the experts' matrices: shapes in, struct gemm out (devices/device.h).
+#include "runtime/ops_internal.h"
+
+#include <stddef.h>
+
+static int64_t rows_of(const struct tensor *t)
+{
+    BUG_IF(t->ndim != 2);
+    return t->shape[0];
+}
+
+// Runs g with c->space as its scratch; in a dry context only asks for it.
+static int multiply(struct context *c, struct gemm *g)
+{
+    BUG_IF((g->type_a != F32 && g->type_a != BF16) || (g->type_b != F32 && g->type_b != BF16) ||
+           (g->type_c != F32 && g->type_c != BF16));
+    op_want_space(c, c->dev->api->gemm_space(c->dev, g));
+    if (c->dry)
+        return 0;
+    g->space = c->space.mem;
+    return c->dev->api->gemm(c->stream, g);
+}
+
+static struct gemm product(const struct tensor *out, const struct tensor *a, const struct tensor *b)
+{
+    return (struct gemm){.a = a->mem,
+                         .b = b->mem,
+                         .c = out->mem,
+                         .type_a = a->dtype,
+                         .type_b = b->dtype,
+                         .type_c = out->dtype};
+}
+
+// ---- linear layers
+// -------------------------------------------------------------------------------------
+
+int op_linear(struct context *c, struct tensor *y, const struct tensor *x, const struct tensor *w,
+              const struct tensor *bias)
+{
+    int64_t m = rows_of(x), k = x->shape[1], n = rows_of(w);
+    BUG_IF(!has_shape2(y, m, n) || w->shape[1] != k || w->dtype != F32);
+    BUG_IF(bias && (tensor_count(bias) != n || bias->dtype != F32));
+    struct gemm g = product(y, x, w);
+    g.m = arg_int(m);
+    g.n = arg_int(n);
+    g.k = arg_int(k);
+    g.trans_b = true;
+    g.bias = bias ? bias->mem : NULL;
+    return multiply(c, &g);
+}
+
+int op_linear_dx(struct context *c, struct tensor *dx, const struct tensor *dy,
+                 const struct tensor *w, bool accumulate)
+{
+    int64_t m = rows_of(dy), k = dy->shape[1], n = dx->shape[1];
+    BUG_IF(!has_shape2(dx, m, n) || !has_shape2(w, k, n) || w->dtype != F32);
+    struct gemm g = product(dx, dy, w);
+    g.m = arg_int(m);
+    g.n = arg_int(n);
+    g.k = arg_int(k);
+    g.accumulate = accumulate;
+    return multiply(c, &g);
+}
+
+// out[n] += sum over the rows of a[m,n]: parts of `rows` rows each, then the parts in order.
+static int add_column_sums(struct context *c, struct tensor *out, const struct tensor *a)
+{
+    int64_t m = rows_of(a), n = a->shape[1], rows = op_chunk(c, m, 32, 256),
+            chunks = cover(m, rows);
+    op_want_space(c, (size_t)(chunks * n) * sizeof(float));
+    TRY(LAUNCH(c, KERNEL_column_sums_part, cover(n, 64), chunks, 1, BUF(&c->space), BUF(a),
+               INT(a->dtype == BF16), INT(m), INT(n), INT(rows)));
+    return LAUNCH(c, KERNEL_column_sums, cover(n, 64), 1, 1, BUF(out), BUF(&c->space), INT(chunks),
+                  INT(n));
+}
+
+int op_linear_dw(struct context *c, struct tensor *dw, struct tensor *dbias,
+                 const struct tensor *dy, const struct tensor *x)
+{
+    int64_t k = rows_of(dy), m = dy->shape[1], n = x->shape[1];
+    BUG_IF(rows_of(x) != k || !has_shape2(dw, m, n) || dw->dtype != F32);
+    BUG_IF(dbias && (tensor_count(dbias) != m || dbias->dtype != F32));
+    struct gemm g = product(dw, dy, x);
+    g.m = arg_int(m);
+    g.n = arg_int(n);
+    g.k = arg_int(k);
+    g.trans_a = true;
+    g.accumulate = true;
+    TRY(multiply(c, &g));
+    return dbias ? add_column_sums(c, dbias, dy) : 0;
+}
+
+// ---- experts
+// -------------------------------------------------------------------------------------------
+
+static int expert_count(const struct tensor *w, const struct tensor *offsets)
+{
+    BUG_IF(w->ndim != 3 || w->dtype != F32 || offsets->dtype != I32);
+    BUG_IF(tensor_count(offsets) != w->shape[0] + 1);
+    return arg_int(w->shape[0]);
+}
+
+int op_experts(struct context *c, struct tensor *y, const struct tensor *x, const struct tensor *w,
+               const struct tensor *offsets)
+{
+    struct gemm g = product(y, x, w);
+    g.ragged = GEMM_RAGGED_M;
+    g.groups = expert_count(w, offsets);
+    g.offsets = offsets->mem;
+    BUG_IF(!has_shape2(x, rows_of(y), w->shape[2]) || y->shape[1] != w->shape[1]);
+    g.m = arg_int(rows_of(x));
+    g.n = arg_int(w->shape[1]);
+    g.k = arg_int(w->shape[2]);
+    g.trans_b = true;
+    return multiply(c, &g);
+}
+
+int op_experts_dx(struct context *c, struct tensor *dx, const struct tensor *dy,
+                  const struct tensor *w, const struct tensor *offsets)
+{
+    struct gemm g = product(dx, dy, w);
+    g.ragged = GEMM_RAGGED_M;
+    g.groups = expert_count(w, offsets);
+    g.offsets = offsets->mem;
+    BUG_IF(!has_shape2(dy, rows_of(dx), w->shape[1]) || dx->shape[1] != w->shape[2]);
+    g.m = arg_int(rows_of(dy));
+    g.n = arg_int(w->shape[2]);
+    g.k = arg_int(w->shape[1]);
+    return multiply(c, &g);
+}
+
+int op_experts_dw(struct context *c, struct tensor *dw, const struct tensor *dy,
+                  const struct tensor *x, const struct tensor *offsets)
+{
+    struct gemm g = product(dw, dy, x);
+    g.ragged = GEMM_RAGGED_K;
+    g.groups = expert_count(dw, offsets);
+    g.offsets = offsets->mem;
+    BUG_IF(rows_of(dy) != rows_of(x));
+    BUG_IF(dy->shape[1] != dw->shape[1] || x->shape[1] != dw->shape[2]);
+    g.m = arg_int(dy->shape[1]);
+    g.n = arg_int(x->shape[1]);
+    g.k = arg_int(rows_of(dy));
+    g.trans_a = true;
+    g.accumulate = true;
+    return multiply(c, &g);
+}

@@ -1,0 +1,352 @@
+// Matrix products against plain double-precision sums: every form of struct gemm, every storage
+// type, odd shapes, in the CPU and the GPU form; and the operations built on them.
+#include "tests/op_table.h"
+
+#include <math.h>
+#include <string.h>
+
+enum { GROUPS_MAX = 16 };
+
+// One product to test. counts: rows of each expert; spare: stored rows past the last expert's.
+struct product {
+    enum gemm_ragged ragged;
+    int m, n, k;
+    bool trans_a, trans_b, accumulate, bias;
+    enum dtype a, b, c;
+    int groups, counts[GROUPS_MAX], spare;
+};
+
+// The experts' first rows; offsets[groups] is the number of rows in use.
+static void offsets_of(const struct product *p, double offsets[GROUPS_MAX + 1])
+{
+    offsets[0] = 0;
+    for (int e = 0; e < p->groups; e++)
+        offsets[e + 1] = offsets[e] + p->counts[e];
+}
+
+static double element(const double *v, bool transposed, int rows, int cols, int i, int j)
+{
+    return transposed ? v[(int64_t)j * rows + i] : v[(int64_t)i * cols + j];
+}
+
+// want[m,n] (+)= op(a) op(b) over rows [row0, row1) of C and [k0, k1) of the sum
+static void reference(const struct product *p, double *want, const double *a, const double *b,
+                      const double *bias, int row0, int row1, int k0, int k1)
+{
+    for (int i = row0; i < row1; i++)
+        for (int j = 0; j < p->n; j++) {
+            double sum = bias ? bias[j] : 0;
+            for (int s = k0; s < k1; s++)
+                sum += element(a, p->trans_a, p->m, p->k, i, s) *
+                       element(b, p->trans_b, p->k, p->n, s, j);
+            double *c = &want[(int64_t)i * p->n + j];
+            *c = (p->accumulate ? *c : 0) + sum;
+        }
+}
+
+static void expect(const struct product *p, double *want, const struct operand *a,
+                   const struct operand *b, const struct operand *bias, const double *offsets)
+{
+    if (p->ragged == GEMM_PLAIN)
+        reference(p, want, a->v, b->v, bias ? bias->v : NULL, 0, p->m, 0, p->k);
+    for (int e = 0; e < p->groups; e++) {
+        int from = (int)offsets[e], to = (int)offsets[e + 1];
+        if (p->ragged == GEMM_RAGGED_M)
+            reference(p, want, a->v, b->v + (int64_t)e * p->n * p->k, NULL, from, to, 0, p->k);
+        else
+            reference(p, want + (int64_t)e * p->m * p->n, a->v, b->v, NULL, 0, p->m, from, to);
+    }
+}
+
+// Random values; NaN in the rows past the last expert's, which nothing may read.
+static struct operand *rows_with_spare(struct op_run *r, enum dtype type, int64_t rows,
+                                       int64_t cols, int spare)
+{
+    double *v = op_doubles(r, rows * cols);
+    for (int64_t i = 0; i < rows * cols; i++)
+        v[i] = i < (rows - spare) * cols ? op_uniform(r, -1, 1) : (double)NAN;
+    return op_values(r, type, v, DIMS(rows, cols));
+}
+
+static int run_gemm(struct op_run *r, struct gemm *g)
+{
+    r->c.space_wanted = r->c.dev->api->gemm_space(r->c.dev, g);
+    TRY(op_ready(r));
+    g->space = r->c.space_wanted ? r->c.space.mem : NULL;
+    return r->c.dev->api->gemm(r->c.stream, g);
+}
+
+static const char *describe(const struct product *p)
+{
+    static char text[200];
+    int length = snprintf(text, sizeof text, "%s%s%s m=%d n=%d k=%d %s,%s->%s%s%s",
+                          p->ragged == GEMM_PLAIN      ? "plain"
+                          : p->ragged == GEMM_RAGGED_M ? "ragged m"
+                                                       : "ragged k",
+                          p->trans_a ? " A^T" : "", p->trans_b ? " B^T" : "", p->m, p->n, p->k,
+                          dtype_name(p->a), dtype_name(p->b), dtype_name(p->c),
+                          p->accumulate ? " accumulate" : "", p->bias ? " bias" : "");
+    for (int e = 0; e < p->groups; e++)
+        length += snprintf(text + length, sizeof text - (size_t)length, " %d", p->counts[e]);
+    return text;
+}
+
+static int try_product(unsigned flags, const struct product *given)
+{
+    struct product p = *given;
+    struct op_run r;
+    double offsets[GROUPS_MAX + 1];
+    offsets_of(&p, offsets);
+    int stored = (int)offsets[p.groups] + p.spare;
+    if (p.ragged == GEMM_RAGGED_M)
+        p.m = stored;
+    if (p.ragged == GEMM_RAGGED_K)
+        p.k = stored;
+    OK(op_begin(&r, flags, (uint64_t)(p.m * 7919 + p.n * 31 + p.k)));
+    int a_spare = p.ragged == GEMM_PLAIN ? 0 : p.spare;
+    int matrices_b = p.ragged == GEMM_RAGGED_M ? p.groups : 1;
+    int matrices_c = p.ragged == GEMM_RAGGED_K ? p.groups : 1;
+    struct operand *a =
+        rows_with_spare(&r, p.a, p.trans_a ? p.k : p.m, p.trans_a ? p.m : p.k, a_spare);
+    struct operand *b = p.ragged == GEMM_RAGGED_K
+                            ? rows_with_spare(&r, p.b, p.k, p.n, p.spare)
+                            : op_random(&r, p.b, -1, 1, DIMS(matrices_b, p.n, p.k));
+    struct operand *bias = p.bias ? op_random(&r, F32, -1, 1, DIMS(p.n)) : NULL;
+    bool keeps = p.accumulate || (p.ragged == GEMM_RAGGED_M && p.spare);
+    struct operand *c = keeps ? op_random(&r, p.c, -1, 1, DIMS(matrices_c, p.m, p.n))
+                              : op_output(&r, p.c, DIMS(matrices_c, p.m, p.n));
+    struct operand *o = op_values(&r, I32, offsets, DIMS(p.groups + 1));
+    double *want = op_doubles(&r, c->count);
+    if (keeps)
+        memcpy(want, c->v, (size_t)c->count * sizeof *want);
+    expect(&p, want, a, b, bias, offsets);
+    struct gemm g = {p.ragged,     p.m,
+                     p.n,          p.k,
+                     p.trans_a,    p.trans_b,
+                     p.accumulate, a->t.mem,
+                     b->t.mem,     c->t.mem,
+                     p.a,          p.b,
+                     p.c,          bias ? bias->t.mem : NULL,
+                     p.groups,     p.ragged == GEMM_PLAIN ? NULL : o->t.mem,
+                     NULL};
+    OK(run_gemm(&r, &g));
+    op_judge(&r, c, want, p.c == BF16 ? 4e-3 : 1e-6, "%s", describe(&p));
+    return op_end(&r);
+}
+
+// The product with every meaningful set of storage types; with and without accumulation.
+static int try_types(unsigned flags, struct product p)
+{
+    int failures = 0;
+    for (int types = 0; types < 4; types++) {
+        p.a = types & 1 ? BF16 : F32;
+        p.c = types & 2 ? BF16 : F32;
+        p.b = p.trans_a ? (types == 1 ? F32 : p.a) : F32;
+        p.accumulate = types == 0 || types == 3 ? !p.bias : p.trans_a;
+        failures += try_product(flags, &p) != PASSED;
+        if (flags & OPEN_BF16)
+            continue;
+        p.accumulate = !p.accumulate && !p.bias;
+        failures += try_product(flags, &p) != PASSED;
+    }
+    return failures ? FAILED : PASSED;
+}
+
+static const int shapes[][3] = {
+    {1, 1, 1},    {37, 385, 41},  {385, 37, 23},  {128, 64, 32}, {129, 65, 33}, {8, 96, 512},
+    {96, 8, 64},  {12, 32, 16},   {13, 33, 17},   {2, 96, 16},   {1, 130, 70},  {50, 16, 1},
+    {5, 7, 1100}, {24, 64, 1025}, {100, 48, 100}, {33, 257, 12},
+};
+
+static int try_shapes(bool trans_a, bool trans_b, bool bias)
+{
+    int failures = 0;
+    for (int f = 0; f < 4; f++)
+        for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
+            struct product p = {.m = shapes[i][0], .n = shapes[i][1], .k = shapes[i][2]};
+            p.trans_a = trans_a;
+            p.trans_b = trans_b;
+            p.bias = bias && i % 2 == 1;
+            failures += try_types(op_flags[f], p) != PASSED;
+        }
+    return failures ? FAILED : PASSED;
+}
+
+static int test_nt(void)
+{
+    return try_shapes(false, true, true);
+}
+
+static int test_nn(void)
+{
+    return try_shapes(false, false, false);
+}
+
+static int test_tn(void)
+{
+    return try_shapes(true, false, false);
+}
+
+static const struct product raggeds[] = {
+    {.n = 33, .k = 20, .groups = 4, .counts = {13, 0, 1, 25}},
+    {.n = 64, .k = 32, .groups = 8, .counts = {0, 0, 130, 0, 0, 0, 0, 0}}, // all on one
+    {.n = 40, .k = 17, .groups = 3, .counts = {12, 24, 128}, .spare = 9},
+    {.n = 96, .k = 48, .groups = 1, .counts = {37}},
+    {.n = 7, .k = 5, .groups = 5, .counts = {1, 1, 0, 1, 2}, .spare = 1},
+    {.n = 32, .k = 16, .groups = 2, .counts = {0, 0}, .spare = 3}, // nobody came
+    {.n = 50,
+     .k = 64,
+     .groups = 16,
+     .counts = {4, 97, 8, 11, 0, 12, 3, 2, 1, 96, 7, 6, 5, 0, 9, 10}},
+};
+
+static int try_raggeds(enum gemm_ragged ragged, bool trans_b)
+{
+    int failures = 0;
+    for (int f = 0; f < 4; f++)
+        for (size_t i = 0; i < sizeof raggeds / sizeof *raggeds; i++) {
+            struct product p = raggeds[i];
+            p.ragged = ragged;
+            p.trans_a = ragged == GEMM_RAGGED_K;
+            p.trans_b = trans_b;
+            if (p.trans_a)
+                p.m = p.k + 1;
+            failures += try_types(op_flags[f], p) != PASSED;
+        }
+    return failures ? FAILED : PASSED;
+}
+
+static int test_ragged_nt(void)
+{
+    return try_raggeds(GEMM_RAGGED_M, true);
+}
+
+static int test_ragged_nn(void)
+{
+    return try_raggeds(GEMM_RAGGED_M, false);
+}
+
+static int test_ragged_tn(void)
+{
+    return try_raggeds(GEMM_RAGGED_K, false);
+}
+
+// ---- operations
+// ----------------------------------------------------------------------------------------
+
+// A linear layer and its backward: y, dx, dw, dbias.
+static int try_linear(unsigned flags, int m, int n, int k)
+{
+    struct op_run r;
+    OK(op_begin(&r, flags, 11));
+    struct operand *x = op_random(&r, r.act, -1, 1, DIMS(m, k));
+    struct operand *w = op_random(&r, F32, -1, 1, DIMS(n, k));
+    struct operand *bias = op_random(&r, F32, -1, 1, DIMS(n));
+    struct operand *y = op_output(&r, r.act, DIMS(m, n));
+    struct operand *logits = op_output(&r, F32, DIMS(m, n));
+    struct operand *dy = op_random(&r, r.act, -1, 1, DIMS(m, n));
+    struct operand *dx = op_output(&r, r.act, DIMS(m, k));
+    struct operand *dw = op_random(&r, F32, -1, 1, DIMS(n, k));
+    struct operand *dbias = op_random(&r, F32, -1, 1, DIMS(n));
+    double *want_y = op_doubles(&r, y->count), *want_plain = op_doubles(&r, y->count);
+    double *want_dx = op_doubles(&r, dx->count), *want_dw = op_doubles(&r, dw->count);
+    double *want_db = op_doubles(&r, n);
+    memcpy(want_dw, dw->v, (size_t)dw->count * sizeof(double));
+    memcpy(want_db, dbias->v, (size_t)n * sizeof(double));
+    for (int i = 0; i < m; i++)
+        for (int j = 0; j < n; j++) {
+            double g = dy->v[i * n + j], *p = &want_plain[i * n + j];
+            for (int s = 0; s < k; s++) {
+                *p += x->v[i * k + s] * w->v[j * k + s];
+                want_dx[i * k + s] += g * w->v[j * k + s];
+                want_dw[j * k + s] += g * x->v[i * k + s];
+            }
+            want_db[j] += g;
+            want_y[i * n + j] = *p + bias->v[j];
+        }
+    OK(OP_RUN(&r, op_linear(&r.c, &y->t, &x->t, &w->t, &bias->t)));
+    OK(OP_RUN(&r, op_linear(&r.c, &logits->t, &x->t, &w->t, NULL)));
+    OK(OP_RUN(&r, op_linear_dx(&r.c, &dx->t, &dy->t, &w->t, false)));
+    OK(OP_RUN(&r, op_linear_dw(&r.c, &dw->t, &dbias->t, &dy->t, &x->t)));
+    op_judge(&r, y, want_y, op_tolerance(&r, 1e-6), "linear y %d %d %d", m, n, k);
+    op_judge(&r, logits, want_plain, 1e-6, "linear f32 y %d %d %d", m, n, k);
+    op_judge(&r, dx, want_dx, op_tolerance(&r, 1e-6), "linear dx %d %d %d", m, n, k);
+    op_judge(&r, dw, want_dw, 1e-6, "linear dw %d %d %d", m, n, k);
+    op_judge(&r, dbias, want_db, 1e-6, "linear dbias %d %d %d", m, n, k);
+    for (int i = 0; i < m * k; i++)
+        want_dx[i] += dx->v[i];
+    OK(OP_RUN(&r, op_linear_dx(&r.c, &dx->t, &dy->t, &w->t, true)));
+    op_judge(&r, dx, want_dx, op_tolerance(&r, 1e-6), "linear dx += %d %d %d", m, n, k);
+    return op_end(&r);
+}
+
+static int test_linear(void)
+{
+    static const int sizes[][3] = {{1, 1, 1},     {37, 385, 29}, {128, 64, 96},
+                                   {129, 65, 97}, {601, 8, 40},  {64, 256, 12}};
+    int failures = 0;
+    for (int f = 0; f < 4; f++)
+        for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
+            failures += try_linear(op_flags[f], sizes[i][0], sizes[i][1], sizes[i][2]) != PASSED;
+    return failures ? FAILED : PASSED;
+}
+
+// The experts' forward and backward on given row counts.
+static int try_experts(unsigned flags, const struct product *p)
+{
+    struct op_run r;
+    int n = p->n, k = p->k, groups = p->groups;
+    double first[GROUPS_MAX + 1];
+    offsets_of(p, first);
+    int rows = (int)first[groups];
+    OK(op_begin(&r, flags, 12));
+    struct operand *offsets = op_values(&r, I32, first, DIMS(groups + 1));
+    struct operand *x = op_random(&r, r.act, -1, 1, DIMS(rows, k));
+    struct operand *w = op_random(&r, F32, -1, 1, DIMS(groups, n, k));
+    struct operand *y = op_output(&r, r.act, DIMS(rows, n));
+    struct operand *dy = op_random(&r, r.act, -1, 1, DIMS(rows, n));
+    struct operand *dx = op_output(&r, r.act, DIMS(rows, k));
+    struct operand *dw = op_random(&r, F32, -1, 1, DIMS(groups, n, k));
+    double *want_y = op_doubles(&r, y->count), *want_dx = op_doubles(&r, dx->count);
+    double *want_dw = op_doubles(&r, dw->count);
+    memcpy(want_dw, dw->v, (size_t)dw->count * sizeof(double));
+    for (int e = 0; e < groups; e++)
+        for (int i = (int)first[e]; i < (int)first[e + 1]; i++)
+            for (int j = 0; j < n; j++)
+                for (int s = 0; s < k; s++) {
+                    double weight = w->v[(e * n + j) * k + s];
+                    want_y[i * n + j] += x->v[i * k + s] * weight;
+                    want_dx[i * k + s] += dy->v[i * n + j] * weight;
+                    want_dw[(e * n + j) * k + s] += dy->v[i * n + j] * x->v[i * k + s];
+                }
+    OK(OP_RUN(&r, op_experts(&r.c, &y->t, &x->t, &w->t, &offsets->t)));
+    OK(OP_RUN(&r, op_experts_dx(&r.c, &dx->t, &dy->t, &w->t, &offsets->t)));
+    OK(OP_RUN(&r, op_experts_dw(&r.c, &dw->t, &dy->t, &x->t, &offsets->t)));
+    op_judge(&r, y, want_y, op_tolerance(&r, 1e-6), "experts y");
+    op_judge(&r, dx, want_dx, op_tolerance(&r, 1e-6), "experts dx");
+    op_judge(&r, dw, want_dw, 1e-6, "experts dw");
+    return op_end(&r);
+}
+
+static int test_experts(void)
+{
+    int failures = 0;
+    for (int f = 0; f < 4; f++) {
+        failures += try_experts(op_flags[f], &raggeds[0]) != PASSED;
+        failures += try_experts(op_flags[f], &raggeds[1]) != PASSED;
+        failures += try_experts(op_flags[f], &raggeds[6]) != PASSED;
+    }
+    return failures ? FAILED : PASSED;
+}
+
+const struct test gemm_tests[] = {
+    {"nt", test_nt},
+    {"nn", test_nn},
+    {"tn", test_tn},
+    {"ragged_nt", test_ragged_nt},
+    {"ragged_nn", test_ragged_nn},
+    {"ragged_tn", test_ragged_tn},
+    {"linear", test_linear},
+    {"experts", test_experts},
+    {0},
+};
