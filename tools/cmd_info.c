@@ -1,0 +1,162 @@
+// ditmoe info: what a preset or a checkpoint is, and what it costs.
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+
+#include "tools/command.h"
+
+struct info_options {
+    int json;
+    struct model_options model;
+};
+
+static const struct option_spec output_options[] = {
+    {"json", 0, OPTION_FLAG, NULL, "no", "print JSON", offsetof(struct info_options, json), 0, 0, NULL},
+    {0},
+};
+
+// 199307552 -> "199,307,552"
+static const char *with_commas(int64_t n, char out[32])
+{
+    char digits[32];
+    int length = snprintf(digits, sizeof digits, "%lld", (long long)n), used = 0;
+    for (int i = 0; i < length; i++) {
+        if (i && (length - i) % 3 == 0)
+            out[used++] = ',';
+        out[used++] = digits[i];
+    }
+    out[used] = 0;
+    return out;
+}
+
+// Four significant digits, but never fewer than the paper gives: 15.43, 219.3.
+static const char *giga(double n, char out[32])
+{
+    n *= 1e-9;
+    snprintf(out, 32, n < 0.1 ? "%.4f" : n < 100 ? "%.2f" : "%.1f", n);
+    return out;
+}
+
+static bool is_file(const char *name)
+{
+    struct stat s;
+    const char *dot = strrchr(name, '.');
+    return stat(name, &s) == 0 || (dot && !strcmp(dot, ".safetensors"));
+}
+
+static void print_weights(const struct checkpoint *file)
+{
+    printf("%-18s model%s%s%s\n", "weights", file->has_ema ? ", EMA" : "",
+           file->has_moments ? ", Adam moments" : "",
+           file->has_config ? "" : " (no configuration: it was inferred from the shapes)");
+    if (file->has_run)
+        printf("%-18s step %lld (%d applied, %d skipped), batch %d x %d, seed %llu\n", "training",
+               (long long)file->run.step, file->run.applied, file->run.skipped, file->run.batch,
+               file->run.accumulate, (unsigned long long)file->run.seed);
+}
+
+static void print_config(const struct config *c)
+{
+    printf("%-18s %d, width %d, %d heads of %d%s\n", "blocks", c->layers, c->hidden, c->heads,
+           c->hidden / c->heads, c->qk_norm ? ", LayerNorm on queries and keys" : "");
+    if (c->moe == MOE_NONE)
+        printf("%-18s none: plain MLP of width %d\n", "experts", MLP_RATIO * c->hidden);
+    else
+        printf("%-18s %d of width %d, %d active, %d shared; in %s blocks; weights %s\n", "experts",
+               c->experts, MLP_RATIO * c->hidden, c->topk, c->shared, moe_blocks_name(c->moe),
+               c->renormalise ? "renormalised" : "not renormalised");
+    printf("%-18s %d x %d, %d channels, patch %d: %d tokens\n", "images", c->size, c->size,
+           c->channels, c->patch, config_tokens(c));
+    printf("%-18s %d%s\n", "classes", c->classes, c->class_dropout > 0 ? " and the null class" : "");
+    printf("%-18s %d channels%s\n", "output", config_out_channels(c),
+           c->learn_sigma ? " (learned sigma)" : "");
+    printf("%-18s factor %g %s; label dropout %g\n", "balance loss", (double)c->balance,
+           c->balance_per_sequence ? "per image" : "over the batch", (double)c->class_dropout);
+}
+
+static void print_text(const char *name, const struct config *c, const struct checkpoint *file)
+{
+    struct config_counts n = config_count(c);
+    char a[32], b[32];
+    printf("%s\n", name);
+    print_config(c);
+    printf("%-18s %s\n", "parameters", with_commas(n.total, a));
+    printf("%-18s %s\n", "active per token", with_commas(n.active, a));
+    printf("%-18s %s (the paper's way), %s with attention's products\n", "GMAC an image",
+           giga(n.macs, a), giga(n.macs + n.macs_attention, b));
+    if (file)
+        print_weights(file);
+}
+
+static void print_json(const char *name, const struct config *c, const struct checkpoint *file)
+{
+    struct config_counts n = config_count(c);
+    json_t *json = json_pack("{s:s, s:o, s:I, s:I, s:f, s:f}", "name", name, "config",
+                             config_to_json(c), "parameters", (json_int_t)n.total, "active",
+                             (json_int_t)n.active, "macs", n.macs, "macs_with_attention",
+                             n.macs + n.macs_attention);
+    if (file) {
+        json_object_set_new(json, "ema", json_boolean(file->has_ema));
+        json_object_set_new(json, "moments", json_boolean(file->has_moments));
+        if (file->has_run)
+            json_object_set_new(json, "step", json_integer(file->run.step));
+    }
+    json_dumpf(json, stdout, JSON_INDENT(2));
+    printf("\n");
+    json_decref(json);
+}
+
+static int info_file(const struct info_options *o, const char *name)
+{
+    struct checkpoint_hints hints = {o->model.heads, o->model.topk};
+    struct checkpoint *file = calloc(1, sizeof *file);
+    char path[4096];
+    if (!file)
+        return fail(ERR_NOMEM, "out of memory");
+    int code = checkpoint_path(name, path, sizeof path);
+    if (code >= 0)
+        code = checkpoint_open(path, &hints, file);
+    if (code >= 0) {
+        (o->json ? print_json : print_text)(path, &file->config, file);
+        checkpoint_close(file);
+    }
+    free(file);
+    return code;
+}
+
+int cmd_info(int argc, char **argv)
+{
+    struct info_options o;
+    model_options_init(&o.model);
+    const struct option_group groups[] = {
+        {"output", output_options, &o},
+        {"changes to a preset", model_option_list, &o.model},
+        {"images (presets: 256 x 256 as 32 x 32 latents of 4 channels, 1000 classes)",
+         image_option_list, &o.model},
+        {0},
+    };
+    const struct command command = {
+        .name = "info",
+        .summary = "Prints the configuration, parameters and cost of a model.",
+        .positional = "PRESET|FILE",
+        .about = "Prints the configuration of a preset (S/2-8E2A: size S, patch 2, 8 experts, 2 active; "
+                 "sizes S, B, L, XL, G), of a checkpoint or of a run's newest checkpoint: parameters in "
+                 "all and active per token, multiply-accumulates an image.",
+        .example = "ditmoe info XL/2-8E2A",
+        .groups = groups,
+        .positional_min = 1,
+        .positional_max = 1,
+    };
+    const char *name;
+    int status;
+    if (!options_parse(&command, argc, argv, &name, &status))
+        return status;
+    if (is_file(name))
+        return info_file(&o, name) < 0 ? report_failure("info") : 0;
+    struct config config;
+    if (model_config(name, &o.model, &config) < 0)
+        return usage_error("info", "%s", error_message());
+    (o.json ? print_json : print_text)(name, &config, NULL);
+    return 0;
+}

@@ -1,0 +1,88 @@
+// A training run: its settings, its directory, its log. See cmd_train.c for what each option means.
+//
+// RUN_DIR holds run.json (options, configuration, data), log.csv (a row a step),
+// step-XXXXXXXX.safetensors (checkpoints, whole or not there), samples/step-XXXXXXXX.png, loss.png.
+#ifndef DITMOE_TRAIN_RUN_H
+#define DITMOE_TRAIN_RUN_H
+
+#include "model/data.h"
+#include "model/sampler.h"
+#include "model/train.h"
+#include "tools/command.h"
+#include "tools/progress.h"
+
+struct train_settings {
+    const char *model, *data, *out;
+    struct model_options overrides;
+    struct device_options device;
+    int64_t steps;
+    int batch, accumulate;
+    float rate, beta1, beta2, decay, clip, ema;
+    int warmup;
+    int time; // enum flow_time
+    uint64_t seed;
+    int recompute, flip;
+    int image_size, channels, threads;
+    int64_t checkpoint_every, sample_every, log_every;
+    int sample_steps, keep;
+    float sample_cfg;
+    int resume, dry_run;
+    uint64_t memory;
+};
+
+// ---- log.csv (train_log.c) -----------------------------------------------------------------------
+
+struct train_log {
+    FILE *file;
+    char path[4096];
+};
+
+// Opens DIR/log.csv with its header; keeps the rows up to `step` of an earlier run and cuts off
+// what comes after them.
+int train_log_open(const char *dir, const struct config *c, int64_t step, struct train_log *out);
+int train_log_row(struct train_log *log, int64_t step, const struct train_report *r, int images,
+                  double seconds);
+int train_log_close(struct train_log *log); // also of a zeroed struct
+// Draws DIR/loss.png from DIR/log.csv.
+int train_log_chart(const char *dir, const char *title);
+
+// ---- the run's directory (train_files.c) -----------------------------------------------------------
+
+// Makes the directory and takes its lock, so that two runs never write into one. Returns the lock
+// in *fd (closed by the caller).
+int run_directory_open(const char *dir, int *fd);
+bool run_directory_has_checkpoint(const char *dir);
+void run_checkpoint_path(const char *dir, int64_t step, char *out, size_t size);
+// Opens the newest checkpoint that is whole; a damaged newer one is told on stderr and passed over.
+// Returns 1, or 0 when there is none.
+int run_checkpoint_open(const char *dir, struct checkpoint *out);
+// Removes all checkpoints but the newest `keep` (0: keeps all).
+void run_checkpoint_prune(const char *dir, int keep);
+
+// ---- sample grids (train_samples.c) ----------------------------------------------------------------
+
+enum { SAMPLE_ROWS = 10, SAMPLE_COLUMNS = 4, SAMPLE_BATCH = 16 };
+
+struct train_samples {
+    struct sampler *sampler;
+    int rows, count;
+    int32_t classes[SAMPLE_ROWS * SAMPLE_COLUMNS];
+};
+
+// Bytes that sampling will take on the device, with its table on `table` (NULL: no table).
+int train_samples_plan(const struct session *s, const struct config *c, uint64_t limit,
+                       uint64_t *bytes, FILE *table);
+int train_samples_new(const struct session *s, const struct config *c,
+                      const struct train_settings *o, struct train_samples *out);
+void train_samples_free(struct train_samples *s);
+// Draws with the trainer's EMA weights and writes DIR/samples/step-XXXXXXXX.png.
+int train_samples_write(struct train_samples *s, struct trainer *t, const struct dataset *d,
+                        const char *dir);
+
+// ---- the run (train_run.c) ------------------------------------------------------------------------
+
+// Trains; `command` is echoed into run.json. Returns 0 or a negative code; ERR_STOPPED never: a
+// stopped run has written its checkpoint and is a success.
+int train_run(const struct train_settings *o, const struct command *command);
+
+#endif

@@ -1,0 +1,116 @@
+// Sample grids during training: a second, small model on the same device, filled from the EMA.
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+
+#include "tools/grid.h"
+#include "tools/train_run.h"
+
+static int sample_batch(const struct config *c)
+{
+    int rows = c->classes < SAMPLE_ROWS ? c->classes : SAMPLE_ROWS;
+    return rows * SAMPLE_COLUMNS < SAMPLE_BATCH ? rows * SAMPLE_COLUMNS : SAMPLE_BATCH;
+}
+
+int train_samples_plan(const struct session *s, const struct config *c, uint64_t limit,
+                       uint64_t *bytes, FILE *table)
+{
+    struct dit_options options = {.batch = 2 * sample_batch(c), .limit = limit};
+    struct dit *d = NULL;
+    int code = dit_new(s->dev, s->stream, c, &options, &d);
+    if (code >= 0)
+        code = dit_layout(d);
+    if (d) {
+        *bytes = plan_total(d->plan);
+        if (table)
+            plan_print(d->plan, table, false);
+        dit_free(d);
+    }
+    return code;
+}
+
+int train_samples_new(const struct session *s, const struct config *c,
+                      const struct train_settings *o, struct train_samples *out)
+{
+    bool guided = c->class_dropout > 0;
+    struct sample_options options = {.steps = o->sample_steps,
+                                     .cfg = guided ? o->sample_cfg : 1.0f,
+                                     .seed = o->seed};
+    *out = (struct train_samples){.rows = c->classes < SAMPLE_ROWS ? c->classes : SAMPLE_ROWS};
+    out->count = out->rows * SAMPLE_COLUMNS;
+    for (int i = 0; i < out->count; i++)
+        out->classes[i] = i / SAMPLE_COLUMNS;
+    return sampler_new(s->dev, s->stream, c, sample_batch(c), &options, &out->sampler);
+}
+
+void train_samples_free(struct train_samples *s)
+{
+    if (s->sampler)
+        sampler_free(s->sampler);
+    s->sampler = NULL;
+}
+
+// The sampler's weights become the trainer's EMA; the fixed position table has only weights.
+static int copy_ema(struct dit *to, struct dit *from)
+{
+    for (int i = 0; i < from->params.count; i++) {
+        const struct param *p = &from->params.list[i];
+        if (p->start == 0) // else a slice of a tensor copied whole with its first parameter
+            TRY(tensor_copy(&to->ctx, param_tensor(&to->w, p),
+                            param_tensor(p->frozen ? &from->w : &from->ema, p)));
+    }
+    return 0;
+}
+
+static int stop_when_wanted(void *user, int done, int total)
+{
+    (void)user, (void)done, (void)total;
+    return stop_wanted ? fail(ERR_STOPPED, "stopped while sampling") : 0;
+}
+
+static int write_grid(const struct train_samples *s, const struct trainer *t,
+                      const struct dataset *d, const float *latents, const char *dir)
+{
+    char path[4200], title[64], text[128];
+    const char *labels[SAMPLE_ROWS];
+    const struct config *c = &t->dit->config;
+    snprintf(path, sizeof path, "%s/samples", dir);
+    if (mkdir(path, 0777) != 0 && errno != EEXIST)
+        return fail(ERR_IO, "%s: %s", path, strerror(errno));
+    snprintf(path, sizeof path, "%s/samples/step-%08lld.png", dir, (long long)t->step);
+    snprintf(title, sizeof title, "step %lld", (long long)t->step);
+    snprintf(text, sizeof text, "step %lld, %d Euler steps, cfg %g, seed %llu, EMA weights",
+             (long long)t->step, s->sampler->options.steps, (double)s->sampler->options.cfg,
+             (unsigned long long)s->sampler->options.seed);
+    for (int i = 0; i < s->rows; i++)
+        labels[i] = d->class_names ? d->class_names[i] : "";
+    struct image_text texts[] = {{"Software", "ditmoe " DITMOE_VERSION}, {"parameters", text}};
+    struct grid grid = {.latents = latents,
+                        .count = s->count,
+                        .channels = c->channels,
+                        .size = c->size,
+                        .rows = s->rows,
+                        .columns = SAMPLE_COLUMNS,
+                        .labels = d->class_names ? labels : NULL,
+                        .title = title};
+    return grid_write(path, &grid, texts, 2);
+}
+
+int train_samples_write(struct train_samples *s, struct trainer *t, const struct dataset *d,
+                        const char *dir)
+{
+    const struct config *c = &t->dit->config;
+    size_t pixels = (size_t)c->channels * (size_t)c->size * (size_t)c->size;
+    float *latents = malloc(sizeof(float) * pixels * (size_t)s->count);
+    if (!latents)
+        return fail(ERR_NOMEM, "out of memory for samples");
+    int code = copy_ema(s->sampler->dit, t->dit);
+    if (code >= 0)
+        code = sampler_run(s->sampler, s->count, s->classes, NULL, latents, stop_when_wanted, NULL);
+    if (code >= 0)
+        code = write_grid(s, t, d, latents, dir);
+    free(latents);
+    return code;
+}
