@@ -41,8 +41,7 @@ const char *device_kind_name(enum device_kind kind)
     return names[kind];
 }
 
-// ---- completing the list from hwloc
-// ------------------------------------------------------------------
+// ---- completing the list from hwloc ------------------------------------------------------------
 
 // NULL when this machine cannot be looked at. hwloc's own search for OpenCL and GL devices is left
 // out: it is slow, and the PCI id already joins a device to its place.
@@ -107,8 +106,7 @@ static void complete(struct device_info *list, int count)
         hwloc_topology_destroy(topology);
 }
 
-// ---- the list
-// --------------------------------------------------------------------------------------
+// ---- the list ----------------------------------------------------------------------------------
 
 int devices_list(struct device_info *out, int max)
 {

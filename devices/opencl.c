@@ -8,8 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-// ---- open and close
-// --------------------------------------------------------------------------------
+// ---- open and close ----------------------------------------------------------------------------
 
 static void opencl_close(struct device *base)
 {
@@ -61,8 +60,7 @@ out:
     return fail_in(code, "%s", info->key);
 }
 
-// ---- memory
-// ----------------------------------------------------------------------------------------
+// ---- memory ------------------------------------------------------------------------------------
 
 static double mib(uint64_t bytes)
 {
@@ -143,8 +141,7 @@ static void opencl_free(struct mem *mem)
     free(mem);
 }
 
-// ---- streams and transfers
-// -------------------------------------------------------------------------
+// ---- streams and transfers ---------------------------------------------------------------------
 
 static int opencl_stream_new(struct device *base, struct stream **out)
 {
@@ -220,8 +217,7 @@ static int opencl_fill(struct stream *s, struct mem *dst, size_t offset, size_t 
     return 0;
 }
 
-// ---- work
-// ------------------------------------------------------------------------------------------
+// ---- work --------------------------------------------------------------------------------------
 
 static cl_int set_arg(cl_kernel kernel, cl_uint index, char letter, const union arg *arg)
 {
@@ -264,8 +260,7 @@ static int opencl_accelerate(struct stream *s, enum accelerated op, const void *
     return NOT_MINE;
 }
 
-// ---- events
-// ----------------------------------------------------------------------------------------
+// ---- events ------------------------------------------------------------------------------------
 
 static int opencl_event_new(struct device *base, struct event **out)
 {

@@ -76,6 +76,12 @@ void opencl_device_string(cl_device_id id, cl_device_info what, char *out, size_
 int opencl_program_open(struct opencl_device *dev);
 void opencl_program_close(struct opencl_device *dev);
 
+// The cache of program binaries, in the user's cache (devices/cache.h). `identity` is a text of all
+// that the binary depends on. load sets dev->program and builds it: false when there is no file, or
+// one that is corrupt, another's, or refused by the driver. save: false when it could not be kept.
+bool opencl_binary_load(struct opencl_device *dev, const char *identity, const char *options);
+bool opencl_binary_save(struct opencl_device *dev, const char *identity);
+
 // opencl_gemm.c: see struct gemm and gemm_space in device.h.
 int opencl_gemm(struct stream *s, const struct gemm *g);
 size_t opencl_gemm_space(struct device *dev, const struct gemm *g);

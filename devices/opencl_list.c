@@ -12,8 +12,7 @@
 
 enum { PLATFORMS_MAX = 16, ICD_FOUND_NO_PLATFORM = -1001 };
 
-// ---- errors
-// ----------------------------------------------------------------------------------------
+// ---- errors ------------------------------------------------------------------------------------
 
 const char *opencl_error_name(cl_int code)
 {
@@ -87,8 +86,7 @@ int opencl_fail(cl_int code, const char *what)
                 opencl_error_name(code), code);
 }
 
-// ---- discovery
-// -------------------------------------------------------------------------------------
+// ---- discovery ---------------------------------------------------------------------------------
 
 int opencl_device_ids(cl_device_id *ids, cl_platform_id *owners)
 {

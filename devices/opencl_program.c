@@ -1,14 +1,97 @@
-// Builds kernels.cl for a device and makes its kernels.
+// Builds kernels.cl for a device and makes its kernels, without compiling twice what has not
+// changed.
+//
+// A driver that compiles everything in clBuildProgram gets a cache: its binary is stored under a
+// name hashed from all that it depends on, with that text and a checksum in front, and tried first
+// at the next start. PoCL is left to its own cache, measured with 100 small kernels on two cores:
+// it compiles a kernel at its first launch (0.07 s each; only those that are used) and opens in
+// 0.04-0.06 s when it has seen the source before, whereas asking it for a binary compiles every
+// kernel: 15 s, to save 0.02 s a start.
 #include "devices/opencl.h"
 
+#include "devices/cache.h"
 #include "devices/kernels.h"
 
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-// ---- building
-// --------------------------------------------------------------------------------------
+// ---- the cache of binaries ---------------------------------------------------------------------
+
+enum { HEADER_SIZE = 1024 }; // a text, padded with 0: version, checksum, identity
+
+static void binary_name(const char *identity, char *out, size_t size)
+{
+    snprintf(out, size, "program-%016llx.bin",
+             (unsigned long long)cache_hash(CACHE_HASH, identity, strlen(identity)));
+}
+
+static void binary_header(const char *identity, const unsigned char *binary, size_t size, char *out)
+{
+    memset(out, 0, HEADER_SIZE);
+    snprintf(out, HEADER_SIZE, "ditmoe program 1\n%016llx\n%s\n",
+             (unsigned long long)cache_hash(CACHE_HASH, binary, size), identity);
+}
+
+bool opencl_binary_load(struct opencl_device *dev, const char *identity, const char *options)
+{
+    char name[64], header[HEADER_SIZE];
+    size_t size = 0;
+    cl_int code = CL_INVALID_BINARY;
+    binary_name(identity, name, sizeof name);
+    unsigned char *file = cache_read(name, &size);
+    if (file && size > HEADER_SIZE) {
+        const unsigned char *binary = file + HEADER_SIZE;
+        size -= HEADER_SIZE;
+        binary_header(identity, binary, size, header);
+        if (!memcmp(header, file, HEADER_SIZE))
+            dev->program =
+                clCreateProgramWithBinary(dev->context, 1, &dev->id, &size, &binary, NULL, &code);
+    }
+    free(file);
+    if (code == CL_SUCCESS &&
+        clBuildProgram(dev->program, 1, &dev->id, options, NULL, NULL) == CL_SUCCESS)
+        return true;
+    if (code == CL_SUCCESS)
+        clReleaseProgram(dev->program);
+    dev->program = NULL;
+    return false;
+}
+
+bool opencl_binary_save(struct opencl_device *dev, const char *identity)
+{
+    char name[64];
+    size_t size = 0;
+    bool saved = false;
+    binary_name(identity, name, sizeof name);
+    if (clGetProgramInfo(dev->program, CL_PROGRAM_BINARY_SIZES, sizeof size, &size, NULL) !=
+            CL_SUCCESS ||
+        size == 0)
+        return false;
+    unsigned char *file = malloc(HEADER_SIZE + size);
+    unsigned char *binary = file ? file + HEADER_SIZE : NULL;
+    if (file && clGetProgramInfo(dev->program, CL_PROGRAM_BINARIES, sizeof binary, &binary, NULL) ==
+                    CL_SUCCESS) {
+        binary_header(identity, binary, size, (char *)file);
+        saved = cache_write(name, file, HEADER_SIZE + size);
+    }
+    free(file);
+    return saved;
+}
+
+// All that a binary depends on.
+static void binary_identity(const struct opencl_device *dev, const char *options, char *out,
+                            size_t size)
+{
+    const struct device_info *info = &dev->base.info;
+    char version[128] = "";
+    clGetPlatformInfo(dev->platform, CL_PLATFORM_VERSION, sizeof version - 1, version, NULL);
+    snprintf(out, size, "%s, %s, %s, %s, driver %s, source %016llx, options %s", info->platform,
+             version, info->vendor, info->name, info->driver,
+             (unsigned long long)cache_hash(CACHE_HASH, kernels_cl, kernels_cl_size), options);
+}
+
+// ---- building ----------------------------------------------------------------------------------
 
 // The first `max` lines of the log that speak of an error, joined by " | ".
 static void first_errors(const char *log, char *out, size_t size, int max)
@@ -61,8 +144,21 @@ static int build_source(struct opencl_device *dev, const char *options)
     return code == CL_SUCCESS ? 0 : build_failed(dev, code);
 }
 
-// ---- kernels
-// ---------------------------------------------------------------------------------------
+static int build(struct opencl_device *dev)
+{
+    char options[64], identity[800];
+    build_options(dev, options, sizeof options);
+    if (!strcmp(dev->base.info.platform, "Portable Computing Language"))
+        return build_source(dev, options);
+    binary_identity(dev, options, identity, sizeof identity);
+    if (opencl_binary_load(dev, identity, options))
+        return 0;
+    TRY(build_source(dev, options));
+    opencl_binary_save(dev, identity);
+    return 0;
+}
+
+// ---- kernels -----------------------------------------------------------------------------------
 
 // Makes kernel `i`; appends what is wrong with it to `wrong`.
 static void make_kernel(struct opencl_device *dev, int i, char *wrong, size_t size)
@@ -88,9 +184,8 @@ static void make_kernel(struct opencl_device *dev, int i, char *wrong, size_t si
 
 int opencl_program_open(struct opencl_device *dev)
 {
-    char options[64], wrong[900] = "";
-    build_options(dev, options, sizeof options);
-    TRY(build_source(dev, options));
+    char wrong[900] = "";
+    TRY(build(dev));
     for (int i = 0; i < KERNEL_COUNT; i++)
         make_kernel(dev, i, wrong, sizeof wrong);
     if (wrong[0])

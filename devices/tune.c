@@ -25,8 +25,7 @@ struct table {
 };
 static struct table *tables;
 
-// ---- the file
-// --------------------------------------------------------------------------------------
+// ---- the file ----------------------------------------------------------------------------------
 
 // The choices of the device's file, a new reference; NULL if it is missing, corrupt or another's.
 static json_t *load_choices(const struct table *t)
@@ -89,8 +88,7 @@ static struct table *table_of(const struct device_info *info)
     return t;
 }
 
-// ---- measuring
-// -------------------------------------------------------------------------------------
+// ---- measuring ---------------------------------------------------------------------------------
 
 static double seconds_now(void)
 {
@@ -153,8 +151,7 @@ static int measure(tune_run *run, void *user, int count, double *seconds)
     return best >= 0 ? best : code;
 }
 
-// ---- choosing
-// --------------------------------------------------------------------------------------
+// ---- choosing ----------------------------------------------------------------------------------
 
 // The remembered choice, or -1. One made among another number of candidates does not count.
 static int recall(const struct table *t, const char *key, int count)
