@@ -18,29 +18,30 @@ struct block_act {
     struct tensor stats1, h1, qkv, qk, qk_stats;    // LN1, its output [M,D], [M,3D], after q/k norm
     struct tensor lse, o, attn, mid;                // [N,H,T], [M,D], [M,D], [M,D] after attention
     struct tensor stats2, h2;                       // LN2 and its output [M,D]
-    struct tensor logits, probs, weight, index;     // router: [M,E] [M,E] [M,K] [M,K]
+    struct tensor logits, probs, weight;            // router: [M,E] [M,E] [M,K]
     struct tensor slot, token;                      // [M,K] [R]
     struct tensor rows, gu, hidden, y;              // [R,D] [R,2F] [R,F] [R,D]
     struct tensor shared_gu, shared_hidden, shared; // [M,2Fs] [M,Fs] [M,D]
     struct tensor fc1, act;                         // plain MLP: [M,4D] [M,4D]
     struct tensor out;                              // [M,D] of the MoE or MLP
-    bool shared_rows;                               // (recompute) tensors belong to another block too
 };
+// The backward pass writes gradients over what is no longer needed: d attn over attn, d out over out,
+// d gu over gu, d rows over y. So one forward serves one backward.
 
 // Kept per layer even when the block is recomputed: what logs and the parity door read.
 struct block_route {
+    struct tensor index;               // [M,K] int32, the experts chosen
     struct tensor offsets;             // [E+1] int32
     struct tensor fraction, mean_prob; // [G,E], training only
 };
 
-// Scratch of the backward pass, one set for all blocks.
+// Scratch of a block's backward pass (lifetimes end with it, so blocks share the bytes).
 struct block_grad {
-    struct tensor dmod, dh, dout;           // [N,6D] [M,D] [M,D]
-    struct tensor dqkv, delta, da;          // [M,3D] [N,H,T] [M,D]
-    struct tensor dhidden, drows;           // [R,F] [R,D]
+    struct tensor dmod, dh;                 // [N,6D] [M,D]
+    struct tensor dqkv, delta;              // [M,3D] [N,H,T]
+    struct tensor dhidden, dshared_hidden;  // [R,F] [M,Fs]
     struct tensor dweight, dlogits;         // [M,K] [M,E]
-    struct tensor dshared_hidden;           // [M,Fs]
-    struct tensor dfc;                      // [M,4D]
+    struct tensor dact;                     // [M,4D]
 };
 
 struct embed_act {
@@ -78,9 +79,9 @@ struct dit {
     struct embed_act embed;
     struct tensor *x;            // [L+1] residual stream [M,D] before each block, and after the last
     struct tensor dx;            // [M,D]
-    struct block_act *acts;      // [L]
+    struct block_act *acts;      // [L], or [1] shared by all blocks with recompute
     struct block_route *routes;  // [L]
-    struct block_grad grad;
+    struct block_grad *grads;    // [L]
     struct final_act final;
 };
 
@@ -93,6 +94,7 @@ int dit_commit(struct dit *d);
 void dit_free(struct dit *d);
 
 int dit_init(struct dit *d, uint64_t seed); // weights (and EMA = weights, moments = 0) as published
+int dit_copy_ema(struct dit *d);            // EMA = weights
 
 // input, t, labels -> output.
 int dit_forward(struct dit *d);
@@ -117,10 +119,10 @@ int block_forward(struct dit *d, int layer);
 int block_backward(struct dit *d, int layer);
 
 int attention_forward(struct dit *d, int layer);  // h1 -> attn
-int attention_backward(struct dit *d, int layer); // grad.da (d attn) -> grad.dh (d h1)
+int attention_backward(struct dit *d, int layer); // attn (now d attn) -> grad.dh (d h1)
 
 int moe_forward(struct dit *d, int layer);  // h2 -> out
-int moe_backward(struct dit *d, int layer); // grad.dout (d out) -> grad.dh (d h2)
+int moe_backward(struct dit *d, int layer); // out (now d out) -> grad.dh (d h2)
 int mlp_forward(struct dit *d, int layer);  // the same for a plain block
 int mlp_backward(struct dit *d, int layer);
 
@@ -128,8 +130,28 @@ int final_plan(struct dit *d);
 int final_forward(struct dit *d);
 int final_backward(struct dit *d);
 
-// Times of the dry pass: block l's forward, its backward. Embedding is block -1, the head block L.
+// ---- times of the dry pass ---------------------------------------------------------------------------
+
+// Block l's forward, its backward; the embedding is block -1, the head block L. Phases within a block
+// let its tensors share bytes: forward 0 qkv, 1 attention, 2 projection and router, 3 gate and up,
+// 4 down, 5 combine; backward 0 gate, 1 down, 2 gate and up, 3 shared and router, 4 projection,
+// 5 attention, 6 qkv, 7 modulation.
+enum { PHASES = 8, NEVER = -1 };
 int time_forward(const struct dit *d, int layer, int phase);
 int time_backward(const struct dit *d, int layer, int phase);
+
+// Declares an activation that lives from forward phase `from` to `to` of its block, or, when training,
+// to backward phase `back` (NEVER: not needed there).
+int plan_activation(struct dit *d, int layer, const char *name, enum dtype type, int from, int to,
+                    int back, struct tensor *t, int ndim, const int64_t *shape);
+#define ACTIVATION(d, layer, name, type, from, to, back, t, ...)                                   \
+    TRY(plan_activation(d, layer, name, type, from, to, back, t,                                   \
+                        (int)(sizeof((int64_t[]){__VA_ARGS__}) / sizeof(int64_t)),                 \
+                        (int64_t[]){__VA_ARGS__}))
+
+static inline struct block_act *dit_act(struct dit *d, int layer)
+{
+    return &d->acts[d->options.recompute ? 0 : layer];
+}
 
 #endif

@@ -39,6 +39,8 @@ enum init {
     INIT_POSITION // 2-D sin-cos table
 };
 
+struct group;
+
 struct param {
     char name[72]; // published name: "blocks.0.moe.experts.3.gate_proj.weight"
     int ndim;
@@ -54,6 +56,8 @@ struct params {
     struct config config;
     int count;
     struct param *list;
+    int group_count;
+    struct group *groups; // the device tensors (params.c)
 };
 
 int params_new(const struct config *c, struct params *out);

@@ -9,6 +9,7 @@ struct sample_options {
     int steps;        // Euler steps, equal in t
     float cfg;        // guidance scale; 1: none (one forward pass an image instead of two)
     uint64_t seed;
+    uint64_t limit;   // device memory to plan with, bytes; 0: all
 };
 
 struct sampler {
@@ -18,6 +19,7 @@ struct sampler {
     struct tensor z;        // [batch,C,S,S]
     int32_t *labels;
     float *times;
+    float *host;            // [batch,C,S,S]
 };
 
 // Called after each step of each batch; NULL: no one looks. Return < 0 to stop.

@@ -29,6 +29,7 @@ struct trainer {
     struct tensor images, noise, loss, losses, control, counts;
     float *t_host;  // [N]
     int32_t *y_host;
+    double *entropy; // [L], for reports
 };
 
 // What a finished step tells.

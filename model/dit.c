@@ -1,0 +1,257 @@
+#include "model/dit.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+// ---- times -------------------------------------------------------------------------------------------
+
+int time_forward(const struct dit *d, int layer, int phase)
+{
+    (void)d;
+    return (layer + 1) * PHASES + phase;
+}
+
+int time_backward(const struct dit *d, int layer, int phase)
+{
+    const int L = d->config.layers;
+    return (L + 2) * PHASES + (L - layer) * PHASES + phase;
+}
+
+int plan_activation(struct dit *d, int layer, const char *name, enum dtype type, int from, int to,
+                    int back, struct tensor *t, int ndim, const int64_t *shape)
+{
+    const int L = d->config.layers;
+    int first = time_forward(d, layer, from), last = time_forward(d, layer, to);
+    if (d->options.train && back != NEVER)
+        last = time_backward(d, layer, back);
+    if (d->options.recompute && layer >= 0 && layer < L) // one set for all blocks, in both passes
+        first = time_forward(d, 0, 0), last = time_backward(d, 0, PHASES - 1);
+    return plan_tensor(d->plan, name, PLAN_ACTIVATIONS, type, first, last, t, ndim, shape);
+}
+
+// ---- making a model ------------------------------------------------------------------------------------
+
+static int plan_parameters(struct dit *d)
+{
+    const struct dit_options *o = &d->options;
+    TRY(weights_plan(&d->w, &d->params, d->plan, PLAN_WEIGHTS));
+    if (o->train)
+        TRY(weights_plan(&d->g, &d->params, d->plan, PLAN_GRADIENTS));
+    if (o->optimiser) {
+        TRY(weights_plan(&d->m, &d->params, d->plan, PLAN_MOMENT1));
+        TRY(weights_plan(&d->v, &d->params, d->plan, PLAN_MOMENT2));
+    }
+    return o->ema ? weights_plan(&d->ema, &d->params, d->plan, PLAN_EMA) : 0;
+}
+
+static int plan_inputs(struct dit *d)
+{
+    const struct config *c = &d->config;
+    const int64_t N = d->options.batch, S = c->size, Co = config_out_channels(c);
+    TRY(PLAN_TENSOR(d->plan, "input", PLAN_INPUT, F32, 0, PLAN_FOREVER, &d->input, N, c->channels, S, S));
+    TRY(PLAN_TENSOR(d->plan, "t", PLAN_INPUT, F32, 0, PLAN_FOREVER, &d->t, N));
+    TRY(PLAN_TENSOR(d->plan, "labels", PLAN_INPUT, I32, 0, PLAN_FOREVER, &d->labels, N));
+    TRY(PLAN_TENSOR(d->plan, "output", PLAN_INPUT, F32, 0, PLAN_FOREVER, &d->output, N, Co, S, S));
+    if (!d->options.train)
+        return 0;
+    return PLAN_TENSOR(d->plan, "doutput", PLAN_INPUT, F32, 0, PLAN_FOREVER, &d->doutput, N, Co, S, S);
+}
+
+// The residual stream: x[l] is written by block l-1 and read by block l, in both passes. A block that
+// is recomputed writes its output again, after the next block's backward.
+static int plan_residual(struct dit *d)
+{
+    const struct config *c = &d->config;
+    const int L = c->layers;
+    const enum dtype act = d->ctx.dev->act;
+    const int64_t D = c->hidden, M = d->options.batch * (int64_t)config_tokens(c);
+    for (int l = 0; l <= L; l++) {
+        int last = time_forward(d, l, PHASES - 1);
+        if (d->options.train)
+            last = time_backward(d, d->options.recompute && l > 0 ? l - 1 : l, PHASES - 1);
+        TRY(PLAN_TENSOR(d->plan, "x", PLAN_ACTIVATIONS, act, time_forward(d, l - 1, 0), last, &d->x[l],
+                        M, D));
+    }
+    if (!d->options.train)
+        return 0;
+    return PLAN_TENSOR(d->plan, "dx", PLAN_ACTIVATIONS, act, time_backward(d, L, 0),
+                       time_backward(d, -1, PHASES - 1), &d->dx, M, D);
+}
+
+static int plan_model(struct dit *d)
+{
+    TRY(plan_parameters(d));
+    TRY(plan_inputs(d));
+    TRY(plan_residual(d));
+    TRY(embed_plan(d));
+    for (int l = 0; l < d->config.layers; l++)
+        TRY(block_plan(d, l));
+    TRY(final_plan(d));
+    d->ctx.dry = true; // operations check shapes and ask for scratch
+    TRY(dit_forward(d));
+    return d->options.train ? dit_backward(d) : 0;
+}
+
+int dit_new(struct device *dev, struct stream *stream, const struct config *c,
+            const struct dit_options *options, struct dit **out)
+{
+    TRY(config_check(c));
+    if (options->batch < 1)
+        return fail(ERR_INPUT, "batch %d: must be 1 or more", options->batch);
+    struct dit *d = calloc(1, sizeof *d);
+    if (!d)
+        return fail(ERR_NOMEM, "no host memory for a model");
+    d->config = *c;
+    d->options = *options;
+    d->ctx.dev = dev;
+    d->ctx.stream = stream;
+    const size_t L = (size_t)c->layers;
+    d->x = calloc(L + 1, sizeof *d->x);
+    d->acts = calloc(L, sizeof *d->acts);
+    d->routes = calloc(L, sizeof *d->routes);
+    d->grads = calloc(L, sizeof *d->grads);
+    int code = 0;
+    if (!d->x || !d->acts || !d->routes || !d->grads)
+        code = fail(ERR_NOMEM, "no host memory for a model of %d layers", c->layers);
+    if (code < 0 || (code = params_new(c, &d->params)) < 0 || (code = plan_new(dev, &d->plan)) < 0 ||
+        (code = plan_model(d)) < 0) {
+        dit_free(d);
+        return code;
+    }
+    *out = d;
+    return 0;
+}
+
+int dit_layout(struct dit *d)
+{
+    struct context *c = &d->ctx;
+    if (c->space_wanted && !c->space.ndim)
+        TRY(PLAN_TENSOR(d->plan, "scratch", PLAN_ACTIVATIONS, F32, 0, PLAN_FOREVER, &c->space,
+                        (int64_t)((c->space_wanted + 3) / 4)));
+    return plan_layout(d->plan, d->options.limit);
+}
+
+int dit_commit(struct dit *d)
+{
+    TRY(plan_commit(d->plan));
+    d->ctx.dry = false;
+    return 0;
+}
+
+void dit_free(struct dit *d)
+{
+    if (!d)
+        return;
+    if (d->plan)
+        plan_free(d->plan);
+    weights_free(&d->w), weights_free(&d->g), weights_free(&d->m), weights_free(&d->v);
+    weights_free(&d->ema);
+    params_free(&d->params);
+    free(d->x), free(d->acts), free(d->routes), free(d->grads);
+    free(d);
+}
+
+// ---- parameters ----------------------------------------------------------------------------------------
+
+static int zero_class(struct dit *d, enum plan_class class)
+{
+    const struct tensor *slabs;
+    int n = plan_slabs(d->plan, class, &slabs);
+    for (int i = 0; i < n; i++)
+        TRY(tensor_zero(&d->ctx, &slabs[i]));
+    return 0;
+}
+
+int dit_zero_gradients(struct dit *d)
+{
+    return zero_class(d, PLAN_GRADIENTS);
+}
+
+int dit_copy_ema(struct dit *d)
+{
+    const struct tensor *from, *to;
+    int n = plan_slabs(d->plan, PLAN_WEIGHTS, &from);
+    BUG_IF(plan_slabs(d->plan, PLAN_EMA, &to) != n);
+    for (int i = 0; i < n; i++)
+        TRY(tensor_copy(&d->ctx, &to[i], &from[i]));
+    return 0;
+}
+
+int dit_init(struct dit *d, uint64_t seed)
+{
+    int64_t largest = 0;
+    for (int i = 0; i < d->params.count; i++) {
+        int64_t n = param_count(&d->params.list[i]);
+        largest = n > largest ? n : largest;
+    }
+    float *host = malloc((size_t)largest * sizeof *host);
+    if (!host)
+        return fail(ERR_NOMEM, "no host memory for a parameter of %lld floats", (long long)largest);
+    int code = 0;
+    for (int i = 0; i < d->params.count && code >= 0; i++) {
+        param_init(&d->params, &d->params.list[i], seed, host);
+        code = param_write(&d->ctx, &d->w, &d->params.list[i], host);
+    }
+    free(host);
+    TRY(code);
+    if (d->options.optimiser) {
+        TRY(zero_class(d, PLAN_MOMENT1));
+        TRY(zero_class(d, PLAN_MOMENT2));
+    }
+    return d->options.ema ? dit_copy_ema(d) : 0;
+}
+
+// ---- the two passes --------------------------------------------------------------------------------------
+
+int dit_forward(struct dit *d)
+{
+    TRY(embed_forward(d));
+    for (int l = 0; l < d->config.layers; l++)
+        TRY(block_forward(d, l));
+    return final_forward(d);
+}
+
+int dit_backward(struct dit *d)
+{
+    TRY(final_backward(d));
+    for (int l = d->config.layers - 1; l >= 0; l--)
+        TRY(block_backward(d, l));
+    return embed_backward(d);
+}
+
+// ---- what the host may look at -------------------------------------------------------------------------------
+
+int dit_read_experts(struct dit *d, int layer, int32_t *index)
+{
+    return tensor_read(&d->ctx, &d->routes[layer].index, index);
+}
+
+int dit_read_load(struct dit *d, int layer, int32_t *load)
+{
+    const int E = d->config.experts;
+    int32_t offsets[513];
+    BUG_IF(E > 512);
+    TRY(tensor_read(&d->ctx, &d->routes[layer].offsets, offsets));
+    for (int e = 0; e < E; e++)
+        load[e] = offsets[e + 1] - offsets[e];
+    return 0;
+}
+
+int dit_read_balance(struct dit *d, int layer, double *loss)
+{
+    const struct block_route *r = &d->routes[layer];
+    const int64_t n = tensor_count(&r->fraction);
+    float *host = malloc((size_t)n * 2 * sizeof *host);
+    if (!host)
+        return fail(ERR_NOMEM, "no host memory for balance statistics");
+    int code = tensor_read(&d->ctx, &r->fraction, host);
+    if (code >= 0)
+        code = tensor_read(&d->ctx, &r->mean_prob, host + n);
+    double sum = 0;
+    for (int64_t i = 0; i < n && code >= 0; i++)
+        sum += (double)host[i] * (double)host[n + i];
+    *loss = (double)d->config.balance * sum / (double)r->fraction.shape[0];
+    free(host);
+    return code;
+}

@@ -1,0 +1,118 @@
+// The feed-forward half of a block: a mixture of SwiGLU experts with a shared expert (DiT-MoE section
+// 3.1), or DiT's plain MLP. Routing stays on the device: tokens are sorted by expert and every
+// projection is one ragged matrix product over the experts.
+#include "model/dit.h"
+
+static int router_forward(struct dit *d, int layer)
+{
+    struct context *c = &d->ctx;
+    struct block_act *a = dit_act(d, layer);
+    struct block_route *r = &d->routes[layer];
+    TRY(op_linear(c, &a->logits, &a->h2, &d->w.blocks[layer].gate_w, NULL));
+    TRY(op_router_fwd(c, &a->probs, &a->weight, &r->index, &a->logits, d->config.renormalise));
+    TRY(op_route(c, &r->offsets, &a->slot, &a->token, &r->index));
+    if (!d->options.train)
+        return 0;
+    return op_balance(c, &r->fraction, &r->mean_prob, &r->index, &a->probs);
+}
+
+static int shared_forward(struct dit *d, int layer)
+{
+    struct context *c = &d->ctx;
+    struct block_act *a = dit_act(d, layer);
+    const struct block_weights *w = &d->w.blocks[layer];
+    TRY(op_linear(c, &a->shared_gu, &a->h2, &w->shared_gu, NULL));
+    TRY(op_swiglu_fwd(c, &a->shared_hidden, &a->shared_gu));
+    return op_linear(c, &a->shared, &a->shared_hidden, &w->shared_down, NULL);
+}
+
+int moe_forward(struct dit *d, int layer)
+{
+    struct context *c = &d->ctx;
+    struct block_act *a = dit_act(d, layer);
+    const struct block_weights *w = &d->w.blocks[layer];
+    const struct tensor *offsets = &d->routes[layer].offsets;
+    const bool shared = d->config.shared > 0;
+    TRY(router_forward(d, layer));
+    if (shared)
+        TRY(shared_forward(d, layer));
+    TRY(op_dispatch_fwd(c, &a->rows, &a->h2, &a->token));
+    TRY(op_experts(c, &a->gu, &a->rows, &w->experts_gu, offsets));
+    TRY(op_swiglu_fwd(c, &a->hidden, &a->gu));
+    TRY(op_experts(c, &a->y, &a->hidden, &w->experts_down, offsets));
+    return op_combine_fwd(c, &a->out, &a->y, &a->slot, &a->weight, shared ? &a->shared : NULL);
+}
+
+// d y (in a->y) -> gradients of the experts; a->y becomes d rows.
+static int experts_backward(struct dit *d, int layer)
+{
+    struct context *c = &d->ctx;
+    struct block_act *a = dit_act(d, layer);
+    struct block_grad *s = &d->grads[layer];
+    struct block_weights *g = &d->g.blocks[layer];
+    const struct block_weights *w = &d->w.blocks[layer];
+    const struct tensor *offsets = &d->routes[layer].offsets;
+    TRY(op_experts_dw(c, &g->experts_down, &a->y, &a->hidden, offsets));
+    TRY(op_experts_dx(c, &s->dhidden, &a->y, &w->experts_down, offsets));
+    TRY(op_swiglu_bwd(c, &a->gu, &s->dhidden, &a->gu));
+    TRY(op_experts_dw(c, &g->experts_gu, &a->gu, &a->rows, offsets));
+    return op_experts_dx(c, &a->y, &a->gu, &w->experts_gu, offsets);
+}
+
+// d out -> gradients of the shared expert; starts d h2.
+static int shared_backward(struct dit *d, int layer)
+{
+    struct context *c = &d->ctx;
+    struct block_act *a = dit_act(d, layer);
+    struct block_grad *s = &d->grads[layer];
+    struct block_weights *g = &d->g.blocks[layer];
+    const struct block_weights *w = &d->w.blocks[layer];
+    TRY(op_linear_dw(c, &g->shared_down, NULL, &a->out, &a->shared_hidden));
+    TRY(op_linear_dx(c, &s->dshared_hidden, &a->out, &w->shared_down, false));
+    TRY(op_swiglu_bwd(c, &a->shared_gu, &s->dshared_hidden, &a->shared_gu));
+    TRY(op_linear_dw(c, &g->shared_gu, NULL, &a->shared_gu, &a->h2));
+    return op_linear_dx(c, &s->dh, &a->shared_gu, &w->shared_gu, false);
+}
+
+int moe_backward(struct dit *d, int layer)
+{
+    struct context *c = &d->ctx;
+    struct block_act *a = dit_act(d, layer);
+    struct block_route *r = &d->routes[layer];
+    struct block_grad *s = &d->grads[layer];
+    const bool shared = d->config.shared > 0;
+    TRY(op_combine_bwd(c, &a->y, &s->dweight, &a->out, &a->y, &a->slot, &a->weight));
+    TRY(experts_backward(d, layer));
+    if (shared)
+        TRY(shared_backward(d, layer));
+    // the router's gradient comes from the gate weights and from the balance loss
+    TRY(op_router_bwd(c, &s->dlogits, &s->dweight, &a->probs, &r->index, &r->fraction,
+                      d->config.balance, d->config.renormalise));
+    TRY(op_linear_dw(c, &d->g.blocks[layer].gate_w, NULL, &s->dlogits, &a->h2));
+    TRY(op_linear_dx(c, &s->dh, &s->dlogits, &d->w.blocks[layer].gate_w, shared));
+    return op_dispatch_bwd(c, &s->dh, &a->y, &a->slot);
+}
+
+int mlp_forward(struct dit *d, int layer)
+{
+    struct context *c = &d->ctx;
+    struct block_act *a = dit_act(d, layer);
+    const struct block_weights *w = &d->w.blocks[layer];
+    TRY(op_linear(c, &a->fc1, &a->h2, &w->fc1_w, &w->fc1_b));
+    TRY(op_gelu_fwd(c, &a->act, &a->fc1));
+    return op_linear(c, &a->out, &a->act, &w->fc2_w, &w->fc2_b);
+}
+
+int mlp_backward(struct dit *d, int layer)
+{
+    struct context *c = &d->ctx;
+    struct block_act *a = dit_act(d, layer);
+    struct block_grad *s = &d->grads[layer];
+    struct block_weights *g = &d->g.blocks[layer];
+    const struct block_weights *w = &d->w.blocks[layer];
+    TRY(op_linear_dw(c, &g->fc2_w, &g->fc2_b, &a->out, &a->act));
+    TRY(op_linear_dx(c, &s->dact, &a->out, &w->fc2_w, false));
+    TRY(op_gelu_bwd(c, &s->dact, &s->dact, &a->fc1));
+    TRY(op_linear_dw(c, &g->fc1_w, &g->fc1_b, &s->dact, &a->h2));
+    return op_linear_dx(c, &s->dh, &s->dact, &w->fc1_w, false);
+}

@@ -1,0 +1,313 @@
+// The table is built by walking the network once; each device tensor is added whole, then the
+// published parameters that lie in it.
+#include "model/params.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "runtime/rng.h"
+
+// A device tensor: where it sits in the struct, and its shape.
+struct group {
+    int block;
+    size_t member;
+    bool frozen;
+    int first; // its first parameter, whose name stands for it in the plan's table
+    int ndim;
+    int64_t shape[3];
+};
+
+struct builder {
+    const struct config *config;
+    struct param *list;
+    struct group *groups;
+    int count, group_count;
+    int64_t next; // first free element of the current group
+};
+
+static void add_group(struct builder *b, int block, size_t member, bool frozen, int ndim, int64_t s0,
+                      int64_t s1, int64_t s2)
+{
+    if (b->groups)
+        b->groups[b->group_count] = (struct group){block, member, frozen, b->count, ndim, {s0, s1, s2}};
+    b->group_count++;
+    b->next = 0;
+}
+
+// A published parameter in the current group.
+static void add_param(struct builder *b, int block, size_t member, const char *name, enum init init,
+                      int ndim, const int64_t *shape)
+{
+    struct param p = {.ndim = ndim, .init = init, .block = block, .member = member, .start = b->next};
+    p.frozen = init == INIT_POSITION;
+    snprintf(p.name, sizeof p.name, "%s", name);
+    for (int i = 0; i < ndim; i++)
+        p.shape[i] = shape[i];
+    b->next += param_count(&p);
+    if (b->list)
+        b->list[b->count] = p;
+    b->count++;
+}
+
+// A device tensor that is one parameter.
+#define ADD(b, member, init, name, ...)                                                            \
+    do {                                                                                           \
+        const int64_t shape_[] = {__VA_ARGS__};                                                    \
+        const int n_ = (int)(sizeof shape_ / sizeof *shape_);                                      \
+        int64_t rest_ = 1;                                                                         \
+        for (int i_ = 1; i_ < n_; i_++)                                                            \
+            rest_ *= shape_[i_];                                                                   \
+        add_group(b, -1, offsetof(struct weights, member), (init) == INIT_POSITION,                \
+                  n_ > 1 ? 2 : 1, shape_[0], rest_, 1);                                            \
+        add_param(b, -1, offsetof(struct weights, member), name, init, n_, shape_);                \
+    } while (0)
+
+static void add_embedding(struct builder *b)
+{
+    const struct config *c = b->config;
+    const int64_t D = c->hidden, p = c->patch;
+    // pos_embed is [1,T,D]; the device tensor is [T,D]
+    add_group(b, -1, offsetof(struct weights, pos), true, 2, config_tokens(c), D, 1);
+    add_param(b, -1, offsetof(struct weights, pos), "pos_embed", INIT_POSITION, 3,
+              (int64_t[]){1, config_tokens(c), D});
+    ADD(b, patch_w, INIT_XAVIER, "x_embedder.proj.weight", D, c->channels, p, p);
+    ADD(b, patch_b, INIT_ZERO, "x_embedder.proj.bias", D);
+    ADD(b, t0_w, INIT_NORMAL, "t_embedder.mlp.0.weight", D, TIMESTEP_FEATURES);
+    ADD(b, t0_b, INIT_ZERO, "t_embedder.mlp.0.bias", D);
+    ADD(b, t2_w, INIT_NORMAL, "t_embedder.mlp.2.weight", D, D);
+    ADD(b, t2_b, INIT_ZERO, "t_embedder.mlp.2.bias", D);
+    ADD(b, labels, INIT_NORMAL, "y_embedder.embedding_table.weight", config_label_rows(c), D);
+}
+
+static void add_head(struct builder *b)
+{
+    const struct config *c = b->config;
+    const int64_t D = c->hidden, out = (int64_t)c->patch * c->patch * config_out_channels(c);
+    ADD(b, final_w, INIT_ZERO, "final_layer.linear.weight", out, D);
+    ADD(b, final_b, INIT_ZERO, "final_layer.linear.bias", out);
+    ADD(b, final_ada_w, INIT_ZERO, "final_layer.adaLN_modulation.1.weight", 2 * D, D);
+    ADD(b, final_ada_b, INIT_ZERO, "final_layer.adaLN_modulation.1.bias", 2 * D);
+}
+
+// Parameter `suffix` of block l: one [rows, columns] matrix, or a vector when columns is 0.
+static void add_slice(struct builder *b, int l, size_t member, enum init init, const char *suffix,
+                      int64_t rows, int64_t columns)
+{
+    char name[72];
+    snprintf(name, sizeof name, "blocks.%d.%s", l, suffix);
+    add_param(b, l, member, name, init, columns ? 2 : 1, (int64_t[]){rows, columns});
+}
+
+static void add_block_tensor(struct builder *b, int l, size_t member, enum init init,
+                             const char *suffix, int64_t rows, int64_t columns)
+{
+    add_group(b, l, member, false, columns ? 2 : 1, rows, columns, 1);
+    add_slice(b, l, member, init, suffix, rows, columns);
+}
+#define BLOCK(b, l, member, init, suffix, rows, columns)                                           \
+    add_block_tensor(b, l, offsetof(struct block_weights, member), init, suffix, rows, columns)
+
+static void add_attention(struct builder *b, int l)
+{
+    const struct config *c = b->config;
+    const int64_t D = c->hidden, hd = D / c->heads;
+    BLOCK(b, l, qkv_w, INIT_XAVIER, c->qk_norm ? "attn.Wqkv.weight" : "attn.qkv.weight", 3 * D, D);
+    BLOCK(b, l, qkv_b, INIT_ZERO, c->qk_norm ? "attn.Wqkv.bias" : "attn.qkv.bias", 3 * D, 0);
+    BLOCK(b, l, proj_w, INIT_XAVIER, c->qk_norm ? "attn.out_proj.weight" : "attn.proj.weight", D, D);
+    BLOCK(b, l, proj_b, INIT_ZERO, c->qk_norm ? "attn.out_proj.bias" : "attn.proj.bias", D, 0);
+    if (!c->qk_norm)
+        return;
+    BLOCK(b, l, q_norm_w, INIT_ONE, "attn.q_norm.weight", hd, 0);
+    BLOCK(b, l, q_norm_b, INIT_ZERO, "attn.q_norm.bias", hd, 0);
+    BLOCK(b, l, k_norm_w, INIT_ONE, "attn.k_norm.weight", hd, 0);
+    BLOCK(b, l, k_norm_b, INIT_ZERO, "attn.k_norm.bias", hd, 0);
+}
+
+static void add_moe(struct builder *b, int l)
+{
+    const struct config *c = b->config;
+    const int64_t D = c->hidden, F = MLP_RATIO * D, Fs = D * c->shared;
+    const size_t gu = offsetof(struct block_weights, experts_gu);
+    const size_t down = offsetof(struct block_weights, experts_down);
+    char suffix[48];
+
+    BLOCK(b, l, gate_w, INIT_KAIMING, "moe.gate.weight", c->experts, D);
+    add_group(b, l, gu, false, 3, c->experts, 2 * F, D);
+    for (int e = 0; e < c->experts; e++) {
+        snprintf(suffix, sizeof suffix, "moe.experts.%d.gate_proj.weight", e);
+        add_slice(b, l, gu, INIT_XAVIER, suffix, F, D);
+        snprintf(suffix, sizeof suffix, "moe.experts.%d.up_proj.weight", e);
+        add_slice(b, l, gu, INIT_XAVIER, suffix, F, D);
+    }
+    add_group(b, l, down, false, 3, c->experts, D, F);
+    for (int e = 0; e < c->experts; e++) {
+        snprintf(suffix, sizeof suffix, "moe.experts.%d.down_proj.weight", e);
+        add_slice(b, l, down, INIT_XAVIER, suffix, D, F);
+    }
+    if (!c->shared)
+        return;
+    const size_t shared_gu = offsetof(struct block_weights, shared_gu);
+    add_group(b, l, shared_gu, false, 2, 2 * Fs, D, 1);
+    add_slice(b, l, shared_gu, INIT_XAVIER, "moe.shared_experts.gate_proj.weight", Fs, D);
+    add_slice(b, l, shared_gu, INIT_XAVIER, "moe.shared_experts.up_proj.weight", Fs, D);
+    BLOCK(b, l, shared_down, INIT_XAVIER, "moe.shared_experts.down_proj.weight", D, Fs);
+}
+
+static void add_block(struct builder *b, int l)
+{
+    const struct config *c = b->config;
+    const int64_t D = c->hidden, F = MLP_RATIO * D;
+    add_attention(b, l);
+    if (config_is_moe(c, l)) {
+        add_moe(b, l);
+    } else {
+        BLOCK(b, l, fc1_w, INIT_XAVIER, "mlp.fc1.weight", F, D);
+        BLOCK(b, l, fc1_b, INIT_ZERO, "mlp.fc1.bias", F, 0);
+        BLOCK(b, l, fc2_w, INIT_XAVIER, "mlp.fc2.weight", D, F);
+        BLOCK(b, l, fc2_b, INIT_ZERO, "mlp.fc2.bias", D, 0);
+    }
+    BLOCK(b, l, ada_w, INIT_ZERO, "adaLN_modulation.1.weight", 6 * D, D);
+    BLOCK(b, l, ada_b, INIT_ZERO, "adaLN_modulation.1.bias", 6 * D, 0);
+}
+
+static void walk(struct builder *b)
+{
+    add_embedding(b);
+    for (int l = 0; l < b->config->layers; l++)
+        add_block(b, l);
+    add_head(b);
+}
+
+int params_new(const struct config *c, struct params *out)
+{
+    struct builder b = {.config = c};
+    walk(&b); // counts
+    *out = (struct params){.config = *c, .count = b.count, .group_count = b.group_count};
+    out->list = calloc((size_t)b.count, sizeof *out->list);
+    out->groups = calloc((size_t)b.group_count, sizeof *out->groups);
+    if (!out->list || !out->groups) {
+        params_free(out);
+        return fail(ERR_NOMEM, "no host memory for a table of %d parameters", b.count);
+    }
+    b = (struct builder){.config = c, .list = out->list, .groups = out->groups};
+    walk(&b);
+    return 0;
+}
+
+void params_free(struct params *p)
+{
+    free(p->list);
+    free(p->groups);
+    *p = (struct params){0};
+}
+
+int64_t param_count(const struct param *p)
+{
+    int64_t n = 1;
+    for (int i = 0; i < p->ndim; i++)
+        n *= p->shape[i];
+    return n;
+}
+
+const struct param *params_find(const struct params *p, const char *name)
+{
+    for (int i = 0; i < p->count; i++)
+        if (!strcmp(p->list[i].name, name))
+            return &p->list[i];
+    return NULL;
+}
+
+// ---- device tensors ------------------------------------------------------------------------------------
+
+static struct tensor *member_of(struct weights *w, int block, size_t member)
+{
+    char *base = block < 0 ? (char *)w : (char *)&w->blocks[block];
+    return (struct tensor *)(void *)(base + member);
+}
+
+struct tensor *param_tensor(struct weights *w, const struct param *p)
+{
+    return member_of(w, p->block, p->member);
+}
+
+int weights_plan(struct weights *w, const struct params *p, struct plan *plan, enum plan_class class)
+{
+    w->blocks = calloc((size_t)p->config.layers, sizeof *w->blocks);
+    if (!w->blocks)
+        return fail(ERR_NOMEM, "no host memory for %d blocks", p->config.layers);
+    for (int i = 0; i < p->group_count; i++) {
+        const struct group *g = &p->groups[i];
+        if (g->frozen && class != PLAN_WEIGHTS)
+            continue;
+        TRY(plan_tensor(plan, p->list[g->first].name, g->frozen ? PLAN_INPUT : class, F32, 0,
+                        PLAN_FOREVER, member_of(w, g->block, g->member), g->ndim, g->shape));
+    }
+    return 0;
+}
+
+void weights_free(struct weights *w)
+{
+    free(w->blocks);
+    w->blocks = NULL;
+}
+
+int param_write(struct context *c, struct weights *w, const struct param *p, const float *host)
+{
+    return c->dev->api->write(c->stream, param_tensor(w, p)->mem, (size_t)p->start * sizeof(float),
+                              host, (size_t)param_count(p) * sizeof(float));
+}
+
+int param_read(struct context *c, struct weights *w, const struct param *p, float *host)
+{
+    return c->dev->api->read(c->stream, param_tensor(w, p)->mem, (size_t)p->start * sizeof(float),
+                             host, (size_t)param_count(p) * sizeof(float));
+}
+
+// ---- initial values --------------------------------------------------------------------------------------
+
+// 2-D sin-cos table (He et al. 2022, appendix; as in DiT): the first half of the features encodes the
+// column, the second the row; each half is sin then cos of position * 10000^(-i/(D/4)).
+static void init_position(const struct param *p, float *host)
+{
+    const int64_t T = p->shape[1], D = p->shape[2], quarter = D / 4;
+    const int64_t side = (int64_t)lround(sqrt((double)T));
+    for (int64_t token = 0; token < T; token++)
+        for (int64_t i = 0; i < quarter; i++) {
+            double omega = pow(10000.0, -(double)i / (double)quarter);
+            double x = (double)(token % side) * omega, y = (double)(token / side) * omega;
+            float *row = host + token * D;
+            row[i] = (float)sin(x), row[quarter + i] = (float)cos(x);
+            row[2 * quarter + i] = (float)sin(y), row[3 * quarter + i] = (float)cos(y);
+        }
+}
+
+void param_init(const struct params *all, const struct param *p, uint64_t seed, float *host)
+{
+    const int64_t n = param_count(p);
+    const int64_t rows = p->shape[0], columns = p->ndim > 1 ? n / rows : 1;
+    const uint64_t stream = rng_stream(RNG_INIT, (uint64_t)(p - all->list));
+    float bound = 0;
+    switch (p->init) {
+    case INIT_POSITION:
+        init_position(p, host);
+        return;
+    case INIT_ZERO:
+    case INIT_ONE:
+        for (int64_t i = 0; i < n; i++)
+            host[i] = p->init == INIT_ONE;
+        return;
+    case INIT_NORMAL:
+        for (int64_t i = 0; i < n; i++)
+            host[i] = 0.02f * rng_normal(seed, stream, (uint64_t)i);
+        return;
+    case INIT_XAVIER:
+        bound = sqrtf(6.0f / (float)(rows + columns));
+        break;
+    case INIT_KAIMING:
+        bound = 1.0f / sqrtf((float)columns);
+        break;
+    }
+    for (int64_t i = 0; i < n; i++)
+        host[i] = bound * (2.0f * rng_uniform(seed, stream, (uint64_t)i) - 1.0f);
+}

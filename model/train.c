@@ -1,0 +1,282 @@
+#include "model/train.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "runtime/rng.h"
+
+int flow_time_parse(const char *name, enum flow_time *out)
+{
+    static const char *const names[] = {"logit-normal", "uniform", "stratified"};
+    for (int i = 0; i < 3; i++)
+        if (!strcmp(name, names[i])) {
+            *out = (enum flow_time)i;
+            return 0;
+        }
+    return fail(ERR_INPUT, "time distribution '%s' is none of logit-normal, uniform, stratified", name);
+}
+
+struct train_options train_defaults(void)
+{
+    return (struct train_options){
+        .batch = 64,
+        .accumulate = 1,
+        .adamw = {.rate = 1e-4f, .beta1 = 0.9f, .beta2 = 0.999f, .eps = 1e-8f, .ema = 0.9999f},
+    };
+}
+
+// ---- random draws of a micro-step ----------------------------------------------------------------------
+
+// Inverse of the standard normal distribution, by bisection: exact enough for f32, and it runs only
+// `batch` times a step.
+static double normal_quantile(double p)
+{
+    double low = -10, high = 10;
+    for (int i = 0; i < 60; i++) {
+        double mid = 0.5 * (low + high);
+        if (0.5 * erfc(-mid * M_SQRT1_2) < p)
+            low = mid;
+        else
+            high = mid;
+    }
+    return 0.5 * (low + high);
+}
+
+void flow_draw_times(enum flow_time kind, uint64_t seed, int64_t micro, int count, float *t)
+{
+    const uint64_t stream = rng_stream(RNG_TIME, (uint64_t)micro);
+    for (int n = 0; n < count; n++) {
+        double z = 0;
+        if (kind == TIME_LOGIT_NORMAL)
+            z = (double)rng_normal(seed, stream, (uint64_t)n);
+        if (kind == TIME_STRATIFIED)
+            z = normal_quantile((n + (double)rng_uniform(seed, stream, (uint64_t)n)) / count);
+        t[n] = kind == TIME_UNIFORM ? rng_uniform(seed, stream, (uint64_t)n) : (float)(1 / (1 + exp(-z)));
+    }
+}
+
+static void drop_labels(const struct trainer *t, int64_t micro, const int32_t *labels, int32_t *out)
+{
+    const struct config *c = &t->dit->config;
+    const uint64_t stream = rng_stream(RNG_DROP, (uint64_t)micro);
+    for (int n = 0; n < t->options.batch; n++) {
+        bool drop = rng_uniform(t->options.seed, stream, (uint64_t)n) < c->class_dropout;
+        out[n] = drop ? c->classes : labels[n];
+    }
+}
+
+// ---- making a trainer ------------------------------------------------------------------------------------
+
+static int plan_trainer(struct trainer *t)
+{
+    struct dit *d = t->dit;
+    const struct config *c = &d->config;
+    const int64_t N = t->options.batch, S = c->size;
+    TRY(PLAN_TENSOR(d->plan, "images", PLAN_INPUT, F32, 0, PLAN_FOREVER, &t->images, N, c->channels, S, S));
+    TRY(PLAN_TENSOR(d->plan, "noise", PLAN_INPUT, F32, 0, PLAN_FOREVER, &t->noise, N, c->channels, S, S));
+    TRY(PLAN_TENSOR(d->plan, "loss", PLAN_INPUT, F32, 0, PLAN_FOREVER, &t->loss, N));
+    TRY(PLAN_TENSOR(d->plan, "losses", PLAN_INPUT, F32, 0, PLAN_FOREVER, &t->losses,
+                    N * t->options.accumulate));
+    TRY(PLAN_TENSOR(d->plan, "control", PLAN_INPUT, F32, 0, PLAN_FOREVER, &t->control, CONTROL_COUNT));
+    return PLAN_TENSOR(d->plan, "counts", PLAN_INPUT, I32, 0, PLAN_FOREVER, &t->counts, 2);
+}
+
+// Scratch that the optimiser's operations want; their slabs do not exist yet, so on a stand-in.
+static int plan_optimiser(struct trainer *t)
+{
+    struct context *c = &t->dit->ctx;
+    int64_t count = config_count(&t->dit->config).total;
+    struct tensor slab = {.dtype = F32, .ndim = 1, .shape = {count}};
+    return op_norm2(c, &t->control, &slab, false);
+}
+
+int trainer_new(struct device *dev, struct stream *stream, const struct config *c,
+                const struct train_options *o, struct trainer **out)
+{
+    *out = NULL;
+    if (o->accumulate < 1)
+        return fail(ERR_INPUT, "accumulate %d: must be 1 or more", o->accumulate);
+    struct trainer *t = calloc(1, sizeof *t);
+    if (!t)
+        return fail(ERR_NOMEM, "no host memory for a trainer");
+    t->options = *o;
+    const struct dit_options d = {.batch = o->batch, .train = true, .optimiser = true, .ema = true,
+                                  .recompute = o->recompute, .limit = o->limit};
+    int code = dit_new(dev, stream, c, &d, &t->dit);
+    if (code >= 0) {
+        t->t_host = calloc((size_t)o->batch, sizeof *t->t_host);
+        t->y_host = calloc((size_t)o->batch, sizeof *t->y_host);
+        t->entropy = calloc((size_t)c->layers, sizeof *t->entropy);
+        if (!t->t_host || !t->y_host || !t->entropy)
+            code = fail(ERR_NOMEM, "no host memory for a batch of %d", o->batch);
+    }
+    if (code >= 0)
+        code = plan_trainer(t);
+    if (code >= 0)
+        code = plan_optimiser(t);
+    if (code < 0) {
+        trainer_free(t);
+        return code;
+    }
+    *out = t;
+    return dit_layout(t->dit);
+}
+
+int trainer_commit(struct trainer *t)
+{
+    TRY(dit_commit(t->dit));
+    TRY(tensor_zero(&t->dit->ctx, &t->control));
+    return tensor_zero(&t->dit->ctx, &t->counts);
+}
+
+void trainer_free(struct trainer *t)
+{
+    if (!t)
+        return;
+    dit_free(t->dit);
+    free(t->t_host), free(t->y_host), free(t->entropy);
+    free(t);
+}
+
+// ---- the step ------------------------------------------------------------------------------------------
+
+// x_t from what is on the device, the loss, and its gradients (added).
+static int flow_pass(struct trainer *t)
+{
+    struct dit *d = t->dit;
+    struct context *c = &d->ctx;
+    const float scale = 1.0f / (float)((int64_t)t->options.batch * t->options.accumulate);
+    TRY(op_flow_mix(c, &d->input, &t->images, &t->noise, &d->t));
+    TRY(dit_forward(d));
+    TRY(op_flow_loss(c, &t->loss, &d->doutput, &d->output, &t->images, &t->noise, scale));
+    return dit_backward(d);
+}
+
+static int apply_gradients(struct trainer *t)
+{
+    struct dit *d = t->dit;
+    struct context *c = &d->ctx;
+    const struct tensor *w, *g, *m, *v, *ema;
+    int n = plan_slabs(d->plan, PLAN_WEIGHTS, &w);
+    BUG_IF(plan_slabs(d->plan, PLAN_GRADIENTS, &g) != n || plan_slabs(d->plan, PLAN_EMA, &ema) != n);
+    BUG_IF(plan_slabs(d->plan, PLAN_MOMENT1, &m) != n || plan_slabs(d->plan, PLAN_MOMENT2, &v) != n);
+    for (int i = 0; i < n; i++)
+        TRY(op_norm2(c, &t->control, &g[i], i > 0));
+    TRY(op_adamw_control(c, &t->control, &t->counts, &t->losses, &t->options.adamw));
+    for (int i = 0; i < n; i++) {
+        struct tensor wi = w[i], mi = m[i], vi = v[i], ei = ema[i];
+        TRY(op_adamw(c, &wi, &mi, &vi, &ei, &g[i], &t->control, &t->options.adamw));
+    }
+    return 0;
+}
+
+int trainer_micro(struct trainer *t, const float *images, const int32_t *labels, bool *done)
+{
+    struct dit *d = t->dit;
+    struct context *c = &d->ctx;
+    const int A = t->options.accumulate, N = t->options.batch;
+    const int64_t micro = t->step * A + t->micro;
+    *done = false;
+    if (t->micro == 0)
+        TRY(dit_zero_gradients(d));
+    flow_draw_times(t->options.time, t->options.seed, micro, N, t->t_host);
+    drop_labels(t, micro, labels, t->y_host);
+    TRY(tensor_write(c, &t->images, images));
+    TRY(tensor_write(c, &d->t, t->t_host));
+    TRY(tensor_write(c, &d->labels, t->y_host));
+    TRY(op_normal(c, &t->noise, t->options.seed, rng_stream(RNG_NOISE, (uint64_t)micro)));
+    TRY(flow_pass(t));
+    const size_t bytes = tensor_bytes(&t->loss);
+    TRY(c->dev->api->copy(c->stream, t->losses.mem, (size_t)t->micro * bytes, t->loss.mem, 0, bytes));
+    if (++t->micro < A)
+        return 0;
+    TRY(apply_gradients(t));
+    t->micro = 0;
+    t->step++;
+    *done = true;
+    return 0;
+}
+
+int trainer_loss(struct trainer *t, const float *x, const float *time, const int32_t *y,
+                 const float *noise, double *loss)
+{
+    struct dit *d = t->dit;
+    struct context *c = &d->ctx;
+    TRY(dit_zero_gradients(d));
+    TRY(tensor_write(c, &t->images, x));
+    TRY(tensor_write(c, &t->noise, noise));
+    TRY(tensor_write(c, &d->t, time));
+    TRY(tensor_write(c, &d->labels, y));
+    TRY(flow_pass(t));
+    float *host = malloc(tensor_bytes(&t->loss));
+    if (!host)
+        return fail(ERR_NOMEM, "no host memory for %d losses", t->options.batch);
+    int code = tensor_read(c, &t->loss, host);
+    *loss = 0;
+    for (int n = 0; n < t->options.batch; n++)
+        *loss += (double)host[n] / t->options.batch;
+    free(host);
+    return code;
+}
+
+// ---- reports -------------------------------------------------------------------------------------------
+
+// Entropy of a layer's load over ln E (1: even), and the largest load over the mean.
+static void load_statistics(const int32_t *load, int E, double *entropy, double *largest)
+{
+    double sum = 0, most = 0;
+    for (int e = 0; e < E; e++) {
+        sum += load[e];
+        most = load[e] > most ? load[e] : most;
+    }
+    *entropy = 0;
+    for (int e = 0; e < E; e++)
+        if (load[e] > 0)
+            *entropy -= load[e] / sum * log(load[e] / sum);
+    *entropy = E > 1 ? *entropy / log(E) : 1;
+    *largest = sum > 0 ? most * E / sum : 1;
+}
+
+int trainer_report(struct trainer *t, struct train_report *out)
+{
+    struct dit *d = t->dit;
+    float control[CONTROL_COUNT];
+    int32_t load[512];
+    TRY(tensor_read(&d->ctx, &t->control, control));
+    *out = (struct train_report){
+        .loss = (double)control[CONTROL_SUM],
+        .grad_norm = sqrt((double)control[CONTROL_NORM2]),
+        .rate = (double)control[CONTROL_RATE],
+        .skipped = control[CONTROL_SKIPPED] != 0,
+        .entropy = t->entropy,
+    };
+    TRY(trainer_counts(t, &out->applied, &out->skips));
+    for (int l = 0; l < d->config.layers; l++) {
+        double balance, largest;
+        if (!config_is_moe(&d->config, l))
+            continue;
+        TRY(dit_read_balance(d, l, &balance));
+        TRY(dit_read_load(d, l, load));
+        load_statistics(load, d->config.experts, &t->entropy[out->layers++], &largest);
+        out->balance += balance;
+        out->load_max = largest > out->load_max ? largest : out->load_max;
+    }
+    return 0;
+}
+
+int trainer_counts(struct trainer *t, int32_t *applied, int32_t *skipped)
+{
+    int32_t counts[2];
+    TRY(tensor_read(&t->dit->ctx, &t->counts, counts));
+    *applied = counts[0], *skipped = counts[1];
+    return 0;
+}
+
+int trainer_restore(struct trainer *t, int64_t step, int32_t applied, int32_t skipped)
+{
+    const int32_t counts[2] = {applied, skipped};
+    t->step = step;
+    t->micro = 0;
+    return tensor_write(&t->dit->ctx, &t->counts, counts);
+}
