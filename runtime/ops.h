@@ -192,11 +192,12 @@ enum control {
     CONTROL_COUNT
 };
 
+// double: 1 - beta must keep its digits (1 - 0.999f is off by 1e-5).
 struct adamw {
-    float rate, beta1, beta2, eps, decay; // 1e-4, 0.9, 0.999, 1e-8, 0
-    float clip;                           // gradient norm to clip to; 0: no clipping
-    int warmup;                           // steps of linear warm-up of the rate
-    float ema;                            // EMA decay (0.9999), warmed up as min(ema, (1+t)/(10+t))
+    double rate, beta1, beta2, eps, decay; // 1e-4, 0.9, 0.999, 1e-8, 0
+    double clip;                           // gradient norm to clip to; 0: no clipping
+    int warmup;                            // steps of linear warm-up of the rate
+    double ema;                            // EMA decay (0.9999), warmed up as min(ema, (1+t)/(10+t))
 };
 
 // control[CONTROL_NORM2] (+)= sum of squares of g (deterministic order)

@@ -1,0 +1,144 @@
+// Rectified flow, normal noise and the optimiser.
+#include "runtime/ops_internal.h"
+
+#include <math.h>
+
+enum { GROUP = 256, NORMAL_GROUP = 64, NORM_PART = 4096, MOST_IMAGES = 32768 };
+
+// A 64-bit number as the two 32-bit arguments that kernels take.
+#define HALVES(n) UINT((int64_t)((uint64_t)(n)&0xffffffffu)), UINT((int64_t)((uint64_t)(n) >> 32))
+
+static bool is_f32_images(const struct tensor *t)
+{
+    return t->ndim == 4 && t->dtype == F32;
+}
+
+// Values an image.
+static int64_t image_size(const struct tensor *t)
+{
+    return t->shape[1] * t->shape[2] * t->shape[3];
+}
+
+static bool same_images(const struct tensor *a, const struct tensor *b)
+{
+    for (int i = 0; i < 4; i++)
+        if (a->shape[i] != b->shape[i])
+            return false;
+    return is_f32_images(a) && is_f32_images(b);
+}
+
+static bool is_f32_vector(const struct tensor *t, int64_t count)
+{
+    return t->dtype == F32 && tensor_count(t) == count;
+}
+
+// ---- rectified flow
+// ---------------------------------------------------------------------------------
+
+int op_flow_mix(struct context *c, struct tensor *xt, const struct tensor *x,
+                const struct tensor *noise, const struct tensor *t)
+{
+    BUG_IF(!same_images(xt, x) || !same_images(noise, x));
+    int64_t N = x->shape[0], P = image_size(x);
+    BUG_IF(!is_f32_vector(t, N));
+    int64_t chunk = cover(op_chunk(c, N * P, 256, P > 256 ? P : 256), 16) * 16;
+    if (c->dev->cpu_forms)
+        return LAUNCH(c, KERNEL_flow_mix_cpu, cover(P, chunk), N, 1, BUF(xt), BUF(x), BUF(noise),
+                      BUF(t), UINT(P), UINT(chunk));
+    return LAUNCH(c, KERNEL_flow_mix, cover(P, GROUP), N < MOST_IMAGES ? N : MOST_IMAGES, 1,
+                  BUF(xt), BUF(x), BUF(noise), BUF(t), UINT(N), UINT(P));
+}
+
+int op_flow_loss(struct context *c, struct tensor *loss, struct tensor *dout,
+                 const struct tensor *out, const struct tensor *x, const struct tensor *noise,
+                 float scale)
+{
+    BUG_IF(!same_images(noise, x) || !is_f32_images(out) || (dout && !same_images(dout, out)));
+    int64_t N = x->shape[0], P = image_size(x), Q = image_size(out);
+    BUG_IF(out->shape[0] != N || out->shape[1] < x->shape[1] || out->shape[2] != x->shape[2] ||
+           out->shape[3] != x->shape[3] || !is_f32_vector(loss, N));
+    float factor = (float)(2.0 * (double)scale / (double)P);
+    return LAUNCH(c, FORM(c, flow_loss), N, 1, 1, BUF(loss), BUF_OR_NULL(dout), BUF(out), BUF(x),
+                  BUF(noise), UINT(P), UINT(Q), FLOAT(factor));
+}
+
+int op_flow_euler(struct context *c, struct tensor *z, const struct tensor *v, float cfg,
+                  int channels, float dt)
+{
+    BUG_IF(!is_f32_images(z) || !is_f32_images(v));
+    int64_t N = z->shape[0], C = z->shape[1], P = image_size(z), Q = image_size(v);
+    bool guided = v->shape[0] != N;
+    BUG_IF(v->shape[1] < C || v->shape[2] != z->shape[2] || v->shape[3] != z->shape[3]);
+    BUG_IF(guided ? v->shape[0] != 2 * N : cfg != 1.0f);
+    BUG_IF(channels < 0 || channels > C);
+    int64_t first = guided ? channels * z->shape[2] * z->shape[3] : 0;
+    return LAUNCH(c, KERNEL_flow_euler, cover(P, GROUP), N < MOST_IMAGES ? N : MOST_IMAGES, 1,
+                  BUF(z), BUF(v), FLOAT(cfg), UINT(first), FLOAT(dt), UINT(N), UINT(P), UINT(Q));
+}
+
+int op_normal(struct context *c, struct tensor *out, uint64_t seed, uint64_t stream)
+{
+    BUG_IF(out->dtype != F32);
+    int64_t count = tensor_count(out);
+    return LAUNCH(c, KERNEL_normal, cover(cover(count, 4), NORMAL_GROUP), 1, 1, BUF(out),
+                  HALVES(count), HALVES(seed), HALVES(stream));
+}
+
+// ---- optimiser
+// --------------------------------------------------------------------------------------
+
+int op_norm2(struct context *c, struct tensor *control, const struct tensor *g, bool accumulate)
+{
+    BUG_IF(!is_f32_vector(control, CONTROL_COUNT) || g->dtype != F32);
+    int64_t count = tensor_count(g), parts = cover(count, NORM_PART);
+    op_want_space(c, (size_t)parts * sizeof(float));
+    const struct tensor *partial = &c->space;
+    int64_t chunk = op_chunk(c, parts, 1, 16);
+    if (c->dev->cpu_forms)
+        TRY(LAUNCH(c, KERNEL_norm2_partial_cpu, cover(parts, chunk), 1, 1, BUF(partial), BUF(g),
+                   HALVES(count), UINT(chunk)));
+    else
+        TRY(LAUNCH(c, KERNEL_norm2_partial, parts, 1, 1, BUF(partial), BUF(g), HALVES(count)));
+    return LAUNCH(c, KERNEL_norm2_total, 1, 1, 1, BUF(control), BUF(partial), UINT(parts),
+                  INT(accumulate));
+}
+
+int op_adamw_control(struct context *c, struct tensor *control, struct tensor *counts,
+                     const struct tensor *loss, const struct adamw *a)
+{
+    BUG_IF(!is_f32_vector(control, CONTROL_COUNT) || loss->dtype != F32);
+    BUG_IF(counts->dtype != I32 || tensor_count(counts) != 2);
+    return LAUNCH(c, KERNEL_adamw_control, 1, 1, 1, BUF(control), BUF(counts), BUF(loss),
+                  UINT(tensor_count(loss)), FLOAT((float)a->rate), FLOAT((float)log(a->beta1)),
+                  FLOAT((float)log(a->beta2)), FLOAT((float)a->clip), FLOAT((float)a->warmup),
+                  FLOAT((float)a->ema));
+}
+
+int op_adamw(struct context *c, struct tensor *w, struct tensor *m, struct tensor *v,
+             struct tensor *ema, const struct tensor *g, const struct tensor *control,
+             const struct adamw *a)
+{
+    int64_t count = tensor_count(w);
+    BUG_IF(!is_f32_vector(w, count) || !is_f32_vector(m, count) || !is_f32_vector(v, count));
+    BUG_IF(!is_f32_vector(g, count) || (ema && !is_f32_vector(ema, count)));
+    BUG_IF(!is_f32_vector(control, CONTROL_COUNT));
+    const union arg args[] = {BUF(w),
+                              BUF(m),
+                              BUF(v),
+                              BUF_OR_NULL(ema),
+                              BUF(g),
+                              BUF(control),
+                              HALVES(count),
+                              FLOAT((float)a->beta1),
+                              FLOAT((float)(1.0 - a->beta1)),
+                              FLOAT((float)a->beta2),
+                              FLOAT((float)(1.0 - a->beta2)),
+                              FLOAT((float)a->eps),
+                              FLOAT((float)a->decay),
+                              UINT(op_chunk(c, count, 256, 8192) / 16 * 16)};
+    const int given = (int)(sizeof args / sizeof *args);
+    int64_t chunk = args[given - 1].u;
+    if (c->dev->cpu_forms)
+        return op_launch(c, KERNEL_adamw_cpu, cover(count, chunk), 1, 1, args, given);
+    return op_launch(c, KERNEL_adamw, cover(count, GROUP), 1, 1, args, given - 1);
+}
