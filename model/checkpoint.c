@@ -170,7 +170,7 @@ static int read_run(struct checkpoint *c)
     return c->has_run ? 0 : fail(ERR_INPUT, "metadata 'ditmoe.train' lacks a field or has a wrong one");
 }
 
-// Every parameter under `prefix` is there with its shape; `fallback` may hold the frozen ones.
+// Every parameter is there under `prefix`, with its shape.
 static int expect_all(const struct safetensors *s, const struct params *p, const char *prefix)
 {
     for (int i = 0; i < p->count; i++) {

@@ -150,10 +150,12 @@ static int flow_pass(struct trainer *t)
     TRY(op_flow_mix(c, &d->input, &t->images, &t->noise, &d->t));
     TRY(dit_forward(d));
     TRY(op_flow_loss(c, &t->loss, &d->doutput, &d->output, &t->images, &t->noise, scale));
+    const size_t bytes = tensor_bytes(&t->loss);
+    TRY(c->dev->api->copy(c->stream, t->losses.mem, (size_t)t->micro * bytes, t->loss.mem, 0, bytes));
     return dit_backward(d);
 }
 
-static int apply_gradients(struct trainer *t)
+int trainer_apply(struct trainer *t)
 {
     struct dit *d = t->dit;
     struct context *c = &d->ctx;
@@ -187,11 +189,9 @@ int trainer_micro(struct trainer *t, const float *images, const int32_t *labels,
     TRY(tensor_write(c, &d->labels, t->y_host));
     TRY(op_normal(c, &t->noise, t->options.seed, rng_stream(RNG_NOISE, (uint64_t)micro)));
     TRY(flow_pass(t));
-    const size_t bytes = tensor_bytes(&t->loss);
-    TRY(c->dev->api->copy(c->stream, t->losses.mem, (size_t)t->micro * bytes, t->loss.mem, 0, bytes));
     if (++t->micro < A)
         return 0;
-    TRY(apply_gradients(t));
+    TRY(trainer_apply(t));
     t->micro = 0;
     t->step++;
     *done = true;

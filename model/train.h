@@ -62,6 +62,9 @@ int trainer_report(struct trainer *t, struct train_report *out);
 int trainer_counts(struct trainer *t, int32_t *applied, int32_t *skipped);
 int trainer_restore(struct trainer *t, int64_t step, int32_t applied, int32_t skipped);
 
+// The optimiser alone: norm, clipping, AdamW and EMA with the gradients as they are.
+int trainer_apply(struct trainer *t);
+
 // The parity door: loss of given x, t, y, noise; gradients stay in t->dit->g (not applied).
 int trainer_loss(struct trainer *t, const float *x, const float *time, const int32_t *y,
                  const float *noise, double *loss);
