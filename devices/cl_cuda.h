@@ -1,0 +1,34 @@
+// Lets nvcc read kernels.cl as CUDA: nvcc -x cu -include devices/cl_cuda.h kernels.cl
+#ifndef DITMOE_CL_CUDA_H
+#define DITMOE_CL_CUDA_H
+
+#define __kernel extern "C" __global__
+#define reqd_work_group_size(x, y, z) launch_bounds((x) * (y) * (z))
+#define __global
+#define LOCAL __shared__
+#define LOCAL_PTR
+#define __constant static __device__ const
+#define restrict __restrict__
+#define inline static __device__ __forceinline__
+#define barrier(fence) __syncthreads()
+
+typedef unsigned int uint;
+typedef unsigned short ushort;
+typedef unsigned char uchar;
+typedef unsigned long ulong;
+
+#define CL_CUDA_PICK(v, d) ((d) == 0 ? (v).x : (d) == 1 ? (v).y : (v).z)
+#define get_local_id(d) ((size_t)CL_CUDA_PICK(threadIdx, d))
+#define get_group_id(d) ((size_t)CL_CUDA_PICK(blockIdx, d))
+#define get_local_size(d) ((size_t)CL_CUDA_PICK(blockDim, d))
+#define get_num_groups(d) ((size_t)CL_CUDA_PICK(gridDim, d))
+#define get_global_id(d) (get_group_id(d) * get_local_size(d) + get_local_id(d))
+#define get_global_size(d) (get_num_groups(d) * get_local_size(d))
+
+#define as_float(v) __uint_as_float(v)
+#define as_uint(v) __float_as_uint(v)
+#define mul_hi(a, b) __umulhi(a, b) // of uint; kernels.cl has no other
+#define native_exp(v) __expf(v)
+#define clamp(v, low, high) min(max(v, low), high)
+
+#endif
