@@ -160,26 +160,42 @@ static int build(struct opencl_device *dev)
 
 // ---- kernels -----------------------------------------------------------------------------------
 
+// What is wrong with kernel `i` just made, in words; "" if nothing.
+static void check_kernel(const struct opencl_device *dev, int i, char *out, size_t size)
+{
+    const struct kernel_spec *spec = &kernel_specs[i];
+    cl_uint count = 0;
+    size_t group[3] = {0};
+    out[0] = 0;
+    clGetKernelInfo(dev->kernels[i], CL_KERNEL_NUM_ARGS, sizeof count, &count, NULL);
+    clGetKernelWorkGroupInfo(dev->kernels[i], dev->id, CL_KERNEL_COMPILE_WORK_GROUP_SIZE,
+                             sizeof group, group, NULL);
+    if (count != strlen(spec->args))
+        snprintf(out, size, "%u arguments, kernels.def says %zu", count, strlen(spec->args));
+    else if (group[0] != (size_t)spec->group[0] || group[1] != (size_t)spec->group[1])
+        snprintf(out, size, "groups of %zux%zu, kernels.def says %dx%d", group[0], group[1],
+                 spec->group[0], spec->group[1]);
+}
+
 // Makes kernel `i`; appends what is wrong with it to `wrong`.
 static void make_kernel(struct opencl_device *dev, int i, char *wrong, size_t size)
 {
     const struct kernel_spec *spec = &kernel_specs[i];
     size_t length = strlen(wrong);
-    cl_uint count = 0;
+    char reason[128] = "missing";
     cl_int code;
     if (spec->form == FORM_CPU && dev->base.info.kind != DEVICE_CPU)
         return;
     dev->kernels[i] = clCreateKernel(dev->program, spec->name, &code);
-    if (code != CL_SUCCESS) {
+    if (code == CL_SUCCESS)
+        check_kernel(dev, i, reason, sizeof reason);
+    else if (code != CL_INVALID_KERNEL_NAME)
+        snprintf(reason, sizeof reason, "%s", opencl_error_name(code));
+    if (code != CL_SUCCESS)
         dev->kernels[i] = NULL;
+    if (reason[0])
         snprintf(wrong + length, size - length, "%s%s (%s)", length ? ", " : "", spec->name,
-                 code == CL_INVALID_KERNEL_NAME ? "missing" : opencl_error_name(code));
-        return;
-    }
-    clGetKernelInfo(dev->kernels[i], CL_KERNEL_NUM_ARGS, sizeof count, &count, NULL);
-    if (count != strlen(spec->args))
-        snprintf(wrong + length, size - length, "%s%s (%u arguments, kernels.def says %zu)",
-                 length ? ", " : "", spec->name, count, strlen(spec->args));
+                 reason);
 }
 
 int opencl_program_open(struct opencl_device *dev)
