@@ -1,0 +1,132 @@
+// Opening a dataset of either kind, and the order of its images; see data.h.
+#include "model/data.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+
+#include "model/data_kinds.h"
+#include "runtime/rng.h"
+
+// ---- open, close
+// --------------------------------------------------------------------------------------
+
+static int open_either(struct dataset *d, enum data_split split)
+{
+    struct stat s;
+    if (stat(d->path, &s) < 0)
+        return fail(
+            ERR_IO,
+            "%s: no dataset: %s; give a directory with MNIST's IDX files or a folder of class "
+            "folders",
+            d->path, strerror(errno));
+    if (!S_ISDIR(s.st_mode))
+        return fail(ERR_INPUT,
+                    "%s: no dataset: not a directory; give one with MNIST's IDX files or of class "
+                    "folders",
+                    d->path);
+    if (idx_present(d->path))
+        return idx_open(d, split);
+    if (split == DATA_TEST)
+        return fail(ERR_INPUT, "%s: a folder of class folders has no test split", d->path);
+    return folder_open(d);
+}
+
+int data_open_split(const char *path, enum data_split split, int size, int channels,
+                    struct dataset **out)
+{
+    *out = NULL;
+    if (size < 0 || size > 4096)
+        return fail(ERR_INPUT, "image size %d: must be 1 to 4096", size);
+    if (channels != 0 && channels != 1 && channels != 3)
+        return fail(ERR_INPUT, "%d channels: images have 1 or 3", channels);
+    struct dataset *d = calloc(1, sizeof *d);
+    if (!d || !(d->path = strdup(path))) {
+        free(d);
+        return fail(ERR_NOMEM, "%s: out of memory", path);
+    }
+    d->size = size;
+    d->channels = channels;
+    int code = open_either(d, split);
+    if (code < 0) {
+        data_close(d);
+        return code;
+    }
+    *out = d;
+    return 0;
+}
+
+int data_open(const char *path, int size, int channels, struct dataset **out)
+{
+    return data_open_split(path, DATA_TRAIN, size, channels, out);
+}
+
+void data_close(struct dataset *d)
+{
+    if (!d)
+        return;
+    for (int c = 0; c < d->classes; c++)
+        free(d->class_names[c]);
+    for (int64_t i = 0; d->files && i < d->count; i++)
+        free(d->files[i].name);
+    free(d->class_names);
+    free(d->files);
+    free(d->labels8);
+    free(d->pixels8);
+    free(d->path);
+    free(d);
+}
+
+// ---- images
+// -----------------------------------------------------------------------------------------
+
+int data_label(const struct dataset *d, int64_t i)
+{
+    BUG_IF(i < 0 || i >= d->count);
+    return d->files ? d->files[i].label : d->labels8[i];
+}
+
+int data_image(const struct dataset *d, int64_t i, bool flip, float *out)
+{
+    BUG_IF(i < 0 || i >= d->count);
+    if (d->files)
+        return folder_image(d, i, flip, out);
+    idx_image(d, i, flip, out);
+    return 0;
+}
+
+// ---- order
+// --------------------------------------------------------------------------------------------
+
+// A balanced Feistel network with Philox as its round function permutes [0, 4^half), the smallest
+// such range that holds `count`; walking its cycles until the value is below `count` permutes [0,
+// count) (Black and Rogaway 2002). So an epoch's order needs no table, any position is found at
+// once, and every thread finds the same.
+static uint64_t feistel(uint64_t x, int half, uint64_t seed, uint64_t stream)
+{
+    enum { ROUNDS = 8 };
+    uint64_t mask = ((uint64_t)1 << half) - 1, left = x >> half, right = x & mask;
+    for (uint64_t round = 0; round < ROUNDS; round++) {
+        uint32_t word[4];
+        rng_philox(seed, stream, round << 32 | right, word);
+        uint64_t next = left ^ (word[0] & mask);
+        left = right;
+        right = next;
+    }
+    return left << half | right;
+}
+
+int64_t data_order(int64_t count, uint64_t seed, uint64_t position)
+{
+    BUG_IF(count < 1 || count > (int64_t)1 << 62);
+    uint64_t n = (uint64_t)count, x = position % n;
+    uint64_t stream = rng_stream(RNG_SHUFFLE, position / n);
+    int half = 1;
+    while ((uint64_t)1 << 2 * half < n)
+        half++;
+    do
+        x = feistel(x, half, seed, stream);
+    while (x >= n);
+    return (int64_t)x;
+}
