@@ -1,0 +1,2 @@
+#include "tests/test.h"
+const struct test moe_tests[] = {{0}};
