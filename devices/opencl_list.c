@@ -108,6 +108,7 @@ int opencl_device_ids(cl_device_id *ids, cl_platform_id *owners)
     return count;
 }
 
+// Without the spaces around it, and in printable ASCII, as terminals and JSON want it.
 static void copy_trimmed(char *out, size_t size, const char *text)
 {
     text += strspn(text, " \t\n");
@@ -116,7 +117,8 @@ static void copy_trimmed(char *out, size_t size, const char *text)
         length--;
     if (length >= size)
         length = size - 1;
-    memcpy(out, text, length);
+    for (size_t i = 0; i < length; i++)
+        out[i] = text[i] >= ' ' && text[i] <= '~' ? text[i] : '?';
     out[length] = 0;
 }
 
