@@ -1,0 +1,114 @@
+#include "tools/draw.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+
+#include "tools/progress.h"
+
+#define AT(member) offsetof(struct draw_options, member)
+const struct option_spec draw_option_list[] = {
+    {"ckpt", 'c', OPTION_STRING, "FILE", NULL, "checkpoint, or a run's directory: its newest", AT(ckpt),
+     0, 0, NULL},
+    {"weights", 0, OPTION_CHOICE, "WHICH", "auto",
+     "ema, model, or auto: the averaged weights (EMA) where the file has them", AT(weights), 0, 0,
+     weights_choices},
+    {"steps", 'n', OPTION_INT, "N", "50", "Euler steps from noise to image", AT(steps), 1, 100000, NULL},
+    {"cfg", 0, OPTION_FLOAT, "S", "2", "guidance scale; 1: no guidance, half the time", AT(cfg), 0, 1000,
+     NULL},
+    {"seed", 's', OPTION_UINT64, "K", "0", "of the noise; the same on every device", AT(seed), 0, 0,
+     NULL},
+    {"batch", 'b', OPTION_INT, "N", "16", "images at a time; does not change them", AT(batch), 1, 65536,
+     NULL},
+    {0},
+};
+#undef AT
+
+int draw_open(const struct draw_options *o, struct checkpoint **out)
+{
+    char path[4096];
+    TRY(checkpoint_path(o->ckpt, path, sizeof path));
+    struct checkpoint *c = calloc(1, sizeof *c);
+    if (!c)
+        return fail(ERR_NOMEM, "out of memory");
+    int code = checkpoint_open(path, NULL, c);
+    if (code < 0)
+        free(c);
+    else
+        *out = c;
+    return code;
+}
+
+void draw_close(struct checkpoint *c)
+{
+    if (c)
+        checkpoint_close(c);
+    free(c);
+}
+
+float draw_cfg(const struct draw_options *o, const struct config *c)
+{
+    bool has_null = config_label_rows(c) > c->classes;
+    return has_null || options_given("cfg") ? o->cfg : 1.0f;
+}
+
+static int show(void *user, int done, int total)
+{
+    (void)total;
+    progress_update(user, done, "");
+    return stop_wanted ? fail(ERR_STOPPED, "stopped; nothing was written") : 0;
+}
+
+int draw_samples(const struct draw_options *o, const struct checkpoint *file, int count,
+                 const int32_t *classes, const float *noise, float *latents)
+{
+    struct session session;
+    struct sampler *sampler = NULL;
+    int batch = o->batch < count ? o->batch : count;
+    struct sample_options options = {.steps = o->steps,
+                                     .cfg = draw_cfg(o, &file->config),
+                                     .seed = o->seed};
+    struct progress progress;
+    TRY(session_open(&o->device, &session));
+    stop_on_signals();
+    int code = sampler_new(session.dev, session.stream, &file->config, batch, &options, &sampler);
+    if (code >= 0)
+        code = checkpoint_load(file, sampler->dit, (enum weights_choice)o->weights);
+    if (code >= 0) {
+        progress_start(&progress, "step", 0, (int64_t)((count + batch - 1) / batch) * o->steps, 0);
+        code = sampler_run(sampler, count, classes, noise, latents, show, &progress);
+        progress_clear(&progress);
+    }
+    if (sampler)
+        sampler_free(sampler);
+    session_close(&session);
+    return code;
+}
+
+static int write_latents(struct safetensors_writer *w, const struct config *c, int count,
+                         const int32_t *classes, const float *latents)
+{
+    const int64_t shape[] = {count, c->channels, c->size, c->size};
+    TRY(safetensors_declare(w, "latents", ST_F32, 4, shape));
+    TRY(safetensors_declare(w, "labels", ST_I64, 1, shape));
+    TRY(safetensors_set_metadata(w, "software", "ditmoe " DITMOE_VERSION));
+    TRY(safetensors_begin(w));
+    TRY(safetensors_write(w, latents, sizeof(float) * image_elements(c) * (size_t)count));
+    for (int i = 0; i < count; i++) {
+        int64_t label = classes[i];
+        TRY(safetensors_write(w, &label, sizeof label));
+    }
+    return 0;
+}
+
+int draw_write_latents(const char *path, const struct config *c, int count, const int32_t *classes,
+                       const float *latents)
+{
+    struct safetensors_writer *w = NULL;
+    TRY(safetensors_create(path, &w));
+    int code = write_latents(w, c, count, classes, latents);
+    if (code < 0) {
+        safetensors_abort(w);
+        return code;
+    }
+    return safetensors_commit(w);
+}

@@ -1,0 +1,38 @@
+// Drawing images from a checkpoint: what `ditmoe sample` and `ditmoe eval` share.
+#ifndef DITMOE_DRAW_H
+#define DITMOE_DRAW_H
+
+#include "model/sampler.h"
+#include "tools/command.h"
+
+struct draw_options {
+    const char *ckpt;
+    int weights; // enum weights_choice
+    int steps, batch;
+    float cfg;
+    uint64_t seed;
+    struct device_options device;
+};
+extern const struct option_spec draw_option_list[];
+
+// Opens options.ckpt, a file or a run's directory. The caller frees *out with draw_close().
+int draw_open(const struct draw_options *o, struct checkpoint **out);
+void draw_close(struct checkpoint *c); // NULL is allowed
+
+// The guidance scale: as asked, or 1 where none was asked for and the model has no null class.
+float draw_cfg(const struct draw_options *o, const struct config *c);
+
+// Draws `count` images on the device, with progress on stderr; noise as in sampler_run().
+int draw_samples(const struct draw_options *o, const struct checkpoint *file, int count,
+                 const int32_t *classes, const float *noise, float *latents);
+
+// Writes `latents` [count,C,S,S] and `labels` [count].
+int draw_write_latents(const char *path, const struct config *c, int count, const int32_t *classes,
+                       const float *latents);
+
+static inline size_t image_elements(const struct config *c)
+{
+    return (size_t)c->channels * (size_t)c->size * (size_t)c->size;
+}
+
+#endif

@@ -1,0 +1,369 @@
+// A training run from the first file to the last: opens data, device and directory, plans memory,
+// goes through the steps, and leaves a checkpoint whatever ends it.
+#include "tools/train_run.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+enum { SKIPPED_IN_A_ROW = 100 };
+
+struct run {
+    const struct train_settings *o;
+    const struct command *command;
+    struct config config;
+    struct dataset *data;
+    struct session session;
+    struct trainer *trainer;
+    struct train_samples samples;
+    struct loader *loader;
+    struct train_log log;
+    struct progress progress;
+    struct checkpoint *from; // resumed from; NULL: from the beginning
+    int lock;
+    int64_t saved;        // step of the last checkpoint written or resumed from
+    double loss, weight;  // running mean for the progress line
+    int skipped_in_a_row;
+    double began;
+};
+
+// ---- preparations ----------------------------------------------------------------------------------
+
+// The model's images are the data's; a dry run without data takes the preset's.
+static int open_data(struct run *r)
+{
+    const struct train_settings *o = r->o;
+    struct model_options overrides = o->overrides;
+    if (o->data) {
+        TRY(data_open(o->data, o->image_size, o->channels, &r->data));
+        overrides.size = r->data->size;
+        overrides.channels = r->data->channels;
+        overrides.classes = r->data->classes;
+    } else {
+        overrides.size = o->image_size ? o->image_size : -1;
+        overrides.channels = o->channels ? o->channels : -1;
+    }
+    return model_config(o->model, &overrides, &r->config);
+}
+
+static int check_resumed(const struct run *r)
+{
+    const struct run_state *was = &r->from->run;
+    const struct train_settings *o = r->o;
+    if (!config_equal(&r->config, &r->from->config))
+        return fail(ERR_INPUT,
+                    "%s holds another model than these options and data give ('ditmoe info' shows it)",
+                    r->from->path);
+    if (was->seed != o->seed)
+        return fail(ERR_INPUT, "--seed %llu: the run in %s has seed %llu",
+                    (unsigned long long)o->seed, o->out, (unsigned long long)was->seed);
+    if (was->batch != o->batch || was->accumulate != o->accumulate)
+        fprintf(stderr, "note: batch %d x %d was %d x %d; the run goes on, but differs from one that "
+                        "never stopped\n",
+                o->batch, o->accumulate, was->batch, was->accumulate);
+    return 0;
+}
+
+static int open_directory(struct run *r)
+{
+    const struct train_settings *o = r->o;
+    if (!o->out)
+        return 0;
+    TRY(run_directory_open(o->out, &r->lock));
+    if (!o->resume) {
+        if (run_directory_has_checkpoint(o->out))
+            return fail(ERR_INPUT, "%s holds a run already: continue it with --resume, or choose "
+                                   "another --out", o->out);
+        return 0;
+    }
+    r->from = calloc(1, sizeof *r->from);
+    if (!r->from)
+        return fail(ERR_NOMEM, "out of memory");
+    int found = run_checkpoint_open(o->out, r->from);
+    if (found <= 0) {
+        free(r->from);
+        r->from = NULL;
+        if (found == 0)
+            fprintf(stderr, "no checkpoint in %s yet: starting from the beginning\n", o->out);
+        return found;
+    }
+    return check_resumed(r);
+}
+
+static struct train_options trainer_options(const struct train_settings *o, uint64_t limit)
+{
+    struct train_options t = train_defaults();
+    t.batch = o->batch;
+    t.accumulate = o->accumulate;
+    t.recompute = o->recompute != 0;
+    t.time = (enum flow_time)o->time;
+    t.seed = o->seed;
+    t.limit = limit;
+    t.adamw.rate = o->rate;
+    t.adamw.beta1 = o->beta1;
+    t.adamw.beta2 = o->beta2;
+    t.adamw.decay = o->decay;
+    t.adamw.clip = o->clip;
+    t.adamw.warmup = o->warmup;
+    t.adamw.ema = o->ema;
+    return t;
+}
+
+static bool wants_samples(const struct run *r)
+{
+    return r->o->sample_every > 0 && (r->config.channels == 1 || r->config.channels == 3);
+}
+
+// Plans training, and sampling beside it, within the limit. The table goes to stdout in a dry run,
+// to stderr when the plan does not fit.
+static int plan_memory(struct run *r)
+{
+    const struct train_settings *o = r->o;
+    const struct device *dev = r->session.dev;
+    uint64_t limit = o->memory ? o->memory : dev->info.memory, sampling = 0;
+    char need[32], have[32];
+    if (wants_samples(r))
+        TRY(train_samples_plan(&r->session, &r->config, UINT64_MAX / 2, &sampling, NULL));
+    struct train_options t = trainer_options(o, limit > sampling ? limit - sampling : 1);
+    int code = trainer_new(r->session.dev, r->session.stream, &r->config, &t, &r->trainer);
+    if (code < 0 && (code != ERR_NOMEM || !r->trainer))
+        return code;
+    uint64_t total = plan_total(r->trainer->dit->plan) + sampling;
+    bool too_much = code < 0;
+    FILE *table = o->dry_run ? stdout : too_much ? stderr : NULL;
+    format_bytes((double)total, need);
+    format_bytes((double)limit, have);
+    if (table) {
+        plan_print(r->trainer->dit->plan, table, false);
+        if (sampling)
+            fprintf(table, "%-14s %s (--sample-every 0 does without)\n", "sample grids",
+                    format_bytes((double)sampling, (char[32]){0}));
+        fprintf(table, "%-14s %s of %s\n", "in all", need, have);
+        fflush(table);
+    }
+    if (too_much && total > limit)
+        return fail(ERR_NOMEM,
+                    "not enough memory: needs %s, and %s has %s; a smaller --batch%s may help", need,
+                    dev->info.key, have, o->recompute ? "" : " or --recompute");
+    if (!too_much)
+        fprintf(stderr, "memory  %s of %s\n", need, have);
+    return code;
+}
+
+static void print_header(const struct run *r)
+{
+    const struct config *c = &r->config;
+    struct config_counts n = config_count(c);
+    fprintf(stderr, "model   %s: %.1f M parameters, %.1f M active, %d tokens of an image %dx%dx%d\n",
+            r->o->model, 1e-6 * (double)n.total, 1e-6 * (double)n.active, config_tokens(c), c->size,
+            c->size, c->channels);
+    if (r->data)
+        fprintf(stderr, "data    %s: %lld images, %d classes\n", r->data->path,
+                (long long)r->data->count, r->data->classes);
+    fprintf(stderr, "device  %s: %s, %s\n", r->session.dev->info.key, r->session.dev->info.name,
+            dtype_name(r->session.dev->act));
+    fprintf(stderr, "seed    %llu\n", (unsigned long long)r->o->seed);
+}
+
+static int write_run_json(const struct run *r)
+{
+    char path[4200];
+    const struct device_info *info = &r->session.dev->info;
+    json_t *names = json_array();
+    for (int i = 0; r->data->class_names && i < r->data->classes; i++)
+        json_array_append_new(names, json_string(r->data->class_names[i]));
+    json_t *json = json_pack("{s:s, s:o, s:o, s:{s:s, s:s}, s:{s:s, s:I, s:o}}", "version",
+                             DITMOE_VERSION, "options", options_to_json(r->command), "config",
+                             config_to_json(&r->config), "device", "key", info->key, "name",
+                             info->name, "data", "path", r->data->path, "images",
+                             (json_int_t)r->data->count, "class_names", names);
+    if (!json)
+        return fail(ERR_INPUT, "run.json: a name is not valid UTF-8");
+    snprintf(path, sizeof path, "%s/run.json", r->o->out);
+    int code = write_json_file(path, json);
+    json_decref(json);
+    return code;
+}
+
+// ---- the steps -------------------------------------------------------------------------------------
+
+static int load_or_init(struct run *r)
+{
+    if (!r->from)
+        return dit_init(r->trainer->dit, r->o->seed);
+    const struct run_state *was = &r->from->run;
+    TRY(dit_init(r->trainer->dit, r->o->seed));
+    TRY(checkpoint_load_training(r->from, r->trainer->dit));
+    r->saved = was->step;
+    return trainer_restore(r->trainer, was->step, was->applied, was->skipped);
+}
+
+static int save(struct run *r)
+{
+    char path[4200];
+    struct trainer *t = r->trainer;
+    struct run_state state = {.step = t->step,
+                              .seed = r->o->seed,
+                              .cursor = loader_cursor(r->loader),
+                              .batch = r->o->batch,
+                              .accumulate = r->o->accumulate};
+    TRY(trainer_counts(t, &state.applied, &state.skipped));
+    run_checkpoint_path(r->o->out, t->step, path, sizeof path);
+    TRY(checkpoint_save(path, t->dit, &state));
+    r->saved = t->step;
+    run_checkpoint_prune(r->o->out, r->o->keep);
+    return 0;
+}
+
+static void show_progress(struct run *r, const struct train_report *report)
+{
+    char text[160], skips[40] = "";
+    struct progress *p = &r->progress;
+    int images = r->o->batch * r->o->accumulate;
+    if (isfinite(report->loss)) {
+        r->loss = 0.98 * r->loss + 0.02 * report->loss;
+        r->weight = 0.98 * r->weight + 0.02;
+    }
+    if (report->skips)
+        snprintf(skips, sizeof skips, "  skipped %d", report->skips);
+    double pace = p->pace > 0 ? p->pace : now_seconds() - p->start;
+    snprintf(text, sizeof text, "loss %.4f  %.*f images/s  balance %.2f%s",
+             r->weight > 0 ? r->loss / r->weight : NAN, images / pace < 10, images / pace,
+             report->load_max, skips);
+    progress_update(p, r->trainer->step, text);
+}
+
+// All micro-batches of one step.
+static int take_step(struct run *r, struct train_report *report)
+{
+    double began = now_seconds();
+    bool done = false;
+    while (!done) {
+        struct batch batch;
+        TRY(loader_next(r->loader, &batch));
+        TRY(trainer_micro(r->trainer, batch.images, batch.labels, &done));
+    }
+    TRY(trainer_report(r->trainer, report));
+    TRY(train_log_row(&r->log, r->trainer->step, report, r->o->batch * r->o->accumulate,
+                      now_seconds() - began));
+    r->skipped_in_a_row = report->skipped ? r->skipped_in_a_row + 1 : 0;
+    if (r->skipped_in_a_row >= SKIPPED_IN_A_ROW)
+        return fail(ERR_INPUT, "step %lld: loss or gradients were not finite for %d steps in a row; "
+                               "try a smaller --lr or --clip 1", (long long)r->trainer->step,
+                    SKIPPED_IN_A_ROW);
+    return 0;
+}
+
+static int take_steps(struct run *r)
+{
+    const struct train_settings *o = r->o;
+    struct trainer *t = r->trainer;
+    while (t->step < o->steps && !stop_wanted) {
+        struct train_report report;
+        TRY(take_step(r, &report));
+        show_progress(r, &report);
+        bool last = t->step == o->steps;
+        if (o->checkpoint_every && t->step % o->checkpoint_every == 0)
+            TRY(save(r));
+        if (r->samples.sampler && !stop_wanted && (last || t->step % o->sample_every == 0)) {
+            int code = train_samples_write(&r->samples, t, r->data, o->out);
+            if (code < 0 && code != ERR_STOPPED)
+                return code;
+            r->progress.pace_time = now_seconds(); // sampling is no part of a step's time
+        }
+    }
+    progress_clear(&r->progress);
+    if (r->saved != t->step)
+        TRY(save(r));
+    return 0;
+}
+
+static void print_summary(const struct run *r)
+{
+    char took[32];
+    double seconds = now_seconds() - r->began, wait = loader_waited(r->loader);
+    fprintf(stderr, "%s in %s; waited %.1f s (%.1f%%) for data\n",
+            stop_wanted ? "stopped" : "done", format_seconds(seconds, took), wait,
+            100 * wait / (seconds > 0 ? seconds : 1));
+    int32_t applied = 0, skipped = 0;
+    if (trainer_counts(r->trainer, &applied, &skipped) >= 0 && skipped)
+        fprintf(stderr, "%d steps of %d were skipped: loss or gradients were not finite\n", skipped,
+                applied + skipped);
+}
+
+static int train(struct run *r)
+{
+    char path[4200];
+    const struct train_settings *o = r->o;
+    TRY(trainer_commit(r->trainer));
+    TRY(load_or_init(r));
+    if (wants_samples(r))
+        TRY(train_samples_new(&r->session, &r->config, o, &r->samples));
+    TRY(write_run_json(r));
+    TRY(train_log_open(o->out, &r->config, r->trainer->step, &r->log));
+    uint64_t cursor = r->from ? r->from->run.cursor : 0;
+    TRY(loader_start(r->data, o->batch, o->seed, cursor, o->flip != 0, o->threads, &r->loader));
+    if (r->from)
+        fprintf(stderr, "resume  at step %lld of %lld\n", (long long)r->trainer->step,
+                (long long)o->steps);
+    stop_on_signals();
+    r->began = now_seconds();
+    progress_start(&r->progress, "step", r->trainer->step, o->steps, o->log_every);
+    int code = take_steps(r);
+    progress_clear(&r->progress);
+    TRY(code);
+    print_summary(r);
+    TRY(train_log_close(&r->log));
+    TRY(train_log_chart(o->out, o->model));
+    if (r->trainer->step < o->steps)
+        fprintf(stderr, "stopped at step %lld of %lld; continue with --resume\n",
+                (long long)r->trainer->step, (long long)o->steps);
+    run_checkpoint_path(o->out, r->saved, path, sizeof path);
+    printf("%s\n", path);
+    return 0;
+}
+
+// ---- the run ---------------------------------------------------------------------------------------
+
+static int prepare_and_train(struct run *r)
+{
+    char path[4200];
+    const struct train_settings *o = r->o;
+    TRY(open_data(r));
+    if (!o->dry_run)
+        TRY(open_directory(r));
+    if (r->from && r->from->run.step >= o->steps) {
+        run_checkpoint_path(o->out, r->from->run.step, path, sizeof path);
+        fprintf(stderr, "all %lld steps are done already (--steps N for more)\n",
+                (long long)o->steps);
+        printf("%s\n", path);
+        return 0;
+    }
+    TRY(session_open(&o->device, &r->session));
+    print_header(r);
+    TRY(plan_memory(r));
+    return o->dry_run ? 0 : train(r);
+}
+
+int train_run(const struct train_settings *o, const struct command *command)
+{
+    struct run r = {.o = o, .command = command, .lock = -1, .saved = -1};
+    int code = prepare_and_train(&r);
+    if (r.loader)
+        loader_stop(r.loader);
+    train_log_close(&r.log);
+    train_samples_free(&r.samples);
+    if (r.trainer)
+        trainer_free(r.trainer);
+    session_close(&r.session);
+    if (r.from) {
+        checkpoint_close(r.from);
+        free(r.from);
+    }
+    data_close(r.data);
+    if (r.lock >= 0)
+        close(r.lock);
+    return code;
+}
