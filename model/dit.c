@@ -106,6 +106,7 @@ int dit_new(struct device *dev, struct stream *stream, const struct config *c,
     d->options = *options;
     d->ctx.dev = dev;
     d->ctx.stream = stream;
+    d->balance_scale = 1;
     const size_t L = (size_t)c->layers;
     d->x = calloc(L + 1, sizeof *d->x);
     d->acts = calloc(L, sizeof *d->acts);

@@ -79,6 +79,7 @@ struct dit {
     struct embed_act embed;
     struct tensor *x;            // [L+1] residual stream [M,D] before each block, and after the last
     struct tensor dx;            // [M,D]
+    float balance_scale;         // on the balance loss's gradient: 1 / micro-batches a step
     struct block_act *acts;      // [L], or [1] shared by all blocks with recompute
     struct block_route *routes;  // [L]
     struct block_grad *grads;    // [L]

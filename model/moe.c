@@ -87,7 +87,7 @@ int moe_backward(struct dit *d, int layer)
         TRY(shared_backward(d, layer));
     // the router's gradient comes from the gate weights and from the balance loss
     TRY(op_router_bwd(c, &s->dlogits, &s->dweight, &a->probs, &r->index, &r->fraction,
-                      d->config.balance, d->config.renormalise));
+                      d->config.balance * d->balance_scale, d->config.renormalise));
     TRY(op_linear_dw(c, &d->g.blocks[layer].gate_w, NULL, &s->dlogits, &a->h2));
     TRY(op_linear_dx(c, &s->dh, &s->dlogits, &d->w.blocks[layer].gate_w, shared));
     return op_dispatch_bwd(c, &s->dh, &a->y, &a->slot);

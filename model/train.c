@@ -112,6 +112,8 @@ int trainer_new(struct device *dev, struct stream *stream, const struct config *
             code = fail(ERR_NOMEM, "no host memory for a batch of %d", o->batch);
     }
     if (code >= 0)
+        t->dit->balance_scale = 1.0f / (float)o->accumulate;
+    if (code >= 0)
         code = plan_trainer(t);
     if (code >= 0)
         code = plan_optimiser(t);
