@@ -315,19 +315,20 @@ inline void gemm_multiply_tail(float *tile, const GLOBAL float *restrict a, size
 }
 
 // `rows` rows times one panel, `cols` of whose columns exist; `at`: the first element in C.
-inline void gemm_panel(const GLOBAL float *a, size_t row, size_t step, const GLOBAL float *b,
+inline void gemm_panel(const GLOBAL float *a, size_t row, size_t step, size_t strip,
+                       const GLOBAL float *b,
                        GLOBAL void *c, size_t at, size_t ldc, int rows, int cols,
                        const GLOBAL float *bias, int k, int flags)
 {
     float tile[GEMM_MR * GEMM_NR];
     int i = 0;
-    for (; i + GEMM_MR <= rows; i += GEMM_MR) {
-        gemm_multiply(tile, a + i * row, row, step, b, k);
+    for (; i + GEMM_MR <= rows; i += GEMM_MR, a += strip) {
+        gemm_multiply(tile, a, row, step, b, k);
         gemm_write_tile(tile, c, at + i * ldc, ldc, GEMM_MR, cols, bias, flags);
     }
-    for (; i < rows; i += 4) {
+    for (; i < rows; i += 4, a += 4 * row) {
         int some = min(4, rows - i);
-        gemm_multiply_tail(tile, a + i * row, row, step, b, k, some);
+        gemm_multiply_tail(tile, a, row, step, b, k, some);
         gemm_write_tile(tile, c, at + i * ldc, ldc, some, cols, bias, flags);
     }
 }
@@ -349,14 +350,14 @@ void gemm_rows_cpu(const GLOBAL float *a, const GLOBAL float *b, GLOBAL float *c
     b += (size_t)skip * 16 + (size_t)group * panels * k * GEMM_NR;
     for (int p = first; p < last; p++) {
         int col = p * GEMM_NR;
-        gemm_panel(a, lda, 1, b + (size_t)p * k * GEMM_NR, c, (size_t)row0 * n + col, n, end - row0,
-                   n - col, bias ? bias + col : bias, k, flags);
+        gemm_panel(a, lda, 1, (size_t)GEMM_MR * lda, b + (size_t)p * k * GEMM_NR, c,
+                   (size_t)row0 * n + col, n, end - row0, n - col, bias ? bias + col : bias, k, flags);
     }
 }
 
-// C[group] = A^T B: A [k,m] f32, B packed from element 16*skip; the group's rows are cut into steps
-// of `depth`, whose panels stay in the cache while all rows of the block of C pass.
-// Groups: (m / block, panels / wide, number of groups).
+// C[group] = A^T B: A in strips, B in panels from element 16*skip; the group's rows are cut into
+// steps of `depth`, whose panels stay in the cache while all rows of the block of C pass.
+// Groups: (m / block, panels / wide, number of groups); block a multiple of GEMM_MR.
 KERNEL(1, 1)
 void gemm_columns_cpu(const GLOBAL float *a, const GLOBAL float *b, GLOBAL float *c,
                       const GLOBAL int *offsets, int m, int n, int k, int skip, int block, int wide,
@@ -370,10 +371,10 @@ void gemm_columns_cpu(const GLOBAL float *a, const GLOBAL float *b, GLOBAL float
     b += (size_t)skip * 16;
     do {
         int steps = min(depth, k_end - k0);
-        const GLOBAL float *ak = a + (size_t)k0 * m + row0;
+        const GLOBAL float *ak = a + (size_t)row0 * k + (size_t)k0 * GEMM_MR;
         for (int p = first; p < last; p++)
-            gemm_panel(ak, 1, m, b + ((size_t)p * k + k0) * GEMM_NR, c, at + p * GEMM_NR, n, rows,
-                       n - p * GEMM_NR, 0, steps, flags);
+            gemm_panel(ak, 1, GEMM_MR, (size_t)k * GEMM_MR, b + ((size_t)p * k + k0) * GEMM_NR, c,
+                       at + p * GEMM_NR, n, rows, n - p * GEMM_NR, 0, steps, flags);
         flags |= GEMM_ACCUMULATE;
         k0 += steps;
     } while (k0 < k_end);
@@ -460,6 +461,34 @@ void gemm_pack_cpu(GLOBAL float *to, const GLOBAL float *b, int along_k, int n, 
             slow = k_whole;
         }
         gemm_pack_slow(panel, b, at, column, step, p * GEMM_NR, n, slow, k_end, bf16);
+    }
+}
+
+// Packs A, stored [k,m], into strips [strip][k][GEMM_MR] f32, padded with zeros. Groups: (k / depth).
+KERNEL(1, 1)
+void gemm_strips_cpu(GLOBAL float *to, const GLOBAL float *a, int m, int k, int depth, int flags)
+{
+    int k0 = (int)get_group_id(0) * depth, k_end = min(k0 + depth, k);
+    int whole = m / GEMM_MR, bf16 = flags & GEMM_A_BF16;
+    for (int s = k0; s < k_end; s++) {
+        size_t at = (size_t)s * m;
+        GLOBAL float *out = to + (size_t)s * GEMM_MR;
+        for (int i = 0; i < whole; i++, at += GEMM_MR, out += (size_t)k * GEMM_MR) {
+            if (bf16) {
+                for (int j = 0; j < GEMM_MR; j++)
+                    out[j] = gemm_load(a, at + j, bf16);
+            } else {
+#if VECTOR_WIDTH >= 16
+                vstore8(vload8(0, a + at), 0, out);
+                vstore4(vload4(0, a + at + 8), 0, out + 8);
+#else
+                vstore4(vload4(0, a + at), 0, out);
+                vstore2(vload2(0, a + at + 4), 0, out + 4);
+#endif
+            }
+        }
+        for (int j = whole * GEMM_MR; j < (whole + 1) * GEMM_MR && m % GEMM_MR; j++)
+            *out++ = j < m ? gemm_load(a, at++, bf16) : 0.0f;
     }
 }
 

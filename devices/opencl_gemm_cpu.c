@@ -47,9 +47,10 @@ static struct cut cut_up(const struct opencl_device *dev, const struct gemm *g)
     c.panels = gemm_cover(g->n, c.panel);
     c.copies = g->ragged == GEMM_RAGGED_M ? g->groups : 1;
     c.ld = g->trans_a ? g->m : g->k;
-    int a_rows = g->trans_a ? g->k : g->m;
-    if (g->type_a == BF16)
-        c.a_floats = round16((size_t)a_rows * (size_t)c.ld);
+    if (g->trans_a)
+        c.a_floats = round16((size_t)gemm_cover(g->m, c.strip) * (size_t)c.strip * (size_t)g->k);
+    else if (g->type_a == BF16)
+        c.a_floats = round16((size_t)g->m * (size_t)c.ld);
     c.b_floats = (size_t)c.copies * (size_t)c.panels * (size_t)g->k * (size_t)c.panel;
     cut_blocks(&c, dev, g);
     return c;
@@ -63,10 +64,12 @@ size_t opencl_gemm_cpu_space(struct opencl_device *dev, const struct gemm *g)
 
 static int convert_a(struct stream *s, const struct gemm *g, const struct cut *c)
 {
-    int rows = g->trans_a ? g->k : g->m, cols = g->trans_a ? g->m : g->k;
-    int some = 1 + 16384 / (cols + 1);
-    return GEMM_LAUNCH(s, KERNEL_gemm_convert_cpu, gemm_cover(rows, some), 1, 1, {.b = g->space},
-                       {.b = g->a}, {.i = rows}, {.i = cols}, {.i = c->ld}, {.i = some},
+    int some = 1 + 16384 / (g->k + 1);
+    if (g->trans_a)
+        return GEMM_LAUNCH(s, KERNEL_gemm_strips_cpu, gemm_cover(g->k, 64), 1, 1, {.b = g->space},
+                           {.b = g->a}, {.i = g->m}, {.i = g->k}, {.i = 64}, {.i = gemm_flags(g)});
+    return GEMM_LAUNCH(s, KERNEL_gemm_convert_cpu, gemm_cover(g->m, some), 1, 1, {.b = g->space},
+                       {.b = g->a}, {.i = g->m}, {.i = g->k}, {.i = c->ld}, {.i = some},
                        {.i = gemm_flags(g)});
 }
 
