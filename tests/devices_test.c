@@ -1,0 +1,608 @@
+// The device interface: listing, memory, launches, events, and what is cached on disk.
+#include "tests/test.h"
+
+#include <dirent.h>
+#include <limits.h>
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "devices/cache.h"
+#include "devices/host.h"
+#include "devices/opencl.h"
+#include "devices/tune.h"
+
+// ---- helpers -----------------------------------------------------------------------------------
+
+static const char CHILD[] = "DITMOE_TEST_CHILD"; // set in a process that a test started
+
+// Runs test `name` of this program again with `setting` in its environment; its output to `out`.
+static int run_again(const char *setting, const char *name, char *out, size_t size)
+{
+    char program[PATH_MAX] = "", command[PATH_MAX + 512];
+    if (readlink("/proc/self/exe", program, sizeof program - 1) < 0)
+        return -1;
+    snprintf(command, sizeof command, "%s=1 %s '%s' %s 2>&1", CHILD, setting, program, name);
+    FILE *pipe = popen(command, "r");
+    if (!pipe)
+        return -1;
+    size_t length = fread(out, 1, size - 1, pipe);
+    out[length] = 0;
+    return pclose(pipe);
+}
+
+static bool put_file(const char *path, const void *data, size_t size)
+{
+    FILE *file = fopen(path, "wb");
+    bool good = file && fwrite(data, 1, size, file) == size;
+    return file && fclose(file) == 0 && good;
+}
+
+// The cache moves to a fresh folder `name` of the test's directory; returns its path.
+static const char *use_cache(const char *name)
+{
+    static char path[PATH_MAX];
+    snprintf(path, sizeof path, "%s/%s", test_directory(), name);
+    setenv("DITMOE_CACHE", path, 1);
+    return path;
+}
+
+// The path of the only file in `dir` whose name starts with `prefix`; "" for none or several.
+static const char *only_file(const char *dir, const char *prefix)
+{
+    static char path[PATH_MAX];
+    int count = 0;
+    DIR *d = opendir(dir);
+    for (struct dirent *e = d ? readdir(d) : NULL; e; e = readdir(d))
+        if (!strncmp(e->d_name, prefix, strlen(prefix)) && ++count)
+            snprintf(path, sizeof path, "%s/%s", dir, e->d_name);
+    if (d)
+        closedir(d);
+    return count == 1 ? path : "";
+}
+
+// ---- discovery ---------------------------------------------------------------------------------
+
+static int test_list(void)
+{
+    struct device_info list[16];
+    int count = devices_list(list, 16);
+    CHECK(count >= 1, "%s", error_message());
+    for (int i = 0; i < count; i++) {
+        const struct device_info *d = &list[i];
+        char key[32];
+        snprintf(key, sizeof key, "opencl:%d", i);
+        CHECK(!strcmp(d->key, key) && d->index == i, "device %d has key %s", i, d->key);
+        CHECK(d->name[0] && d->platform[0] && d->driver[0] && d->language[0], "%s", d->key);
+        CHECK(d->memory > 0 && d->max_alloc > 0 && d->compute_units > 0, "%s", d->key);
+        CHECK(d->align >= 64 && d->align % 64 == 0, "%zu", d->align);
+        CHECK(d->place[0] && (d->pci[0] || d->numa == -1), "%s: %s", d->key, d->place);
+        if (d->kind == DEVICE_CPU)
+            CHECK(d->memory <= (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE),
+                  "%llu bytes", (unsigned long long)d->memory);
+        if (!d->pci[0])
+            CHECK(!strcmp(d->place, "Machine"), "%s", d->place);
+    }
+    CHECK(devices_list(list, 0) == 0, "no room must give no device");
+    return PASSED;
+}
+
+static int test_find(void)
+{
+    struct device_info by_null, by_auto, by_key;
+    OK(devices_find(NULL, &by_null));
+    OK(devices_find("auto", &by_auto));
+    CHECK(!strcmp(by_null.key, by_auto.key), "%s, %s", by_null.key, by_auto.key);
+    OK(devices_find("opencl:0", &by_key));
+    CHECK(by_key.index == 0, "%d", by_key.index);
+    CHECK(devices_find("cuda:77", &by_key) == ERR_NODEVICE, "found cuda:77");
+    CHECK(strstr(error_message(), "'cuda:77'") && strstr(error_message(), "opencl:0") &&
+              !strchr(error_message(), '\n'),
+          "%s", error_message());
+    return PASSED;
+}
+
+static int test_no_platform(void)
+{
+    char out[4096], setting[256];
+    struct device_info info;
+    if (getenv(CHILD)) {
+        printf("count %d\n", devices_list(&info, 1));
+        printf("find %d: %s\n", devices_find(NULL, &info) == ERR_NODEVICE, error_message());
+        return PASSED;
+    }
+    snprintf(setting, sizeof setting, "OCL_ICD_VENDORS=%s", test_directory());
+    run_again(setting, "devices/no_platform", out, sizeof out);
+    CHECK(strstr(out, "count 0\n"), "%s", out);
+    CHECK(strstr(out, "find 1: no OpenCL device found; install an OpenCL driver"), "%s", out);
+    return PASSED;
+}
+
+// Names repeat, keys do not: PoCL can show the same CPU twice.
+static int test_twins(void)
+{
+    char out[4096];
+    struct device_info list[4];
+    struct device *dev;
+    if (getenv(CHILD)) {
+        int count = devices_list(list, 4);
+        CHECK(count == 2, "%d devices", count);
+        CHECK(!strcmp(list[0].name, list[1].name), "%s, %s", list[0].name, list[1].name);
+        CHECK(!strcmp(list[1].key, "opencl:1"), "%s", list[1].key);
+        OK(list[1].backend->open(&list[1], 0, &dev));
+        printf("opened %s\n", dev->info.key);
+        dev->api->close(dev);
+        return PASSED;
+    }
+    OK(devices_list(list, 4));
+    if (!strstr(list[0].platform, "Portable Computing Language"))
+        return SKIPPED;
+    run_again("POCL_DEVICES='pthread pthread'", "devices/twins", out, sizeof out);
+    CHECK(strstr(out, "opened opencl:1\n") && strstr(out, "1 passed, 0 failed"), "%s", out);
+    return PASSED;
+}
+
+static int put_host_file(const char *root, const char *name, const char *text)
+{
+    char path[PATH_MAX];
+    snprintf(path, sizeof path, "%s/%s", root, name);
+    for (char *slash = strchr(path + 1, '/'); slash; slash = strchr(slash + 1, '/')) {
+        *slash = 0;
+        mkdir(path, 0700);
+        *slash = '/';
+    }
+    return put_file(path, text, strlen(text)) ? 0 : -1;
+}
+
+// Memory is the least of what the OS and the control groups say, as recorded on other machines.
+static int test_host_memory(void)
+{
+    char root[256];
+    uint64_t mib = 1 << 20;
+    snprintf(root, sizeof root, "%s/host", test_directory());
+    CHECK(host_memory(root) == UINT64_MAX, "of nothing");
+    OK(put_host_file(root, "proc/meminfo", "MemTotal:  1048576 kB\nMemFree: 5 kB\n"));
+    CHECK(host_memory(root) == 1024 * mib, "installed");
+    OK(put_host_file(root, "proc/meminfo", "MemTotal:  1048576 kB\nMemAvailable:  921600 kB\n"));
+    CHECK(host_memory(root) == 900 * mib, "available");
+    OK(put_host_file(root, "proc/self/cgroup", "0::/a/b\n"));
+    OK(put_host_file(root, "sys/fs/cgroup/a/b/memory.max", "max\n"));
+    CHECK(host_memory(root) == 900 * mib, "a group without limit");
+    OK(put_host_file(root, "sys/fs/cgroup/a/memory.max", "536870912\n"));
+    CHECK(host_memory(root) == 512 * mib, "the limit of the group above");
+    OK(put_host_file(root, "proc/self/cgroup", "3:cpu:/x\n8:memory:/not/mounted\n0::/\n"));
+    OK(put_host_file(root, "sys/fs/cgroup/memory/memory.limit_in_bytes", "268435456\n"));
+    CHECK(host_memory(root) == 256 * mib, "version 1, seen from inside a container");
+    return PASSED;
+}
+
+// ---- the list of kernels, opening --------------------------------------------------------------
+
+static int test_kernel_specs(void)
+{
+    for (int i = 0; i < KERNEL_COUNT; i++) {
+        const struct kernel_spec *k = &kernel_specs[i];
+        size_t length = strlen(k->name);
+        bool cpu_name = length > 4 && !strcmp(k->name + length - 4, "_cpu");
+        CHECK(strspn(k->args, "biuf") == strlen(k->args) && k->args[0], "%s: %s", k->name, k->args);
+        CHECK(k->group[0] >= 1 && k->group[1] >= 1, "%s", k->name);
+        CHECK(k->group[0] * k->group[1] <= 256, "%s: some GPUs allow no more", k->name);
+        CHECK(cpu_name == (k->form == FORM_CPU), "%s: name and form disagree", k->name);
+        for (int j = 0; j < i; j++)
+            CHECK(strcmp(k->name, kernel_specs[j].name) != 0, "%s is there twice", k->name);
+    }
+    return PASSED;
+}
+
+static int test_open(void)
+{
+    struct device *plain = test_device(0), *portable = test_device(OPEN_GPU_FORMS);
+    struct device_info gone;
+    struct device *none = NULL;
+    CHECK(plain && portable, "no device");
+    CHECK(plain->act == F32, "act");
+    CHECK(plain->cpu_forms == (plain->info.kind == DEVICE_CPU), "cpu_forms");
+    CHECK(!portable->cpu_forms, "OPEN_GPU_FORMS");
+    for (int i = 0; i < KERNEL_COUNT; i++)
+        CHECK(opencl_device_of(portable)->kernels[i] || kernel_specs[i].form == FORM_CPU,
+              "%s is not made", kernel_specs[i].name);
+    gone = plain->info;
+    gone.index = 99;
+    strcpy(gone.key, "opencl:99");
+    CHECK(gone.backend->open(&gone, 0, &none) == ERR_NODEVICE && !none, "opened device 99");
+    CHECK(strstr(error_message(), "opencl:99"), "%s", error_message());
+    return PASSED;
+}
+
+static int test_names(void)
+{
+    CHECK(dtype_size(F32) == 4 && dtype_size(BF16) == 2 && dtype_size(I64) == 8, "sizes");
+    CHECK(!strcmp(dtype_name(BF16), "bf16") && !strcmp(device_kind_name(DEVICE_GPU), "GPU"),
+          "names");
+    CHECK(!strcmp(opencl_error_name(CL_OUT_OF_RESOURCES), "CL_OUT_OF_RESOURCES"), "-5");
+    CHECK(opencl_fail(CL_OUT_OF_RESOURCES, "clFinish") == ERR_DRIVER, "code");
+    CHECK(!strcmp(error_message(), "OpenCL: clFinish failed: CL_OUT_OF_RESOURCES (-5)"), "%s",
+          error_message());
+    CHECK(opencl_fail(CL_MEM_OBJECT_ALLOCATION_FAILURE, "x") == ERR_NOMEM, "code");
+    return PASSED;
+}
+
+// ---- memory ------------------------------------------------------------------------------------
+
+enum { WORDS = 4096 };
+
+static int test_transfers(void)
+{
+    struct device *dev = test_device(0);
+    struct mem *a, *b;
+    struct stream *s;
+    static uint32_t host[WORDS], back[WORDS];
+    CHECK(dev, "no device");
+    OK(dev->api->alloc(dev, sizeof host, &a));
+    OK(dev->api->alloc(dev, sizeof host, &b));
+    OK(dev->api->stream_new(dev, &s));
+    for (uint32_t i = 0; i < WORDS; i++)
+        host[i] = i * 2654435761u;
+    OK(dev->api->write(s, a, 0, host, sizeof host));
+    OK(dev->api->fill(s, b, 0, sizeof host, 0xdeadbeef));
+    OK(dev->api->copy(s, b, 40, a, 12, 400));
+    OK(dev->api->write(s, b, 800, host, 4));
+    OK(dev->api->fill(s, b, 1000, 8, 7));
+    OK(dev->api->write(s, b, 0, host, 0));
+    OK(dev->api->read(s, b, 0, back, sizeof back));
+    for (uint32_t i = 0; i < WORDS; i++) {
+        uint32_t want = i >= 10 && i < 110 ? host[i - 7] : i == 200 ? host[0] : 0xdeadbeef;
+        want = i == 250 || i == 251 ? 7 : want;
+        CHECK(back[i] == want, "word %u is %x, not %x", i, back[i], want);
+    }
+    OK(dev->api->read(s, b, 44, back, 4));
+    CHECK(back[0] == host[4], "read at an offset");
+    dev->api->stream_free(s);
+    dev->api->free(b);
+    dev->api->free(a);
+    return PASSED;
+}
+
+static int test_views(void)
+{
+    struct device *dev = test_device(0);
+    struct mem *root, *view, *inner;
+    struct stream *s;
+    uint32_t back[64];
+    CHECK(dev, "no device");
+    size_t align = dev->info.align;
+    uint64_t allocations = dev->allocations, allocated = dev->allocated;
+    OK(dev->api->alloc(dev, 8 * align, &root));
+    CHECK(dev->allocations == allocations + 1 && dev->allocated == allocated + 8 * align, "count");
+    OK(dev->api->view(root, 2 * align, 5 * align, &view));
+    OK(dev->api->view(view, align, 12, &inner)); // 3 words at 3*align, of an odd size
+    CHECK(dev->allocations == allocations + 1, "a view is no allocation");
+    OK(dev->api->stream_new(dev, &s));
+    OK(dev->api->fill(s, root, 0, 8 * align, 1));
+    OK(dev->api->fill(s, view, 0, 5 * align, 2));
+    OK(dev->api->fill(s, inner, 0, 12, 3));
+    OK(dev->api->read(s, root, 3 * align - 4, back, 20));
+    CHECK(back[0] == 2 && back[1] == 3 && back[2] == 3 && back[3] == 3 && back[4] == 2,
+          "%u %u %u %u %u", back[0], back[1], back[2], back[3], back[4]);
+    OK(dev->api->read(s, root, 2 * align - 4, back, 8));
+    CHECK(back[0] == 1 && back[1] == 2, "%u %u", back[0], back[1]);
+    OK(dev->api->read(s, root, 7 * align - 4, back, 8));
+    CHECK(back[0] == 2 && back[1] == 1, "%u %u", back[0], back[1]);
+    dev->api->stream_free(s);
+    dev->api->free(inner);
+    dev->api->free(view);
+    dev->api->free(root);
+    CHECK(dev->allocated == allocated, "free() must give the bytes back");
+    return PASSED;
+}
+
+static int test_too_large(void)
+{
+    struct device *dev = test_device(0);
+    struct mem *mem = NULL;
+    CHECK(dev, "no device");
+    uint64_t allocations = dev->allocations, memory = dev->info.memory;
+    CHECK(dev->api->alloc(dev, dev->info.max_alloc + 1, &mem) == ERR_NOMEM && !mem, "allocated");
+    CHECK(strstr(error_message(), dev->info.key) && strstr(error_message(), "MiB in one buffer"),
+          "%s", error_message());
+    dev->info.memory = dev->allocated + 1000; // as if all but 1000 bytes were in use
+    int code = dev->api->alloc(dev, 4096, &mem);
+    dev->info.memory = memory;
+    CHECK(code == ERR_NOMEM && !mem, "allocated more than there is");
+    CHECK(strstr(error_message(), "does not fit"), "%s", error_message());
+    CHECK(dev->allocations == allocations, "a failed allocation counts");
+    return PASSED;
+}
+
+// ---- launches and events -----------------------------------------------------------------------
+
+enum { COUNT = 600 };
+
+static int launch_silu(struct device *dev, struct stream *s, int groups)
+{
+    static float x[COUNT], y[1024];
+    struct mem *in, *out;
+    for (int i = 0; i < COUNT; i++)
+        x[i] = (float)(i - 300) * 0.02f;
+    OK(dev->api->alloc(dev, sizeof x, &in));
+    OK(dev->api->alloc(dev, sizeof y, &out));
+    OK(dev->api->write(s, in, 0, x, sizeof x));
+    OK(dev->api->fill(s, out, 0, sizeof y, 0x7fc00000)); // NaN
+    const union arg args[] = {{.b = out}, {.b = in}, {.u = COUNT}, {.u = 0}};
+    OK(dev->api->launch(s, KERNEL_silu_fwd, (const int[]){groups, 1, 1}, args, 4));
+    OK(dev->api->read(s, out, 0, y, sizeof y));
+    for (int i = 0; i < 1024; i++) {
+        double want = i < COUNT && groups ? x[i] / (1 + exp(-(double)x[i])) : NAN;
+        CHECK(isnan(want) ? isnan(y[i]) : fabs(want - (double)y[i]) < 1e-5, "y[%d] = %g, not %g", i,
+              (double)y[i], want);
+    }
+    dev->api->free(in);
+    dev->api->free(out);
+    return PASSED;
+}
+
+static int test_launch(void)
+{
+    struct device *dev = test_device(0);
+    struct stream *s;
+    CHECK(dev, "no device");
+    OK(dev->api->stream_new(dev, &s));
+    int result = launch_silu(dev, s, 3);
+    if (result == PASSED)
+        result = launch_silu(dev, s, 0); // no groups: no launch
+    CHECK(dev->api->accelerate(s, ACCELERATE_ATTENTION_FWD, NULL) == NOT_MINE, "accelerate");
+    dev->api->stream_free(s);
+    return result;
+}
+
+// A wrong number of arguments is a bug of the program: it says where and aborts.
+static int test_arity(void)
+{
+    struct device *dev = test_device(0);
+    struct stream *s;
+    int status = 0;
+    CHECK(dev, "no device");
+    OK(dev->api->stream_new(dev, &s));
+    fflush(stdout);
+    pid_t child = fork();
+    if (child == 0) {
+        if (!freopen("/dev/null", "w", stderr))
+            _exit(1);
+        const union arg args[3] = {{0}};
+        dev->api->launch(s, KERNEL_silu_fwd, (const int[]){1, 1, 1}, args, 3);
+        _exit(0);
+    }
+    CHECK(child > 0 && waitpid(child, &status, 0) == child, "fork");
+    CHECK(WIFSIGNALED(status) && WTERMSIG(status) == SIGABRT, "status %d", status);
+    dev->api->stream_free(s);
+    return PASSED;
+}
+
+static double now(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+static int test_events(void)
+{
+    struct device *dev = test_device(0);
+    struct mem *mem;
+    struct stream *s, *other;
+    struct event *from, *to;
+    double seconds = -1;
+    uint32_t word = 0;
+    size_t bytes = 32 << 20;
+    CHECK(dev, "no device");
+    OK(dev->api->alloc(dev, bytes, &mem));
+    OK(dev->api->stream_new(dev, &s));
+    OK(dev->api->stream_new(dev, &other));
+    OK(dev->api->event_new(dev, &from));
+    OK(dev->api->event_new(dev, &to));
+    OK(dev->api->wait(other, from)); // never recorded: nothing to wait for
+    double start = now();
+    OK(dev->api->record(s, from));
+    for (uint32_t i = 1; i <= 4; i++)
+        OK(dev->api->fill(s, mem, 0, bytes, i));
+    OK(dev->api->record(s, to));
+    OK(dev->api->wait(other, to));
+    OK(dev->api->read(other, mem, bytes - 4, &word, 4));
+    double wall = now() - start;
+    CHECK(word == 4, "the other stream did not wait: %u", word);
+    OK(dev->api->sync(s));
+    OK(dev->api->elapsed(from, to, &seconds));
+    CHECK(seconds > 1e-5 && seconds <= wall, "%g s of %g", seconds, wall);
+    OK(dev->api->record(s, from)); // an event can be used again
+    OK(dev->api->sync(s));
+    OK(dev->api->elapsed(to, from, &seconds));
+    CHECK(seconds >= 0, "%g", seconds);
+    dev->api->event_free(from);
+    dev->api->event_free(to);
+    dev->api->stream_free(other);
+    dev->api->stream_free(s);
+    dev->api->free(mem);
+    return PASSED;
+}
+
+// ---- the cache of programs ---------------------------------------------------------------------
+
+static int make_program(struct opencl_device *dev)
+{
+    const char *text = "__kernel void one(__global int *x) { x[0] = 1; }";
+    cl_int code;
+    dev->program = clCreateProgramWithSource(dev->context, 1, &text, NULL, &code);
+    CHECK(code == CL_SUCCESS, "%s", opencl_error_name(code));
+    code = clBuildProgram(dev->program, 1, &dev->id, "", NULL, NULL);
+    CHECK(code == CL_SUCCESS, "%s", opencl_error_name(code));
+    return PASSED;
+}
+
+static bool loads(struct opencl_device *dev, const char *identity)
+{
+    dev->program = NULL;
+    if (!opencl_binary_load(dev, identity, ""))
+        return false;
+    cl_int code;
+    cl_kernel kernel = clCreateKernel(dev->program, "one", &code);
+    if (code == CL_SUCCESS)
+        clReleaseKernel(kernel);
+    clReleaseProgram(dev->program);
+    return code == CL_SUCCESS;
+}
+
+// Corrupt, cut and foreign files must not even reach the driver.
+static int damage(struct opencl_device *dev, const char *dir)
+{
+    const char *name = strrchr(only_file(dir, "program-"), '/');
+    CHECK(name, "not one file in %s", dir);
+    char path[PATH_MAX], identity[] = "good";
+    snprintf(path, sizeof path, "%s", only_file(dir, "program-"));
+    size_t size = 0;
+    unsigned char *data = cache_read(name + 1, &size);
+    CHECK(data && size > 1024, "%zu bytes", size);
+    data[size - 5] ^= 1;
+    bool written = put_file(path, data, size), flipped = loads(dev, identity);
+    data[size - 5] ^= 1;
+    written = written && put_file(path, data, size - 1);
+    bool cut = loads(dev, identity);
+    written = written && put_file(path, data, 10);
+    bool stub = loads(dev, identity);
+    data[40] ^= 1; // another identity under this name
+    written = written && put_file(path, data, size);
+    bool foreign = loads(dev, identity);
+    data[40] ^= 1;
+    written = written && put_file(path, data, size);
+    bool whole = loads(dev, identity);
+    free(data);
+    CHECK(written && !flipped && !cut && !stub && !foreign && whole, "%d %d %d %d %d %d", written,
+          flipped, cut, stub, foreign, whole);
+    return PASSED;
+}
+
+static int test_program_cache(void)
+{
+    struct device *base = test_device(0);
+    CHECK(base, "no device");
+    struct opencl_device dev = {.context = opencl_device_of(base)->context,
+                                .id = opencl_device_of(base)->id};
+    const char *dir = use_cache("programs");
+    CHECK(!loads(&dev, "good"), "loaded from nothing");
+    if (make_program(&dev) != PASSED)
+        return FAILED;
+    cl_program program = dev.program;
+    CHECK(opencl_binary_save(&dev, "good"), "not saved");
+    CHECK(loads(&dev, "good") && !loads(&dev, "other"), "by identity");
+    int result = damage(&dev, dir);
+    setenv("DITMOE_CACHE", "/dev/null/nowhere", 1);
+    dev.program = program;
+    CHECK(!opencl_binary_save(&dev, "good") && !loads(&dev, "good"), "in no directory");
+    clReleaseProgram(program);
+    unsetenv("DITMOE_CACHE");
+    return result;
+}
+
+// ---- the tuner ---------------------------------------------------------------------------------
+
+struct job {
+    int runs[3];
+    int broken; // a candidate that fails
+};
+
+// Candidate 1 takes 0.1 ms, the others 1 ms.
+static int run_job(void *user, int candidate, int repeats)
+{
+    struct job *job = user;
+    job->runs[candidate]++;
+    if (candidate == job->broken)
+        return fail(ERR_DRIVER, "candidate %d cannot", candidate);
+    struct timespec t = {0, (candidate == 1 ? 100000L : 1000000L) * repeats};
+    nanosleep(&t, NULL);
+    return 0;
+}
+
+static int runs_of(struct device *dev, const char *key, int broken, int *choice)
+{
+    struct job job = {.broken = broken};
+    *choice = tune_choose(dev, key, 3, run_job, &job);
+    return job.runs[0] + job.runs[1] + job.runs[2];
+}
+
+// Another process measures for `dev`, so that this one can only know it from the file.
+static int tune_elsewhere(struct device *dev)
+{
+    int status = 0, choice;
+    fflush(stdout);
+    pid_t child = fork();
+    if (child == 0)
+        _exit(runs_of(dev, "k", 0, &choice) > 3 && choice == 1 ? 0 : 1);
+    return child > 0 && waitpid(child, &status, 0) == child ? status : -1;
+}
+
+static int test_tuner(void)
+{
+    struct device dev = {.info = {.name = "A", .platform = "tuner test"}};
+    int choice;
+    const char *dir = use_cache("tune");
+    CHECK(runs_of(&dev, "k", -1, &choice) > 9 && choice == 1, "candidate %d", choice);
+    CHECK(runs_of(&dev, "k", -1, &choice) == 0 && choice == 1, "not remembered");
+    CHECK(only_file(dir, "tune-")[0], "no file");
+    CHECK(runs_of(&dev, "k2", 1, &choice) > 6 && choice != 1, "took a candidate that fails");
+    struct job job = {.broken = 0};
+    CHECK(tune_choose(&dev, "k3", 1, run_job, &job) == 0 && job.runs[0] == 0, "only one");
+    setenv("DITMOE_TUNE", "0", 1);
+    CHECK(runs_of(&dev, "k", -1, &choice) == 0 && choice == 0, "DITMOE_TUNE=0");
+    unsetenv("DITMOE_TUNE");
+    unsetenv("DITMOE_CACHE");
+    return PASSED;
+}
+
+static int all_fail(void *user, int candidate, int repeats)
+{
+    (void)user, (void)repeats;
+    return fail(ERR_NOMEM, "candidate %d", candidate);
+}
+
+static int test_tuner_file(void)
+{
+    struct device dev = {.info = {.name = "B", .platform = "tuner test"}};
+    struct device twin = {.info = {.name = "C", .platform = "tuner test"}};
+    int choice;
+    const char *dir = use_cache("tune2");
+    CHECK(tune_elsewhere(&dev) == 0, "the child");
+    CHECK(runs_of(&dev, "k", -1, &choice) == 0 && choice == 1, "not read from the file");
+    CHECK(unlink(only_file(dir, "tune-")) == 0 && tune_elsewhere(&twin) == 0, "the child");
+    CHECK(put_file(only_file(dir, "tune-"), "{\"choices\": 3", 13), "write");
+    CHECK(runs_of(&twin, "k", -1, &choice) > 9 && choice == 1, "believed a corrupt file");
+    CHECK(tune_choose(&twin, "none", 2, all_fail, NULL) == ERR_NOMEM, "all candidates fail");
+    setenv("DITMOE_CACHE", "/dev/null/nowhere", 1);
+    CHECK(runs_of(&twin, "k4", -1, &choice) > 9 && choice == 1, "without a directory");
+    CHECK(runs_of(&twin, "k4", -1, &choice) == 0 && choice == 1, "not remembered in memory");
+    unsetenv("DITMOE_CACHE");
+    return PASSED;
+}
+
+const struct test devices_tests[] = {
+    {"list", test_list},
+    {"find", test_find},
+    {"no_platform", test_no_platform},
+    {"twins", test_twins},
+    {"host_memory", test_host_memory},
+    {"kernel_specs", test_kernel_specs},
+    {"open", test_open},
+    {"names", test_names},
+    {"transfers", test_transfers},
+    {"views", test_views},
+    {"too_large", test_too_large},
+    {"launch", test_launch},
+    {"arity", test_arity},
+    {"events", test_events},
+    {"program_cache", test_program_cache},
+    {"tuner", test_tuner},
+    {"tuner_file", test_tuner_file},
+    {0},
+};
