@@ -175,11 +175,12 @@ static int expect_all(const struct safetensors *s, const struct params *p, const
 {
     for (int i = 0; i < p->count; i++) {
         const struct param *q = &p->list[i];
+        const struct st_tensor *found;
         char name[128];
         snprintf(name, sizeof name, "%s%s", prefix, q->name);
         if (q->frozen && *prefix && !safetensors_find(s, name))
             continue; // one copy of what is not trained is enough
-        TRY(safetensors_expect(s, name, -1, q->ndim, q->shape, NULL));
+        TRY(safetensors_expect(s, name, -1, q->ndim, q->shape, &found));
     }
     return 0;
 }

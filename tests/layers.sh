@@ -20,7 +20,8 @@ rule "model/ includes nothing above it" includes model 'tools'
 rule "model/ names no CUDA or OpenCL" grep -niE 'cuda|opencl|cl_mem|clEnqueue|cublas' model/*.c model/*.h
 rule "runtime/ calls no CUDA or OpenCL" grep -nE 'cl_mem|clEnqueue|cuLaunch|#include <CL' runtime/*.c runtime/*.h
 rule "no exit() or printing to stderr below tools/" grep -nE '\b(exit|perror) *\(|fprintf\(stderr' model/*.c runtime/*.c
-rule "mad() is nowhere in the kernels (it is not fused on every device)" grep -nE '\bmad *\(' kernels.cl
+rule "mad() is nowhere in the kernels (it is not fused on every device)" \
+    sh -c "sed 's,//.*,,' kernels.cl | grep -nE '\\bmad *\\('"
 rule "no source file over 800 lines (kernels.cl excepted)" \
     sh -c 'wc -l devices/*.[ch] runtime/*.[ch] model/*.[ch] tools/*.[ch] tests/*.[ch] | awk "\$1 > 800 && \$2 != \"total\""'
 echo "$passed passed, $failed failed"

@@ -254,7 +254,7 @@ def evaluate(params, cfg, inputs, dtype):
 
 def train_losses(params, cfg, inputs, dtype, steps):
     """Losses before each of `steps` AdamW steps on one batch, and the smallest top-k gap on the way."""
-    p, i = convert(params, dtype, trained=True), convert(inputs, dtype)
+    p, i = convert({n: v.clone() for n, v in params.items()}, dtype, trained=True), convert(inputs, dtype)
     adamw = torch.optim.AdamW([v for v in p.values() if v.requires_grad], lr=1e-3, betas=(0.9, 0.999), eps=1e-8,
                               weight_decay=0)
     losses, gap = [], 1.0
