@@ -864,7 +864,7 @@ void attention_fwd(GLOBAL act *o, GLOBAL float *lse, const GLOBAL act *qkv, int 
                    int hd, float scale, int write_lse, int all_heads, int key_block, int query_block,
                    int per_item)
 {
-    LOCAL float slices[2 * SLICE * HEAD_MAX]; // two of SLICE * PITCH, or one of SLICE * HEAD_MAX
+    LOCAL float slices[2 * SLICE * PITCH]; // or SLICE * HEAD_MAX, which is less
     LOCAL float p[TILE * PITCH];
     LOCAL float part[256], top[TILE], total[TILE], shrink[TILE];
     int item = get_local_id(0), ty = item / 16, tx = item % 16;
@@ -948,7 +948,7 @@ void attention_bwd_kv(GLOBAL act *dqkv, const GLOBAL float *delta, const GLOBAL 
                       const GLOBAL float *lse, const GLOBAL act *qkv, int heads, int tokens, int hd,
                       float scale)
 {
-    LOCAL float slices[2 * SLICE * HEAD_MAX];
+    LOCAL float slices[2 * SLICE * PITCH];
     LOCAL float p[TILE * PITCH];
     int item = get_local_id(0), ty = item / 16, tx = item % 16;
     int first = get_group_id(0) * TILE, head = get_group_id(1);
@@ -1000,7 +1000,7 @@ void attention_bwd_q(GLOBAL act *dqkv, const GLOBAL float *delta, const GLOBAL a
                      const GLOBAL float *lse, const GLOBAL act *qkv, int heads, int tokens, int hd,
                      float scale)
 {
-    LOCAL float slices[2 * SLICE * HEAD_MAX];
+    LOCAL float slices[2 * SLICE * PITCH];
     LOCAL float p[TILE * PITCH];
     int item = get_local_id(0), ty = item / 16, tx = item % 16;
     int first = get_group_id(0) * TILE, head = get_group_id(1);
