@@ -378,7 +378,9 @@ static int set_axes(const struct figure_chart *chart, struct axis axes[2])
         TRY(range_of(&chart->curves[i], x, y));
     if (!isfinite(x[0]))
         return fail(ERR_INPUT, "a chart without a point to draw");
-    if (y[0] > 0 && y[0] < 0.35 * y[1]) // zero is near: show it
+    if (x[0] > 0 && x[0] < 0.02 * x[1]) // zero is near: show it
+        x[0] = 0;
+    if (y[0] > 0 && y[0] < 0.35 * y[1])
         y[0] = 0;
     set_axis(&axes[0], x[0], x[1], 8, false);
     set_axis(&axes[1], y[0], y[1], 7, true);
