@@ -82,17 +82,16 @@ static int find_nearest(const struct knn *knn, const float *query, struct neighb
     return count;
 }
 
-// The list is ascending, so the first class to be met with the most votes has the nearest
-// neighbour.
+// A tie goes to the smallest class number, as in scikit-learn, so that figures can be compared.
 static int32_t vote(const struct neighbour *list, int count)
 {
-    int32_t winner = list[0].label;
+    int32_t winner = 0;
     int most = 0;
     for (int i = 0; i < count; i++) {
         int votes = 0;
         for (int j = 0; j < count; j++)
             votes += list[j].label == list[i].label;
-        if (votes > most) {
+        if (votes > most || (votes == most && list[i].label < winner)) {
             most = votes;
             winner = list[i].label;
         }

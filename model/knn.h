@@ -14,7 +14,7 @@ struct knn {
     int64_t reference_count;
     int64_t dim;
     int classes;
-    int k;       // neighbours that vote, <= KNN_MAX_K; a tie goes to the class with the nearest one
+    int k;       // neighbours that vote, <= KNN_MAX_K; a tie goes to the smallest class
     int threads; // 0: chosen
 };
 

@@ -433,21 +433,27 @@ static int test_knn_small(void)
     CHECK(predicted[0] == 0 && predicted[1] == 2, "%d %d", predicted[0], predicted[1]);
     CHECK(nearest[0] == 2.0f && nearest[1] == 2.0f, "%g %g", (double)nearest[0],
           (double)nearest[1]);
-    knn.k = 2; // one vote each: the nearer wins
+    knn.k = 2; // one vote each: the smaller class wins
     memcpy(labels, (int32_t[]){0, 1}, 8);
     knn.reference_count = 2;
     memcpy(queries, (float[]){0.6f, 0, 0, 0.4f, 0, 0}, sizeof queries);
     OK(knn_vote(&knn, queries, 2, predicted, NULL));
-    CHECK(predicted[0] == 1 && predicted[1] == 0, "a tie: %d %d", predicted[0], predicted[1]);
+    CHECK(predicted[0] == 0 && predicted[1] == 0, "a tie: %d %d", predicted[0], predicted[1]);
     queries[4] = NAN;
     CHECK(knn_vote(&knn, queries, 2, predicted, NULL) == ERR_INPUT && says("image 1"), "NaN");
     return PASSED;
 }
 
+// Instrumented code is slow here: fewer images do.
+#if defined __SANITIZE_ADDRESS__ || defined __SANITIZE_THREAD__
+enum { QUERIES = 100 };
+#else
+enum { QUERIES = 1000 };
+#endif
+
 // Real test images: the judge must know them, and be fast.
 static int test_knn_fashion(void)
 {
-    enum { QUERIES = 1000 };
     struct dataset *train, *test;
     if (access(fashion, R_OK))
         return SKIPPED;
@@ -467,7 +473,7 @@ static int test_knn_fashion(void)
         right += predicted[i] == data_label(test, i);
     printf("    %d of %d test images in their class, %.2f s\n", right, QUERIES,
            (double)(to.tv_sec - from.tv_sec) + 1e-9 * (double)(to.tv_nsec - from.tv_nsec));
-    CHECK(right >= 820 && right <= 860, "%d", right);
+    CHECK(QUERIES < 1000 || right == 836, "scikit-learn has 836 right");
     CHECK(nearest[0] > 1.0f, "%g", (double)nearest[0]);
     OK(data_image(train, 77, false, queries));
     OK(knn_vote_dataset(train, 100, queries, 1, predicted, nearest));
