@@ -1107,12 +1107,34 @@ INLINE void pack_rows(float *to, int ld, const GLOBAL act *from, size_t pitch, i
         }
 }
 
-// to[d, ld] = from[rows, hd] transposed; columns from `rows` to ld are 0
+// to[d, ld] = from[rows, hd] transposed, padded with 0 to `ld` columns and a multiple of 16 rows: blocks
+// of 16 x 16 go through four perfect shuffles of their rows.
 INLINE void pack_columns(float *to, int ld, const GLOBAL act *from, size_t pitch, int rows, int hd)
 {
-    for (int i = 0; i < ld; i++)
-        for (int d = 0; d < hd; d++)
-            to[d * ld + i] = i < rows ? act_load(from, i * pitch + d) : 0.0f;
+    for (int i = 0; i < ld; i += 16)
+        for (int d = 0; d < hd; d += 16) {
+            float16 r[16], t[16];
+#pragma unroll
+            for (int k = 0; k < 16; k++)
+                r[k] = i + k < rows ? act_load_upto(from + (i + k) * pitch + d, hd - d)
+                                    : (float16)(0.0f);
+#pragma unroll
+            for (int stage = 0; stage < 4; stage++) {
+#pragma unroll
+                for (int k = 0; k < 8; k++) {
+                    t[2 * k].even = r[k].lo;
+                    t[2 * k].odd = r[k + 8].lo;
+                    t[2 * k + 1].even = r[k].hi;
+                    t[2 * k + 1].odd = r[k + 8].hi;
+                }
+#pragma unroll
+                for (int k = 0; k < 16; k++)
+                    r[k] = t[k];
+            }
+#pragma unroll
+            for (int k = 0; k < 16; k++)
+                vstore16(r[k], 0, to + (d + k) * ld + i);
+        }
 }
 
 // One block of keys for 8 queries: scores -> probabilities, running maximum and sum, and the factor
@@ -1203,7 +1225,7 @@ INLINE void softmax_back(float *s, float *dp, int ld, int rows, int padded, int 
     for (int i = 0; i < padded; i++) {
         float l = i < rows ? lse[i] : INFINITY, d = i < rows ? delta[i] : 0.0f;
         for (int j = 0; j < ld; j += 16) {
-            float16 p = exp16(vload16(0, s + i * ld + j) - l);
+            float16 p = exp16(fma(vload16(0, s + i * ld + j), (float16)(scale), (float16)(-l)));
             if (i >= rows || j + 16 > keys)
                 p = first_lanes(p, i < rows ? keys - j : 0);
             float16 ds = p * (vload16(0, dp + i * ld + j) - d) * scale;
@@ -1253,9 +1275,6 @@ void attention_bwd_cpu(GLOBAL act *dqkv, GLOBAL float *delta, const GLOBAL act *
                     rowsum[i] = delta[(size_t)head * tokens + query + i];
                 }
                 small_product(s, ldk, q, ld, 1, kt, ldk, padded, ldk, hd, 0);
-                for (int i = 0; i < padded; i++)
-                    for (int j = 0; j < ldk; j += 16)
-                        vstore16(vload16(0, s + i * ldk + j) * scale, 0, s + i * ldk + j);
                 small_product(dp, ldk, g, ld, 1, vt, ldk, padded, ldk, hd, 0);
                 softmax_back(s, dp, ldk, rows, padded, keys, scale,
                              lse + (size_t)head * tokens + query, rowsum);
