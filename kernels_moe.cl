@@ -472,15 +472,11 @@ inline void normal_pair(GLOBAL float *p, uint w0, uint w1, int both)
         p[1] = radius * (quadrant >= 2 ? -y : y);
 }
 
-// out[i] from (seed, stream, i), given as 32-bit halves. A work-item a block of four numbers.
-KERNEL(64, 1)
-void normal(GLOBAL float *out, uint count_low, uint count_high, uint seed_low, uint seed_high,
-            uint stream_low, uint stream_high)
+// Numbers at..at+3 (those below count), at a multiple of 4.
+inline void normal_block(GLOBAL float *out, size_t at, size_t count, uint seed_low, uint seed_high,
+                         uint stream_low, uint stream_high)
 {
-    size_t block = get_global_id(0);
-    size_t count = (size_t)count_high << 32 | count_low, at = 4 * block;
-    if (at >= count)
-        return;
+    ulong block = at / 4;
     uint c0 = (uint)block, c1 = (uint)(block >> 32), c2 = stream_low, c3 = stream_high;
     for (uint round = 0; round < 10; round++) {
         ulong a = (ulong)0xd2511f53u * c0, b = (ulong)0xcd9e8d57u * c2;
@@ -492,6 +488,16 @@ void normal(GLOBAL float *out, uint count_low, uint count_high, uint seed_low, u
     normal_pair(out + at, c0, c1, at + 1 < count);
     if (at + 2 < count)
         normal_pair(out + at + 2, c2, c3, at + 3 < count);
+}
+
+// out[i] from (seed, stream, i), given as 32-bit halves. A work-item a block of four numbers.
+KERNEL(64, 1)
+void normal(GLOBAL float *out, uint count_low, uint count_high, uint seed_low, uint seed_high,
+            uint stream_low, uint stream_high)
+{
+    size_t count = (size_t)count_high << 32 | count_low, at = 4 * get_global_id(0);
+    if (at < count)
+        normal_block(out, at, count, seed_low, seed_high, stream_low, stream_high);
 }
 
 // ---- optimiser -----------------------------------------------------------------------------------------
@@ -925,6 +931,103 @@ void flow_loss_cpu(GLOBAL float *loss, GLOBAL float *dout, const GLOBAL float *o
         dout[n * Q + p] = 0.0f;
     loss[n] = (lane_sum(sums) + sum) / (float)P;
 }
+
+// ---- random numbers, sixteen blocks of four at a time
+
+inline float16 minus_two_log16(float16 u)
+{
+    uint16 shifted = as_uint16(u) - 0x3f3504f3u;
+    int16 e = as_int16(shifted) >> 23;
+    float16 f = as_float16((shifted & 0x7fffffu) + 0x3f3504f3u) - 1.0f;
+    float16 q = -0x1.383e66p-4f;
+    q = fma(q, f, (float16)0x1.084e8ep-3f);
+    q = fma(q, f, (float16)-0x1.0f3778p-3f);
+    q = fma(q, f, (float16)0x1.227084p-3f);
+    q = fma(q, f, (float16)-0x1.542744p-3f);
+    q = fma(q, f, (float16)0x1.99a402p-3f);
+    q = fma(q, f, (float16)-0x1.000428p-2f);
+    q = fma(q, f, (float16)0x1.555550p-2f);
+    q = fma(q, f, (float16)-0x1.fffff8p-2f);
+    float16 log_m = fma(f * f, q, f);
+    return -2.0f * fma(convert_float16(e), (float16)0x1.62e430p-1f, log_m);
+}
+
+inline float16 square_root16(float16 x)
+{
+    float16 y = as_float16(0x5f3759dfu - (as_uint16(x) >> 1));
+    float16 h = 0.5f * x;
+    y = y * fma(-(h * y), y, (float16)1.5f);
+    y = y * fma(-(h * y), y, (float16)1.5f);
+    y = y * fma(-(h * y), y, (float16)1.5f);
+    float16 r = x * y;
+    return fma(fma(-r, r, x), 0.5f * y, r);
+}
+
+inline void normal_pairs(float16 *first, float16 *second, uint16 w0, uint16 w1)
+{
+    float16 radius = square_root16(
+        minus_two_log16(fma(convert_float16(w0), (float16)0x1p-32f, (float16)0x1p-33f)));
+    uint16 quadrant = (w1 + 0x20000000u) >> 30;
+    float16 a = convert_float16(as_int16(w1 - (quadrant << 30))) * 0x1.921fb6p-30f;
+    float16 z = a * a;
+    float16 s = fma((float16)-0x1.994e58p-13f, z, (float16)0x1.11076p-7f);
+    float16 sine = fma(a * z, fma(s, z, (float16)-0x1.555546p-3f), a);
+    float16 c = fma((float16)0x1.9a0206p-16f, z, (float16)-0x1.6c0c8ap-10f);
+    float16 cosine = fma(z * z, fma(c, z, (float16)0x1.55554ap-5f),
+                         fma(z, (float16)-0.5f, (float16)1.0f));
+    int16 odd = (quadrant & 1u) != 0u;
+    uint16 sign_x = ((quadrant + 1u) & 2u) << 30, sign_y = (quadrant & 2u) << 30;
+    float16 x = select(cosine, sine, odd), y = select(sine, cosine, odd);
+    *first = radius * as_float16(as_uint16(x) ^ sign_x);
+    *second = radius * as_float16(as_uint16(y) ^ sign_y);
+}
+
+// Numbers 4b..4b+63 into out[0..63], b the first block.
+inline void normal_blocks(GLOBAL float *out, ulong b, uint seed_low, uint seed_high, uint stream_low,
+                          uint stream_high)
+{
+    ulong16 block = b + (ulong16)(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    uint16 c0 = convert_uint16(block), c1 = convert_uint16(block >> 32);
+    uint16 c2 = stream_low, c3 = stream_high;
+    for (uint round = 0; round < 10; round++) {
+        ulong16 x = convert_ulong16(c0) * 0xd2511f53ul, y = convert_ulong16(c2) * 0xcd9e8d57ul;
+        c0 = convert_uint16(y >> 32) ^ c1 ^ (seed_low + round * 0x9e3779b9u);
+        c1 = convert_uint16(y);
+        c2 = convert_uint16(x >> 32) ^ c3 ^ (seed_high + round * 0xbb67ae85u);
+        c3 = convert_uint16(x);
+    }
+    float16 p, q, r, s;
+    normal_pairs(&p, &q, c0, c1);
+    normal_pairs(&r, &s, c2, c3);
+    float16 pr_low, pr_high, qs_low, qs_high; // interleave p,r and q,s, then these two
+    pr_low.even = p.lo, pr_low.odd = r.lo, pr_high.even = p.hi, pr_high.odd = r.hi;
+    qs_low.even = q.lo, qs_low.odd = s.lo, qs_high.even = q.hi, qs_high.odd = s.hi;
+    float16 line;
+    line.even = pr_low.lo, line.odd = qs_low.lo;
+    vstore16(line, 0, out);
+    line.even = pr_low.hi, line.odd = qs_low.hi;
+    vstore16(line, 1, out);
+    line.even = pr_high.lo, line.odd = qs_high.lo;
+    vstore16(line, 2, out);
+    line.even = pr_high.hi, line.odd = qs_high.hi;
+    vstore16(line, 3, out);
+}
+
+// `chunk` is a number of values, a multiple of 64; what is left over after the last 64 goes through
+// the scalar code.
+KERNEL(1, 1)
+void normal_cpu(GLOBAL float *out, uint count_low, uint count_high, uint seed_low, uint seed_high,
+                uint stream_low, uint stream_high, uint chunk)
+{
+    size_t count = (size_t)count_high << 32 | count_low;
+    size_t i, to = chunk_rows(chunk, count, &i);
+    for (; i + 64 <= to; i += 64)
+        normal_blocks(out + i, i / 4, seed_low, seed_high, stream_low, stream_high);
+    for (; i < to; i += 4)
+        normal_block(out, i, count, seed_low, seed_high, stream_low, stream_high);
+}
+
+// ---- optimiser
 
 // `chunk` partials of 4096 values each
 KERNEL(1, 1)

@@ -79,7 +79,10 @@ int op_flow_euler(struct context *c, struct tensor *z, const struct tensor *v, f
 int op_normal(struct context *c, struct tensor *out, uint64_t seed, uint64_t stream)
 {
     BUG_IF(out->dtype != F32);
-    int64_t count = tensor_count(out);
+    int64_t count = tensor_count(out), chunk = op_chunk(c, count, 64, 1 << 16) / 64 * 64;
+    if (c->dev->cpu_forms)
+        return LAUNCH(c, KERNEL_normal_cpu, cover(count, chunk), 1, 1, BUF(out), HALVES(count),
+                      HALVES(seed), HALVES(stream), UINT(chunk));
     return LAUNCH(c, KERNEL_normal, cover(cover(count, 4), NORMAL_GROUP), 1, 1, BUF(out),
                   HALVES(count), HALVES(seed), HALVES(stream));
 }
