@@ -6,6 +6,7 @@
 #include "model/data.h"
 
 #include <pthread.h>
+#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
@@ -134,12 +135,17 @@ static int make_slots(struct loader *l)
     return 0;
 }
 
+// Signals are the main thread's business: ours are started with all of them blocked.
 static int start_threads(struct loader *l, int wanted)
 {
     int count = choose_threads(wanted);
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
     for (; l->thread_count < count; l->thread_count++)
         if (pthread_create(&l->threads[l->thread_count], NULL, thread_main, l))
             break; // fewer do as well
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
     return l->thread_count ? 0 : fail(ERR_NOMEM, "cannot start a thread to load data");
 }
 

@@ -445,7 +445,10 @@ static int test_knn_small(void)
 }
 
 // Instrumented code is slow here: fewer images do.
-#if defined __SANITIZE_ADDRESS__ || defined __SANITIZE_THREAD__
+#if !defined __has_feature
+#define __has_feature(name) 0
+#endif
+#if defined __SANITIZE_ADDRESS__ || defined __SANITIZE_THREAD__ || __has_feature(address_sanitizer)
 enum { QUERIES = 100 };
 #else
 enum { QUERIES = 1000 };
