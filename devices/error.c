@@ -24,10 +24,13 @@ int fail_in(int code, const char *format, ...)
     va_start(args, format);
     int n = vsnprintf(message, sizeof message, format, args);
     va_end(args);
-    // what does not fit of the inner message is cut; strncat always ends the string
+    // what does not fit of the inner message is cut (said by hand: gcc warns of snprintf and strncat)
     if (n >= 0 && (size_t)n + 3 < sizeof message) {
-        strcat(message, ": ");
-        strncat(message, inner, sizeof message - strlen(message) - 1);
+        size_t room = sizeof message - (size_t)n - 3, length = strlen(inner);
+        length = length < room ? length : room;
+        memcpy(message + n, ": ", 2);
+        memcpy(message + n + 2, inner, length);
+        message[(size_t)n + 2 + length] = '\0';
     }
     return code;
 }
