@@ -105,17 +105,30 @@ static uint8_t clamp(int32_t sum)
     return (uint8_t)(sum < 0 ? 0 : sum > 255 ? 255 : sum);
 }
 
-// One output line of `length` samples that lie `step` apart in `in` and in `out`.
-static void resample_line(const uint8_t *in, uint8_t *out, size_t step, int length,
+// One row of `width` pixels; the loop over channels inside, so that each tap is read once.
+static void resample_pixels(const uint8_t *in, uint8_t *out, int channels, int width,
+                            const struct taps *taps)
+{
+    for (int x = 0; x < width; x++, out += channels) {
+        int32_t sums[3] = {1 << (FRACTION_BITS - 1), 1 << (FRACTION_BITS - 1),
+                           1 << (FRACTION_BITS - 1)};
+        const uint8_t *p = in + (size_t)taps[x].first * (size_t)channels;
+        const int32_t *weights = taps[x].weights;
+        for (int k = 0; k < taps[x].count; k++, p += channels)
+            for (int c = 0; c < channels; c++)
+                sums[c] += p[c] * weights[k];
+        for (int c = 0; c < channels; c++)
+            out[c] = clamp(sums[c]);
+    }
+}
+
+static void resample_line(const uint8_t *in, uint8_t *out, int channels, int width,
                           const struct taps *taps)
 {
-    for (int i = 0; i < length; i++) {
-        int32_t sum = 1 << (FRACTION_BITS - 1);
-        const uint8_t *p = in + (size_t)taps[i].first * step;
-        for (int k = 0; k < taps[i].count; k++)
-            sum += p[(size_t)k * step] * taps[i].weights[k];
-        out[(size_t)i * step] = clamp(sum);
-    }
+    if (channels == 3) // a constant, so that the compiler unrolls
+        resample_pixels(in, out, 3, width, taps);
+    else
+        resample_pixels(in, out, 1, width, taps);
 }
 
 static int resample_width(const struct image *in, int width, enum image_filter filter,
@@ -129,9 +142,8 @@ static int resample_width(const struct image *in, int width, enum image_filter f
     }
     size_t c = (size_t)in->channels;
     for (int y = 0; y < in->height; y++)
-        for (size_t k = 0; k < c; k++)
-            resample_line(in->pixels + (size_t)y * (size_t)in->width * c + k,
-                          out->pixels + (size_t)y * (size_t)width * c + k, c, width, taps);
+        resample_line(in->pixels + (size_t)y * (size_t)in->width * c,
+                      out->pixels + (size_t)y * (size_t)width * c, in->channels, width, taps);
     free(taps);
     return 0;
 }
