@@ -216,7 +216,7 @@ static void print_row(FILE *table, const json_t *row, const json_t *peers)
     char bytes[32];
     size_t i;
     const json_t *peer;
-    fprintf(table, "%-24s %-7s batch %-4d %9.1f ms %9.1f images/s %8.1f GFLOP/s  %s\n",
+    fprintf(table, "%s\n  %-7s batch %-5d %9.1f ms %9.1f images/s %8.1f GFLOP/s  %s\n",
             json_string_value(json_object_get(row, "name")),
             json_string_value(json_object_get(row, "what")),
             (int)json_integer_value(json_object_get(row, "batch")),
@@ -226,7 +226,7 @@ static void print_row(FILE *table, const json_t *row, const json_t *peers)
             format_bytes((double)json_integer_value(json_object_get(row, "memory")), bytes));
     json_array_foreach((json_t *)peers, i, peer)
     {
-        fprintf(table, "%-24s %-7s %-10s %9.1f ms   own speed / peer's: %.2f\n", "  peer", "",
+        fprintf(table, "  %-7s %-11s %9.1f ms  own speed / peer's: %.2f\n", "peer",
                 json_string_value(json_object_get(peer, "mode")),
                 json_number_value(json_object_get(peer, "ms")),
                 json_number_value(json_object_get(peer, "ratio")));
@@ -237,6 +237,7 @@ static void print_row(FILE *table, const json_t *row, const json_t *peers)
 static void add_row(const struct subject *s, const struct step_settings *o, bool train,
                     double seconds, json_t *peers, json_t *rows, FILE *table)
 {
+    char title[160];
     struct config_counts n = config_count(s->config);
     double flops = 2 * (n.macs + n.macs_attention) * s->batch * (train ? 3 : 1);
     size_t i;
@@ -247,7 +248,7 @@ static void add_row(const struct subject *s, const struct step_settings *o, bool
         json_object_set_new(peer, "ratio", json_real(ms / (1e3 * seconds)));
     }
     json_t *row = json_pack("{s:s, s:s, s:s, s:i, s:f, s:f, s:f, s:I, s:O}", "bench", "step", "name",
-                            o->model, "what", train ? "train" : "sample", "batch", s->batch, "ms",
+                            model_title(o->model, s->config, title), "what", train ? "train" : "sample", "batch", s->batch, "ms",
                             1e3 * seconds, "images_per_s", s->batch / seconds, "gflops",
                             1e-9 * flops / seconds, "memory",
                             (json_int_t)plan_total(subject_dit(s)->plan), "peers", peers);

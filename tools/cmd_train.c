@@ -1,5 +1,6 @@
 // ditmoe train: the options of a training run. The run itself is train_run.c.
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "tools/train_run.h"
@@ -133,5 +134,10 @@ int cmd_train(int argc, char **argv)
     guess.size = o.image_size ? o.image_size : -1;
     if (model_config(o.model, &guess, &config) < 0)
         return usage_error("train", "%s", error_message());
-    return train_run(&o, &command) < 0 ? report_failure("train") : 0;
+    char *data = o.data ? realpath(o.data, NULL) : NULL; // a resumed run may start elsewhere
+    if (data)
+        o.data = data;
+    status = train_run(&o, &command) < 0 ? report_failure("train") : 0;
+    free(data);
+    return status;
 }

@@ -166,6 +166,22 @@ int model_config(const char *preset, const struct model_options *o, struct confi
     return config_check(out);
 }
 
+const char *model_title(const char *preset, const struct config *c, char out[160])
+{
+    struct config p;
+    if (config_preset(preset, &p) >= 0 && p.layers == c->layers && p.hidden == c->hidden &&
+        p.heads == c->heads && p.patch == c->patch && p.experts == c->experts && p.topk == c->topk &&
+        p.shared == c->shared && p.moe == c->moe)
+        snprintf(out, 160, "%.150s", preset);
+    else if (c->moe == MOE_NONE)
+        snprintf(out, 160, "DiT, %d blocks of width %d, patch %d, no experts", c->layers, c->hidden,
+                 c->patch);
+    else
+        snprintf(out, 160, "DiT-MoE, %d blocks of width %d, patch %d, %d experts, %d active, %d shared",
+                 c->layers, c->hidden, c->patch, c->experts, c->topk, c->shared);
+    return out;
+}
+
 // ---- checkpoints ---------------------------------------------------------------------------------
 
 const char *const weights_choices[] = {"auto", "ema", "model", NULL};

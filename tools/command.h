@@ -50,6 +50,8 @@ extern const struct option_spec image_option_list[]; // these
 void model_options_init(struct model_options *o);
 // preset + overrides, checked.
 int model_config(const char *preset, const struct model_options *o, struct config *out);
+// What to call a model: its preset, or, where options changed the preset's network, its sizes.
+const char *model_title(const char *preset, const struct config *c, char out[160]);
 
 // ---- checkpoints ---------------------------------------------------------------------------------
 

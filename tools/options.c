@@ -303,7 +303,7 @@ static void print_help(const struct command *c)
         for (const struct option_spec *o = g->list; o->name; o++)
             print_option(o);
     }
-    printf("  -h,  --help                 print this and stop\n");
+    printf("  -h, --help                  print this and stop\n");
     if (c->example)
         printf("\nexample:\n  %s\n", c->example);
 }
@@ -422,7 +422,9 @@ static void value_text(const struct option_spec *o, const void *base, char *out,
         snprintf(out, size, "%llu", (unsigned long long)*(const uint64_t *)target);
         break;
     case OPTION_FLOAT:
-        snprintf(out, size, "%.9g", (double)*(const float *)target);
+        snprintf(out, size, "%.6g", (double)*(const float *)target);
+        if (strtof(out, NULL) != *(const float *)target) // a float always survives nine digits
+            snprintf(out, size, "%.9g", (double)*(const float *)target);
         break;
     case OPTION_CHOICE:
         snprintf(out, size, "%s", o->choices[*(const int *)target]);

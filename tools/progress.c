@@ -75,7 +75,7 @@ static void draw_bar(const struct progress *p, const char *text, const char *lef
     int width = terminal_width() - 1;
     snprintf(counts, sizeof counts, "%s %lld/%lld", p->unit, (long long)p->done,
              (long long)p->total);
-    int rest = (int)(strlen(counts) + strlen(text) + strlen(left)) + 9;
+    int rest = (int)(strlen(counts) + strlen(text) + strlen(left)) + 5;
     int bar = width - rest > 40 ? 40 : width - rest;
     int used = snprintf(line, sizeof line, "%s ", counts);
     if (bar >= 8) {
@@ -86,7 +86,7 @@ static void draw_bar(const struct progress *p, const char *text, const char *lef
         line[used++] = ']';
         line[used++] = ' ';
     }
-    snprintf(line + used, sizeof line - (size_t)used, " %s  ETA %s", text, left);
+    snprintf(line + used, sizeof line - (size_t)used, " %s%s", text, left);
     fprintf(stderr, "\r%.*s\033[K", width, line);
     fflush(stderr);
 }
@@ -94,7 +94,7 @@ static void draw_bar(const struct progress *p, const char *text, const char *lef
 void progress_update(struct progress *p, int64_t done, const char *text)
 {
     double now = now_seconds();
-    char left[32];
+    char left[48] = "", eta[32];
     measure_pace(p, done, now);
     bool last = done >= p->total;
     bool due = p->terminal  ? now - p->last >= DRAW_SECONDS
@@ -103,12 +103,14 @@ void progress_update(struct progress *p, int64_t done, const char *text)
     if (!due && !last)
         return;
     p->last = now;
-    format_seconds(p->pace * (double)(p->total - done), left);
+    if (p->pace > 0)
+        snprintf(left, sizeof left, "  ETA %s",
+                 format_seconds(p->pace * (double)(p->total - done), eta));
     if (p->terminal) {
         draw_bar(p, text, left);
         p->shown = true;
     } else {
-        fprintf(stderr, "%s %lld/%lld  %s  ETA %s\n", p->unit, (long long)done,
+        fprintf(stderr, "%s %lld/%lld  %s%s\n", p->unit, (long long)done,
                 (long long)p->total, text, left);
     }
 }

@@ -156,8 +156,9 @@ static void print_header(const struct run *r)
 {
     const struct config *c = &r->config;
     struct config_counts n = config_count(c);
+    char title[160];
     fprintf(stderr, "model   %s: %.1f M parameters, %.1f M active, %d tokens of an image %dx%dx%d\n",
-            r->o->model, 1e-6 * (double)n.total, 1e-6 * (double)n.active, config_tokens(c), c->size,
+            model_title(r->o->model, c, title), 1e-6 * (double)n.total, 1e-6 * (double)n.active, config_tokens(c), c->size,
             c->size, c->channels);
     if (r->data)
         fprintf(stderr, "data    %s: %lld images, %d classes\n", r->data->path,
@@ -295,7 +296,7 @@ static void print_summary(const struct run *r)
 
 static int train(struct run *r)
 {
-    char path[4200];
+    char path[4200], title[160];
     const struct train_settings *o = r->o;
     TRY(trainer_commit(r->trainer));
     TRY(load_or_init(r));
@@ -311,12 +312,13 @@ static int train(struct run *r)
     stop_on_signals();
     r->began = now_seconds();
     progress_start(&r->progress, "step", r->trainer->step, o->steps, o->log_every);
+    progress_update(&r->progress, r->trainer->step, "starting: a device's first run compiles kernels");
     int code = take_steps(r);
     progress_clear(&r->progress);
     TRY(code);
     print_summary(r);
     TRY(train_log_close(&r->log));
-    TRY(train_log_chart(o->out, o->model));
+    TRY(train_log_chart(o->out, model_title(o->model, &r->config, title)));
     if (r->trainer->step < o->steps)
         fprintf(stderr, "stopped at step %lld of %lld; continue with --resume\n",
                 (long long)r->trainer->step, (long long)o->steps);
