@@ -309,7 +309,9 @@ static void draw_line(cairo_t *c, const struct figure_curve *curve, const double
             continue;
         }
         double px = to_pixel(&axes[0], curve->x[i]), py = to_pixel(&axes[1], y[i]);
-        down ? cairo_line_to(c, px, py) : cairo_move_to(c, px, py);
+        if (!down)
+            cairo_move_to(c, px, py);
+        cairo_line_to(c, px, py); // to itself at first: a lone point becomes a dot
         down = true;
     }
     cairo_stroke(c);
@@ -320,7 +322,8 @@ static int draw_curve(cairo_t *c, const struct figure_curve *curve, int number,
 {
     const double *k = colour(number);
     cairo_set_line_join(c, CAIRO_LINE_JOIN_ROUND);
-    cairo_set_line_width(c, curve->smooth > 0 ? 1.0 : 2.5);
+    cairo_set_line_cap(c, CAIRO_LINE_CAP_ROUND);
+    cairo_set_line_width(c, curve->smooth > 0 ? 1.0 : curve->count == 1 ? 8 : 2.5);
     cairo_set_source_rgba(c, k[0], k[1], k[2], curve->smooth > 0 ? 0.28 : 1.0);
     draw_line(c, curve, curve->y, axes);
     if (curve->smooth <= 0)
@@ -328,7 +331,7 @@ static int draw_curve(cairo_t *c, const struct figure_curve *curve, int number,
     double *y = smoothed(curve);
     if (!y)
         return fail(ERR_NOMEM, "out of memory for a curve of %d points", curve->count);
-    cairo_set_line_width(c, 2.5);
+    cairo_set_line_width(c, curve->count == 1 ? 8 : 2.5);
     cairo_set_source_rgb(c, k[0], k[1], k[2]);
     draw_line(c, curve, y, axes);
     free(y);
