@@ -124,11 +124,10 @@ inline void top_k(GLOBAL float *weight, GLOBAL int *index, const GLOBAL float *p
         int expert = 0;
         for (int e = 0; e < (int)E; e++) {
             float q = p[e] >= 0.0f ? p[e] : -1.0f;
-            int left = q < last || (q == last && e > last_expert);
-            if (left && q > best) {
-                best = q;
-                expert = e;
-            }
+            int left = (q < last) | ((q == last) & (e > last_expert));
+            int better = left & (q > best); // no branches: they would be guessed wrong
+            best = better ? q : best;
+            expert = better ? e : expert;
         }
         last = best;
         last_expert = expert;
@@ -775,6 +774,29 @@ void combine_bwd_cpu(GLOBAL act *drows, GLOBAL float *dweight, const GLOBAL act 
     }
 }
 
+// The first n of sixteen floats, the rest `fill`; and back.
+inline float16 load_some(const GLOBAL float *p, uint n, float fill)
+{
+    float v[16];
+    if (n >= 16)
+        return vload16(0, p);
+    for (uint i = 0; i < 16; i++)
+        v[i] = i < n ? p[i] : fill;
+    return vload16(0, v);
+}
+
+inline void store_some(GLOBAL float *p, uint n, float16 value)
+{
+    float v[16];
+    if (n >= 16) {
+        vstore16(value, 0, p);
+        return;
+    }
+    vstore16(value, 0, v);
+    for (uint i = 0; i < n; i++)
+        p[i] = v[i];
+}
+
 KERNEL(1, 1)
 void router_fwd_cpu(GLOBAL float *probs, GLOBAL float *weight, GLOBAL int *index,
                     const GLOBAL float *logits, uint M, uint E, uint K, int renormalise, uint chunk)
@@ -783,22 +805,17 @@ void router_fwd_cpu(GLOBAL float *probs, GLOBAL float *weight, GLOBAL int *index
     for (; m < to; m++) {
         const GLOBAL float *x = logits + m * E;
         GLOBAL float *p = probs + m * E;
-        float most = -INFINITY, sum = 0.0f;
+        float most = -INFINITY;
         float16 sums = 0.0f;
-        uint e = 0;
-        for (; e < E; e++)
+        for (uint e = 0; e < E; e++)
             most = x[e] > most ? x[e] : most;
-        for (e = 0; e + 16 <= E; e += 16) {
-            float16 q = exp(vload16(0, x + e) - most);
+        for (uint e = 0; e < E; e += 16) {
+            float16 q = exp(load_some(x + e, E - e, -INFINITY) - most);
             sums += q;
-            vstore16(q, 0, p + e);
+            store_some(p + e, E - e, q);
         }
-        for (; e < E; e++) {
-            p[e] = exp(x[e] - most);
-            sum += p[e];
-        }
-        sum += lane_sum(sums);
-        for (e = 0; e < E; e++)
+        float sum = lane_sum(sums);
+        for (uint e = 0; e < E; e++)
             p[e] = p[e] / sum;
         top_k(weight + m * K, index + m * K, p, E, K, renormalise);
     }
