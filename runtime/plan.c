@@ -250,7 +250,8 @@ static int layout_class(struct plan *p, enum plan_class class, struct entry **so
     struct slabs *s = &p->slabs[class];
     int waiting = 0, count = 0;
     s->count = 0;
-    for (struct entry *e = p->entries; e < p->entries + p->count; e++) {
+    for (int i = 0; i < p->count; i++) {
+        struct entry *e = &p->entries[i];
         if (e->class != class)
             continue;
         if (forever(e)) {
@@ -280,13 +281,15 @@ static uint64_t memory_left(const struct plan *p)
 static int check_fit(const struct plan *p, uint64_t limit)
 {
     const char *remedy = "a smaller --batch, --recompute or bf16 activations would need less";
-    for (const struct entry *e = p->entries; e < p->entries + p->count; e++)
+    for (int i = 0; i < p->count; i++) {
+        const struct entry *e = &p->entries[i];
         if (e->bytes > p->dev->info.max_alloc)
             return fail(ERR_NOMEM,
                         "the tensor %s needs %.1f MiB, but the largest single allocation on %s is "
                         "%.1f MiB; %s",
                         e->name, mib(e->bytes), p->dev->info.key, mib(p->dev->info.max_alloc),
                         remedy);
+    }
     uint64_t most = limit ? limit : memory_left(p);
     if (plan_total(p) > most)
         return fail(ERR_NOMEM, "the plan needs %.1f MiB, but %s has %.1f MiB for it; %s",
@@ -357,10 +360,12 @@ int plan_commit(struct plan *p)
     p->committed = true;
     int code = 0;
     TRY_OUT(allocate_slabs(p, stream));
-    for (struct entry *e = p->entries; e < p->entries + p->count; e++)
+    for (int i = 0; i < p->count; i++) {
+        const struct entry *e = &p->entries[i];
         TRY_OUT(make_view(p, p->slabs[e->class].flat[e->slab].mem, e->offset, e->tensor));
-    for (struct view *v = p->views; v < p->views + p->view_count; v++)
-        TRY_OUT(make_part(p, v));
+    }
+    for (int i = 0; i < p->view_count; i++)
+        TRY_OUT(make_part(p, &p->views[i]));
 out:
     p->dev->api->stream_free(stream);
     return code;
@@ -430,10 +435,10 @@ static int class_tensors(const struct plan *p, enum plan_class class, uint64_t *
 {
     int count = 0;
     *bytes = 0;
-    for (const struct entry *e = p->entries; e < p->entries + p->count; e++) {
-        if (e->class == class) {
+    for (int i = 0; i < p->count; i++) {
+        if (p->entries[i].class == class) {
             count++;
-            *bytes += e->bytes;
+            *bytes += p->entries[i].bytes;
         }
     }
     return count;
@@ -457,8 +462,8 @@ void plan_print(const struct plan *p, FILE *out, bool every_tensor)
     if (every_tensor) {
         fprintf(out, "%-18s %-34s %-22s %-5s %12s  %s\n", "class", "tensor", "shape", "type", "MiB",
                 "life");
-        for (const struct entry *e = p->entries; e < p->entries + p->count; e++)
-            print_tensor(e, out);
+        for (int i = 0; i < p->count; i++)
+            print_tensor(&p->entries[i], out);
         fputc('\n', out);
     }
     uint64_t apart, all_apart = 0;
