@@ -89,6 +89,20 @@ int op_end(struct op_run *r)
     return r->failures ? FAILED : PASSED;
 }
 
+int op_for_all(op_case *body, const int shapes[][6], int count)
+{
+    int failed = 0;
+    for (int f = 0; f < 4; f++)
+        for (int i = 0; i < count; i++) {
+            struct op_run r;
+            OK(op_begin(&r, op_flags[f], (uint64_t)i + 1));
+            if (body(&r, shapes[i]) != PASSED)
+                r.failures++;
+            failed += op_end(&r) != PASSED;
+        }
+    return failed ? FAILED : PASSED;
+}
+
 // ---- random numbers and host memory
 // --------------------------------------------------------------------
 

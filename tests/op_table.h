@@ -87,6 +87,11 @@ typedef void op_reference(const double *x, double *out, const void *args);
 double op_difference(op_reference *f, const void *args, double *x, int inputs, const double *weight,
                      int outputs, const double *analytic);
 
+// Runs `body` under each of op_flags for each shape, in an op_run of its own; PASSED or FAILED.
+typedef int op_case(struct op_run *r, const int *shape);
+int op_for_all(op_case *body, const int shapes[][6], int count);
+#define OP_FOR_ALL(body, shapes) op_for_all(body, shapes, (int)(sizeof shapes / sizeof shapes[0]))
+
 // How often each kernel was launched by operations under test, in this process.
 extern uint64_t op_launches[KERNEL_COUNT];
 
