@@ -405,6 +405,16 @@ static int test_loader(void)
     loader_stop(l);
     CHECK(changed > 70 && changed < 130, "%d of 200 flipped", changed);
     CHECK(loader_start(d, 0, 1, 0, false, 1, &l) == ERR_INPUT, "batch 0");
+    // A batch stays as it is while its reader is slow.
+    static float kept[4 * 1024];
+    OK(loader_start(d, 4, 1, 0, false, 2, &l));
+    for (int i = 0; i < 3; i++) {
+        OK(loader_next(l, &b));
+        memcpy(kept, b.images, sizeof kept);
+        usleep(10000);
+        CHECK(!memcmp(kept, b.images, sizeof kept), "a batch changed while it was held");
+    }
+    loader_stop(l);
     for (int i = 0; i < 20; i++) { // stopped at any moment
         OK(loader_start(d, 50, 1, 0, false, 4, &l));
         if (i % 2)
