@@ -129,17 +129,15 @@ static int prepare(struct bench *b, bench_op *op, const struct shape *s)
 static void report(struct bench *b, const char *op, const struct shape *s, double seconds,
                    double bytes, double flops)
 {
-    double rate = (flops > 0 ? flops : bytes) / seconds / 1e9;
-    double share = flops > 0 ? 0 : bytes / seconds / b->copy;
-    fprintf(b->table, "%-20s %-10s %9.1f us %8.1f %-7s", op, s->name, seconds * 1e6, rate,
-            flops > 0 ? "GFLOP/s" : "GB/s");
+    double rate = (flops > 0 ? flops : bytes) / seconds / 1e9, share = bytes / seconds / b->copy;
+    fprintf(b->table, "%-18s %-10s %9.1f us %8.1f ", op, s->name, seconds * 1e6, rate);
     if (flops > 0)
-        fprintf(b->table, "\n");
+        fprintf(b->table, "GFLOP/s\n");
     else
-        fprintf(b->table, " %4.0f%% of a copy\n", 100 * share);
-    json_t *row =
-        json_pack("{s:s, s:s, s:s, s:f, s:f, s:s}", "bench", "ops", "name", op, "shape", s->name,
-                  "seconds", seconds, "rate", rate, "unit", flops > 0 ? "GFLOP/s" : "GB/s");
+        fprintf(b->table, "GB/s %5.0f%% of a copy\n", 100 * share);
+    json_t *row = json_pack("{s:s, s:s, s:s, s:s, s:f, s:f}", "bench", "ops", "name", op, "what",
+                            s->name, "type", dtype_name(b->c.dev->act), "seconds", seconds,
+                            flops > 0 ? "gflops" : "gbps", rate);
     if (row && flops <= 0)
         json_object_set_new(row, "of_copy", json_real(share));
     json_array_append_new(b->rows, row);
@@ -291,7 +289,7 @@ static const struct {
     {"attention_bwd", run_attention_bwd, 0, 10},
 };
 
-static int bench_shape(struct bench *b, const struct shape *s)
+static int bench_shape(struct bench *b, const struct shape *s, const char *filter)
 {
     double rows = (double)s->images * s->tokens, width = (double)s->heads * s->hd, seconds;
     double pass = rows * width * (double)dtype_size(b->c.dev->act);
@@ -300,6 +298,8 @@ static int bench_shape(struct bench *b, const struct shape *s)
     b->copy = 2 * pass / seconds;
     report(b, "copy", s, seconds, 2 * pass, 0);
     for (size_t i = 0; i < sizeof ops / sizeof ops[0]; i++) {
+        if (filter && !strstr(ops[i].name, filter))
+            continue;
         TRY(prepare(b, ops[i].run, s));
         TRY(time_op(b, ops[i].run, s, &seconds));
         report(b, ops[i].name, s, seconds, ops[i].passes * pass, ops[i].flops * product);
@@ -307,7 +307,7 @@ static int bench_shape(struct bench *b, const struct shape *s)
     return 0;
 }
 
-int bench_ops(struct device *dev, json_t *rows, FILE *table)
+int bench_ops(struct device *dev, const char *filter, json_t *rows, FILE *table)
 {
     static const struct shape shapes[] = {
         {"demo T16", 64, 16, 4, 64},   {"demo T64", 64, 64, 6, 64},   {"S/2 T256", 8, 256, 6, 64},
@@ -319,7 +319,7 @@ int bench_ops(struct device *dev, json_t *rows, FILE *table)
     for (size_t i = 0; i < sizeof shapes / sizeof shapes[0] && code == 0; i++) {
         code = tensors(&b, &shapes[i]);
         if (code == 0)
-            code = bench_shape(&b, &shapes[i]);
+            code = bench_shape(&b, &shapes[i], filter);
         free_tensors(&b);
     }
     dev->api->stream_free(b.c.stream);

@@ -19,7 +19,7 @@ static const char *const what_choices[] = {"both", "train", "sample", NULL};
 #define AT(member) offsetof(struct bench_settings, member)
 static const struct option_spec bench_options[] = {
     {"json", 0, OPTION_FLAG, NULL, "no", "print JSON instead of the table", AT(json), 0, 0, NULL},
-    {"filter", 0, OPTION_STRING, "TEXT", NULL, "gemm: only rows whose name contains this",
+    {"filter", 0, OPTION_STRING, "TEXT", NULL, "gemm, ops: only rows whose name contains this",
      AT(filter), 0, 0, NULL},
     {"compare", 0, OPTION_STRING, "FILE", NULL, "an earlier --json of this: prints new speed / old",
      AT(compare), 0, 0, NULL},
@@ -107,8 +107,9 @@ static int run_part(const struct bench_settings *o, const char *part, const stru
     struct session s;
     TRY(session_open(&o->device, &s));
     fprintf(stderr, "%s: %s, %s\n", s.dev->info.key, s.dev->info.name, dtype_name(s.dev->act));
-    int code = !strcmp(part, "gemm") ? bench_gemm(s.dev, o->filter, rows, table)
-                                   : bench_step(s.dev, s.stream, c, &o->step, rows, table);
+    int code = !strcmp(part, "gemm")  ? bench_gemm(s.dev, o->filter, rows, table)
+               : !strcmp(part, "ops") ? bench_ops(s.dev, o->filter, rows, table)
+                                      : bench_step(s.dev, s.stream, c, &o->step, rows, table);
     session_close(&s);
     return code;
 }
@@ -148,8 +149,9 @@ int cmd_bench(int argc, char **argv)
     const struct command command = {
         .name = "bench",
         .summary = "Measures speed.",
-        .positional = "gemm|step",
+        .positional = "gemm|ops|step",
         .about = "gemm: matrix products at the model's shapes beside OpenBLAS and CLBlast. "
+                 "ops: the other operations beside a copy. "
                  "step: whole training and sampling steps. Medians of several rounds.",
         .example = "ditmoe bench step --model S/4-8E2A --batch 32 --peer 'python3 tests/peer/peer_cpu.py'",
         .groups = groups,
@@ -160,8 +162,8 @@ int cmd_bench(int argc, char **argv)
     int status;
     if (!options_parse(&command, argc, argv, &part, &status))
         return status;
-    if (strcmp(part, "gemm") && strcmp(part, "step"))
-        return usage_error("bench", "%s: not gemm or step", part);
+    if (strcmp(part, "gemm") && strcmp(part, "ops") && strcmp(part, "step"))
+        return usage_error("bench", "%s: not gemm, ops or step", part);
     if (!strcmp(part, "step") && model_config(o.step.model, &o.step.overrides, &config) < 0)
         return usage_error("bench", "%s", error_message());
     return bench_run(&o, part, &config) < 0 ? report_failure("bench") : 0;
