@@ -2,6 +2,7 @@
 #include "tests/test.h"
 
 #include <dirent.h>
+#include <ftw.h>
 #include <limits.h>
 #include <math.h>
 #include <stdlib.h>
@@ -191,6 +192,69 @@ static int test_host_memory(void)
     OK(put_host_file(root, "proc/self/cgroup", "3:cpu:/x\n8:memory:/not/mounted\n0::/\n"));
     OK(put_host_file(root, "sys/fs/cgroup/memory/memory.limit_in_bytes", "268435456\n"));
     CHECK(host_memory(root) == 256 * mib, "version 1, seen from inside a container");
+    return PASSED;
+}
+
+// A machine of two packages, recorded as hwloc does: a GPU at each, and one at the root.
+#define SET(mask)                                                      \
+    "cpuset=\"" mask "\" complete_cpuset=\"" mask "\" nodeset=\"" mask \
+    "\" complete_nodeset=\"" mask "\""
+#define GPU_AT(busid, id)                                                                \
+    "<object type=\"Bridge\" gp_index=\"" id                                             \
+    "1\" bridge_type=\"0-1\" depth=\"0\" bridge_pci=\"0000:[" busid "-" busid            \
+    "]\"><object type=\"PCIDev\" gp_index=\"" id "2\" pci_busid=\"0000:" busid ":00.0\"" \
+    " pci_type=\"0302 [10de:2330] [10de:16c1] a1\" pci_link_speed=\"0.0\"/></object>"
+#define PACKAGE(n, mask, gpu)                                                                      \
+    "<object type=\"Package\" os_index=\"" n "\" gp_index=\"1" n                                   \
+    "\" " SET(mask) ">"                                                                            \
+                    "<object type=\"NUMANode\" os_index=\"" n "\" gp_index=\"2" n                  \
+                    "\" local_memory=\"4194304\" " SET(mask) "/><object type=\"PU\" os_index=\"" n \
+                                                             "\" gp_index=\"3" n                   \
+                                                             "\" " SET(mask) "/>" gpu "</object>"
+#define MACHINE(allowed)                                                                           \
+    "<topology version=\"2.0\"><object type=\"Machine\" os_index=\"0\" gp_index=\"1\" " SET(       \
+        "0x3") " allowed_cpuset=\"0x3\" allowed_nodeset=\"" allowed                                \
+               "\">" PACKAGE("0", "0x1", GPU_AT("3b", "4")) PACKAGE("1", "0x2", GPU_AT("86", "5")) \
+                   GPU_AT("c1", "6") "</object></topology>"
+
+static void place_all(const char *xml, struct device_info list[4])
+{
+    char path[PATH_MAX];
+    static const char *const pci[] = {"0000:86:00.0", "0000:3b:00.0", "0000:c1:00.0", ""};
+    snprintf(path, sizeof path, "%s/machine.xml", test_directory());
+    put_file(path, xml, strlen(xml));
+    memset(list, 0, 4 * sizeof *list);
+    for (int i = 0; i < 4; i++) {
+        strcpy(list[i].pci, pci[i]);
+        list[i].kind = i < 3 ? DEVICE_GPU : DEVICE_CPU;
+        list[i].memory = list[i].memory_driver = 1000;
+    }
+    list[2].memory = UINT64_MAX;
+    list[2].unified = true;
+    setenv("HWLOC_XMLFILE", path, 1);
+    host_complete(list, 4);
+    unsetenv("HWLOC_XMLFILE");
+}
+
+static int test_places(void)
+{
+    struct device_info list[4];
+    place_all(MACHINE("0x3"), list);
+    CHECK(list[0].numa == 1 && !strcmp(list[0].place, "NUMANode 1 / PCI 0000:86:00.0"), "%d: %s",
+          list[0].numa, list[0].place);
+    CHECK(list[1].numa == 0 && !strcmp(list[1].place, "NUMANode 0 / PCI 0000:3b:00.0"), "%d: %s",
+          list[1].numa, list[1].place);
+    CHECK(list[2].numa == -1 && !strcmp(list[2].place, "Machine / PCI 0000:c1:00.0"), "%d: %s",
+          list[2].numa, list[2].place);
+    CHECK(list[3].numa == -1 && !strcmp(list[3].place, "Machine"), "%d: %s", list[3].numa,
+          list[3].place);
+    uint64_t host = host_memory(""), near = host / 8;
+    CHECK(list[0].memory == 1000, "a card has its own memory");
+    CHECK(list[3].memory > host - near && list[3].memory < host + near, "the host's: %llu",
+          (unsigned long long)list[3].memory);
+    CHECK(list[2].memory == list[3].memory, "an integrated GPU has no more than the host");
+    place_all(MACHINE("0x1"), list); // a cpuset leaves this process one node of 4 MiB
+    CHECK(list[3].memory == 4194304, "%llu", (unsigned long long)list[3].memory);
     return PASSED;
 }
 
@@ -520,6 +584,38 @@ static int test_program_cache(void)
     return result;
 }
 
+static uint64_t cached; // of all compiled files: changes when one is added or written again
+
+static int add_file(const char *path, const struct stat *st, int type, struct FTW *ftw)
+{
+    (void)ftw;
+    const char *dot = strrchr(path, '.');
+    if (type == FTW_F && dot && (!strcmp(dot, ".so") || !strcmp(dot, ".bin")))
+        cached += 1 + (uint64_t)st->st_mtim.tv_sec * 1000000000u + (uint64_t)st->st_mtim.tv_nsec;
+    return 0;
+}
+
+// The second start finds everything compiled, in PoCL's cache or in ours.
+static int test_warm_start(void)
+{
+    char dir[256], setting[1024], out[4096];
+    uint64_t seen[2];
+    if (getenv(CHILD))
+        return test_launch();
+    snprintf(dir, sizeof dir, "%s/warm", test_directory());
+    snprintf(setting, sizeof setting, "DITMOE_CACHE=%s/own POCL_CACHE_DIR=%s/pocl", dir, dir);
+    for (int i = 0; i < 2; i++) {
+        run_again(setting, "devices/warm_start", out, sizeof out);
+        CHECK(strstr(out, "1 passed, 0 failed"), "%s", out);
+        cached = 0;
+        nftw(dir, add_file, 16, FTW_PHYS);
+        seen[i] = cached;
+    }
+    CHECK(seen[0] > 0, "nothing was kept");
+    CHECK(seen[1] == seen[0], "the second start compiled again");
+    return PASSED;
+}
+
 // ---- the tuner ---------------------------------------------------------------------------------
 
 struct job {
@@ -606,6 +702,7 @@ const struct test devices_tests[] = {
     {"no_platform", test_no_platform},
     {"twins", test_twins},
     {"host_memory", test_host_memory},
+    {"places", test_places},
     {"kernel_specs", test_kernel_specs},
     {"open", test_open},
     {"names", test_names},
@@ -616,6 +713,7 @@ const struct test devices_tests[] = {
     {"arity", test_arity},
     {"events", test_events},
     {"program_cache", test_program_cache},
+    {"warm_start", test_warm_start},
     {"tuner", test_tuner},
     {"tuner_file", test_tuner_file},
     {0},
