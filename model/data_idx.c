@@ -201,8 +201,8 @@ static int read_body(struct source *s, uint64_t entries, uint8_t **out)
 
 static int read_images(struct dataset *d, struct source *s)
 {
-    uint32_t lengths[3];
-    uint64_t entries;
+    uint32_t lengths[3] = {0};
+    uint64_t entries = 0;
     TRY(read_header(s, MAGIC_IMAGES, 3, lengths, &entries));
     d->count = lengths[0];
     d->rows = (int)lengths[1];
@@ -212,8 +212,8 @@ static int read_images(struct dataset *d, struct source *s)
 
 static int read_labels(struct dataset *d, struct source *s)
 {
-    uint32_t length;
-    uint64_t entries;
+    uint32_t length = 0;
+    uint64_t entries = 0;
     TRY(read_header(s, MAGIC_LABELS, 1, &length, &entries));
     if (length != d->count)
         return fail(ERR_INPUT, "%s: %u labels, but there are %lld images; " FRESH, s->path, length,

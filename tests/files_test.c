@@ -171,7 +171,7 @@ static int test_safetensors_cut(void)
 {
     const char *whole = in_directory("whole.safetensors"), *cut = in_directory("cut.safetensors");
     struct safetensors *s;
-    size_t bytes;
+    size_t bytes = 0;
     OK(write_small(whole, 1.0f));
     char *data = get(whole, &bytes);
     CHECK(data && bytes > 100, "%zu bytes", bytes);
@@ -318,7 +318,7 @@ static float first_weight(const char *path)
 static int test_full_disk(void)
 {
     const char *path = in_directory("full.safetensors");
-    size_t bytes;
+    size_t bytes = 0;
     OK(write_small(path, 1.0f));
     free(get(path, &bytes));
     void (*before)(int) = signal(SIGXFSZ, SIG_IGN);
