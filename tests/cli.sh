@@ -1,0 +1,342 @@
+#!/usr/bin/env bash
+# The command line as a user meets it: exit codes, messages, bad input, kills, resumed runs.
+#   tests/cli.sh [BUILD_DIR]     default: build
+# A line a case; the last line is "N passed, N failed". Exit 0 when none failed.
+set -u
+root=$(cd "$(dirname "$0")/.." && pwd)
+build=$(cd "${1:-$root/build}" && pwd) || exit 1
+ditmoe=$build/ditmoe
+work=$(mktemp -d /tmp/ditmoe-cli-XXXXXX)
+mounted=
+trap '[ -n "$mounted" ] && umount "$work/small"; rm -rf "$work"' EXIT
+cd "$work" || exit 1
+passed=0 failed=0
+
+ok() { printf 'ok      %s\n' "$1"; passed=$((passed + 1)); }
+bad() {
+    printf 'FAILED  %s: %s\n' "$1" "$2"
+    failed=$((failed + 1))
+    tail -n 5 err 2>/dev/null | sed 's/^/    /'
+}
+
+# run COMMAND...: leaves status, out and err behind
+run() { "$@" >out 2>err </dev/null; status=$?; }
+
+# fails STATUS NAME PATTERN COMMAND...: exit status, one line of message that matches, nothing on stdout
+fails() {
+    local want=$1 name=$2 pattern=$3
+    shift 3
+    run "$@"
+    local lines
+    lines=$(grep -c '^ditmoe' err)
+    if [ "$status" -ne "$want" ]; then
+        bad "$name" "exit status $status, not $want"
+    elif ! grep -Eq -- "$pattern" err; then
+        bad "$name" "no message like '$pattern'"
+    elif [ "$lines" -ne 1 ]; then
+        bad "$name" "$lines lines of message, not 1"
+    else
+        ok "$name"
+    fi
+}
+
+# works NAME COMMAND...
+works() {
+    local name=$1
+    shift
+    run "$@"
+    if [ "$status" -eq 0 ]; then ok "$name"; else bad "$name" "exit status $status"; fi
+}
+
+# check NAME CONDITION...: a test command
+check() {
+    local name=$1
+    shift
+    if "$@" >/dev/null 2>&1; then ok "$name"; else bad "$name" "not so: $*"; fi
+}
+
+# ---- data: IDX files with any bytes for pixels -------------------------------------------------------
+idx() { # idx DIRECTORY: 64 training and 16 test images of 28x28 in 10 classes
+    mkdir -p "$1"
+    local n name
+    for name in train t10k; do
+        n=64
+        [ $name = t10k ] && n=16
+        { printf "\\x00\\x00\\x08\\x03\\x00\\x00\\x00\\x$(printf %02x $n)\\x00\\x00\\x00\\x1c\\x00\\x00\\x00\\x1c"
+          head -c $((n * 784)) "$ditmoe"; } >"$1/$name-images-idx3-ubyte"
+        { printf "\\x00\\x00\\x08\\x01\\x00\\x00\\x00\\x$(printf %02x $n)"
+          for ((i = 0; i < n; i++)); do printf "\\x0$((i % 10))"; done; } >"$1/$name-labels-idx1-ubyte"
+    done
+}
+idx data
+tiny=(--layers 2 --hidden 32 --heads 2 --patch 8 --experts 4 --topk 2 --shared 1)
+train=("$ditmoe" train "${tiny[@]}" --data data --batch 4 --sample-every 0)
+
+# ---- usage -------------------------------------------------------------------------------------------
+works "ditmoe --help" "$ditmoe" --help
+check "ditmoe --help fits a screen" test "$(wc -l <out)" -le 24
+works "ditmoe --version" "$ditmoe" --version
+for command in devices info train sample eval forward bench; do
+    run "$ditmoe" $command --help
+    if [ $status -eq 0 ] && grep -q "^usage: ditmoe $command" out && [ ! -s err ] &&
+        [ "$(awk '{ if (length > m) m = length } END { print m }' out)" -le 100 ]; then
+        ok "$command --help"
+    else
+        bad "$command --help" "status $status, not on stdout, or wider than 100 columns"
+    fi
+done
+fails 2 "unknown command" "unknown command 'trian'; did you mean 'train'" "$ditmoe" trian
+fails 2 "unknown option" "train: unknown option --expert; did you mean --experts" "$ditmoe" train --expert 8
+fails 2 "unknown letter" "unknown option -q" "$ditmoe" train -q
+fails 2 "no number" "^ditmoe train: --experts x: not a number$" "$ditmoe" train --experts x
+fails 2 "half a number" "not a number" "$ditmoe" train --steps=10x
+fails 2 "too large a number" "too large" "$ditmoe" train --batch 99999999999999999999
+fails 2 "out of range" "--batch 0: out of range" "$ditmoe" train --batch 0
+fails 2 "negative seed" "--seed -1" "$ditmoe" train --seed -1
+fails 2 "missing value" "--out needs a value" "$ditmoe" train --out
+fails 2 "choice" "not one of logit-normal, uniform, stratified" "$ditmoe" train --time noon
+fails 2 "flag with a value" "--flip takes no value" "$ditmoe" train --flip=yes
+fails 2 "no argument wanted" "unexpected argument 'x'" "$ditmoe" train x
+fails 2 "argument wanted" "missing argument" "$ditmoe" info
+fails 2 "no --out" "--out RUN_DIR is needed" "$ditmoe" train --data data
+fails 2 "no --data" "--data PATH is needed" "$ditmoe" train --out run
+fails 2 "nothing to write" "nothing to write" "$ditmoe" sample --ckpt x
+fails 2 "bad preset" "ditmoe info: .*Q/2" "$ditmoe" info Q/2-8E2A
+fails 2 "experts < topk" "ditmoe train: .*2 experts" "$ditmoe" train --data data --out no --experts 2 --topk 3
+fails 2 "heads do not divide the width" "ditmoe train: " "${train[@]}" --out no --heads 5
+fails 2 "patch does not divide the image" "ditmoe train: " "${train[@]}" --out no --patch 5
+fails 2 "size of memory" "not a size" "${train[@]}" --out no --memory much
+
+# ---- devices -----------------------------------------------------------------------------------------
+fails 1 "unknown device" "opencl:99" "${train[@]}" --out no --device opencl:99
+fails 1 "unknown kind of device" "abacus" "${train[@]}" --out no --device abacus:0
+mkdir none
+fails 1 "no OpenCL platform" "ditmoe train: " env OCL_ICD_VENDORS="$work/none" "${train[@]}" --out no
+run env OCL_ICD_VENDORS="$work/none" "$ditmoe" devices
+check "devices without a platform is no crash" test $status -le 1
+
+# ---- info --------------------------------------------------------------------------------------------
+while read -r preset total active macs with; do
+    run "$ditmoe" info "$preset"
+    if grep -q "^parameters *$total\$" out && grep -q "^active per token *$active\$" out &&
+        grep -Eq "^GMAC an image *$macs .*, $with " out; then
+        ok "info $preset"
+    else
+        bad "info $preset" "$(grep -E '^param|^active|^GMAC' out | tr '\n' ' ')"
+    fi
+done <<END
+S/2-8E2A 199,307,552 71,905,568 15.43 16.03
+S/2-16E2A 369,213,728 71,942,432 15.44 16.04
+B/2-8E2A 795,861,536 286,253,600 61.68 62.89
+L/2-8E2A 2,823,764,000 1,011,824,672 219.3 222.5
+XL/2-8E2A 4,168,172,192 1,492,730,528 323.7 328.0
+G/2-16E2A 16,503,731,232 3,181,573,152 690.9 698.3
+END
+
+# ---- training data that cannot be used ---------------------------------------------------------------
+bad_data() { # NAME PATTERN DIRECTORY [OPTION...]
+    local name=$1 pattern=$2 dir=$3
+    shift 3
+    fails 1 "$name" "$pattern" "$ditmoe" train "${tiny[@]}" --data "$dir" --batch 4 --out bad-run --steps 1 "$@"
+    check "$name: nothing written" test ! -e bad-run
+}
+bad_data "missing data" "nowhere" nowhere
+mkdir empty
+bad_data "empty folder" "empty" empty --image-size 32
+cp -r data cut && truncate -s 1000 cut/train-images-idx3-ubyte
+bad_data "truncated images" "train-images" cut
+cp -r data magic && printf '\x00\x00\x09\x03' | dd of=magic/train-images-idx3-ubyte conv=notrunc status=none
+bad_data "wrong magic" "train-images" magic
+cp -r data counts && printf '\x00\x00\x08\x01\x00\x00\x00\x3f' | dd of=counts/train-labels-idx1-ubyte conv=notrunc status=none
+bad_data "wrong counts" "train-labels" counts
+mkdir -p text/a text/b && echo "no picture" >text/a/1.png && cp text/a/1.png text/b/1.png
+run "$ditmoe" train "${tiny[@]}" --data text --image-size 32 --batch 4 --out text-run --steps 1 --sample-every 0
+if [ $status -eq 1 ] && grep -q '1.png' err && [ ! -e text-run/step-00000001.safetensors ]; then
+    ok "text named .png"
+else
+    bad "text named .png" "status $status"
+fi
+
+# ---- memory ------------------------------------------------------------------------------------------
+works "dry run" "${train[@]}" --dry-run
+check "dry run prints the plan" grep -qi "activations" out
+works "dry run without data" "$ditmoe" train --model XL/2-8E2A --dry-run --memory 1TiB --batch 8
+fails 1 "not enough memory" "not enough memory: needs .*" "${train[@]}" --out big --memory 1MiB
+check "not enough memory: the plan is shown" grep -qi "activations" err
+check "not enough memory: no checkpoint" test ! -e big/step-00000000.safetensors
+fails 1 "dry run that does not fit" "not enough memory" "${train[@]}" --dry-run --memory 1MiB
+
+# ---- a run, a resumed run, a killed run ----------------------------------------------------------------
+works "train 6 steps" "${train[@]}" --steps 6 --out whole --sample-every 6 --sample-steps 2
+check "the seed is told" grep -q "^seed *0" err
+check "log.csv has its columns" grep -Eq \
+    '^step,loss,grad_norm,lr,balance,load_max,images_per_second,seconds,skipped,entropy_0,entropy_1$' whole/log.csv
+check "log.csv has a row a step" test "$(wc -l <whole/log.csv)" -eq 7
+for file in run.json loss.png samples/step-00000006.png step-00000006.safetensors; do
+    check "whole/$file" test -s whole/$file
+done
+check "no leftovers" test -z "$(find whole -name '*.tmp*')"
+works "train 3 of 6 steps" "${train[@]}" --steps 3 --out halves
+works "resume to 6" "$ditmoe" train --resume --steps 6 --out halves
+check "resumed checkpoint is the same to the bit" cmp whole/step-00000006.safetensors halves/step-00000006.safetensors
+untimed() { cut -d, -f1-6,9- "$1"; }
+check "resumed log is the same but for times" cmp <(untimed whole/log.csv) <(untimed halves/log.csv)
+works "resume with nothing left to do" "$ditmoe" train --resume --out halves
+check "says that all is done" grep -q "done already" err
+fails 1 "an old run is not overwritten" "holds a run already: continue it with --resume" "${train[@]}" --out halves
+fails 1 "another model is not resumed" "another model" "$ditmoe" train --resume --out halves --steps 9 --layers 3
+fails 1 "another seed is not resumed" "has seed 0" "$ditmoe" train --resume --out halves --steps 9 --seed 5
+works "--resume without a run starts one" "${train[@]}" --steps 1 --resume --out fresh
+
+wait_for() { # wait_for COMMAND...: until it is true, or the process $pid is gone
+    local end=$((SECONDS + 120))
+    until "$@" >/dev/null 2>&1; do
+        [ $SECONDS -lt $end ] && kill -0 $pid 2>/dev/null || return 1
+        sleep 0.05
+    done
+}
+"${train[@]}" --steps 100000 --checkpoint-every 20 --out killed >out 2>err &
+pid=$!
+wait_for test -e killed/step-00000020.safetensors
+kill -9 $pid
+wait $pid 2>/dev/null
+steps=$(ls killed | sed -n 's/^step-0*\([0-9]*\)\.safetensors$/\1/p' | sort -n | tail -n 1)
+works "resume after kill -9" "$ditmoe" train --resume --steps $((steps + 2)) --out killed
+check "the log goes on without gap or repeat" test "$(tail -n +2 killed/log.csv | cut -d, -f1 | uniq | wc -l)" \
+    -eq $((steps + 2))
+check "a killed write leaves nothing behind" test -z "$(find killed -name '*.tmp*')"
+check "two checkpoints are kept" test "$(ls killed/step-*.safetensors | wc -l)" -le 2
+
+for signal in INT TERM; do
+    rm -rf stopped
+    # a background job of a script ignores SIGINT unless it says otherwise
+    (trap - INT; exec "${train[@]}" --steps 100000 --out stopped >out 2>err) &
+    pid=$!
+    wait_for test -s stopped/log.csv
+    wait_for grep -q '^5,' stopped/log.csv
+    kill -$signal $pid
+    wait $pid
+    status=$?
+    steps=$(tail -n 1 stopped/log.csv | cut -d, -f1)
+    check "SIG$signal: exit 0" test $status -eq 0
+    check "SIG$signal: says how to go on" grep -q "stopped at step $steps of 100000; continue with --resume" err
+    check "SIG$signal: checkpoint of the last step" test -s "$(printf 'stopped/step-%08d.safetensors' "$steps")"
+done
+cp -r halves twice
+truncate -s 100000 twice/step-00000006.safetensors
+cp halves/step-00000003.safetensors twice/ 2>/dev/null || cp whole/step-00000006.safetensors twice/step-00000003.safetensors
+run "$ditmoe" train --resume --steps 7 --out twice
+check "a damaged newest checkpoint is passed over" grep -q "passed over: .*step-00000006" err
+
+# ---- disk full ---------------------------------------------------------------------------------------
+full_disk() { # full_disk NAME DIRECTORY COMMAND...: the old checkpoint must survive the failing one
+    local name=$1 dir=$2
+    shift 2
+    local sum
+    sum=$(cksum <"$dir/step-00000003.safetensors")
+    fails 1 "$name" "ditmoe train: .*step-.*safetensors" "$@"
+    check "$name: the previous checkpoint survives" test "$sum" = "$(cksum <"$dir/step-00000003.safetensors")"
+    check "$name: no half file" test -z "$(find "$dir" -name '*.tmp*' -o -name 'step-00000004*')"
+}
+works "3 steps to go on from" "${train[@]}" --steps 3 --out limited
+full_disk "file size limit" limited \
+    bash -c 'ulimit -f 1500; exec "$@"' - "$ditmoe" train --resume --steps 4 --out limited
+works "goes on when there is room" "$ditmoe" train --resume --steps 4 --out limited
+mkdir small
+if [ "$(id -u)" -eq 0 ] && mount -t tmpfs -o size=3500k tmpfs small 2>/dev/null; then
+    mounted=yes
+    works "3 steps on a small disk" "${train[@]}" --steps 3 --out small/run
+    full_disk "disk full" small/run "$ditmoe" train --resume --steps 4 --out small/run
+fi
+
+# ---- checkpoints that cannot be used -----------------------------------------------------------------
+good=whole/step-00000006.safetensors
+sample=("$ditmoe" sample --steps 2 --classes 0,3 --latents no.safetensors)
+for bytes in 0 5 8 100 3000 $(($(stat -c %s $good) - 1)); do
+    head -c "$bytes" $good >cut.safetensors
+    fails 1 "checkpoint cut at byte $bytes" "cut.safetensors" "${sample[@]}" --ckpt cut.safetensors
+done
+cp $good nan.safetensors # the data's first numbers become NaN
+length=$(od -An -tu8 -N8 $good | tr -d ' ')
+printf '\xff\xff\xff\x7f%.0s' $(seq 1 16) | dd of=nan.safetensors bs=1 seek=$((8 + length)) conv=notrunc status=none
+fails 1 "NaN weights" "not finite|NaN|nan" "${sample[@]}" --ckpt nan.safetensors --weights model
+# edit NAME SED: changes the header of the good checkpoint, keeping its length
+edit() {
+    { head -c 8 $good; head -c $((8 + length)) $good | tail -c "$length" | sed "$2"; tail -c +$((9 + length)) $good; } >"$1"
+}
+edit missing.safetensors 's/"blocks.1.moe.gate.weight"/"blocks.1.moe.gite.weight"/'
+fails 1 "missing tensor" "blocks.1.moe.gate.weight" "${sample[@]}" --ckpt missing.safetensors
+edit shape.safetensors 's/\("blocks.1.moe.gate.weight":{[^}]*"shape":\)\[4,32\]/\1[32,4]/'
+if cmp -s shape.safetensors $good; then
+    bad "wrong shape" "the header was not changed; does its writer put spaces?"
+else
+    fails 1 "wrong shape" "blocks.1.moe.gate.weight" "${sample[@]}" --ckpt shape.safetensors
+fi
+edit overlap.safetensors 's/"data_offsets":\[0,/"data_offsets":[1,/'
+fails 1 "offsets that do not fit" "overlap.safetensors" "${sample[@]}" --ckpt overlap.safetensors
+fails 1 "no checkpoint" "nothing.safetensors" "${sample[@]}" --ckpt nothing.safetensors
+fails 1 "a folder without a checkpoint" "no checkpoint" "${sample[@]}" --ckpt data
+check "nothing was written" test ! -e no.safetensors
+
+# ---- samples -----------------------------------------------------------------------------------------
+draw=("$ditmoe" sample --ckpt whole --steps 3 --classes 0-2 --per-class 3 --seed 7)
+works "sample: grid, images, latents" "${draw[@]}" --out grid.png --images single --latents a.safetensors --batch 9
+check "grid.png is a PNG" grep -q PNG <(head -c 8 grid.png)
+check "its text has the parameters" grep -qa "Euler steps" grid.png
+check "nine images" test "$(ls single/*.png | wc -l)" -eq 9
+works "sample in batches of 2" "${draw[@]}" --latents b.safetensors --batch 2
+check "the batch does not change the samples" cmp a.safetensors b.safetensors
+works "another seed" "${draw[@]}" --latents c.safetensors --seed 8
+check "draws other samples" bash -c '! cmp -s a.safetensors c.safetensors'
+works "weights of the model" "${draw[@]}" --latents d.safetensors --weights model
+check "differ from the average's" bash -c '! cmp -s a.safetensors d.safetensors'
+works "no guidance" "${draw[@]}" --latents e.safetensors --cfg 1
+fails 2 "class out of range" "class 10 is out of range; the model has 0 to 9" \
+    "$ditmoe" sample --ckpt whole --classes 3,10 --out no.png
+fails 2 "classes that are no list" "not a list" "$ditmoe" sample --ckpt whole --classes 1,x --out no.png
+fails 1 "noise file without z" "z" "${draw[@]}" --noise a.safetensors --out no.png
+fails 1 "no room for the grid" "nodir" "${draw[@]}" --out nodir/x.png
+fails 1 "forward without x" "'?x'?" "$ditmoe" forward --ckpt whole --input a.safetensors --output no.safetensors
+works "eval of samples" "$ditmoe" eval --knn --data data --samples a.safetensors --references 64 --json
+check "eval prints JSON" grep -q '"share"' out
+works "eval draws by itself" "$ditmoe" eval --knn --data data --ckpt whole --per-class 1 --steps 2
+works "info of a run" "$ditmoe" info whole
+check "says what is inside" grep -q "model, EMA, Adam moments" out
+works "devices --json" "$ditmoe" devices --json
+works "bench step" "$ditmoe" bench step "${tiny[@]}" --size 32 --channels 1 --classes 10 --batch 2 --rounds 1 --json
+
+if [ -d "$root/tests/golden/s_qkv" ]; then
+    golden=$root/tests/golden/s_qkv
+    works "forward" "$ditmoe" forward --ckpt "$golden/model.safetensors" --input "$golden/input.safetensors" \
+        --output forward.safetensors
+    works "forward --loss rf" "$ditmoe" forward --ckpt "$golden/model.safetensors" --loss rf \
+        --input "$golden/input.safetensors" --output loss.safetensors
+    check "has the gradients" grep -qa '"grad.x_embedder.proj.weight"' loss.safetensors
+    fails 1 "forward of another model's input" "input.safetensors.*x" "$ditmoe" forward --ckpt whole \
+        --input "$golden/input.safetensors" --output no.safetensors
+fi
+
+# ---- the installed library ---------------------------------------------------------------------------
+cat >user.c <<'END'
+#include <stdio.h>
+#include "model/config.h"
+#include "model/sampler.h"
+int main(void)
+{
+    struct config c;
+    struct device_info info[8];
+    if (config_preset("S/2-8E2A", &c) < 0 || devices_list(info, 8) < 0)
+        return fprintf(stderr, "%s\n", error_message()), 1;
+    return printf("%lld\n", (long long)config_count(&c).total) < 0;
+}
+END
+works "install" cmake --install "$build" --prefix "$work/prefix"
+pc=$(dirname "$(find "$work/prefix" -name ditmoe.pc)")
+works "a program builds against the installed library" bash -c \
+    "gcc -std=c17 user.c -o user \$(PKG_CONFIG_PATH=$pc pkg-config --cflags --libs ditmoe)"
+works "and runs" env LD_LIBRARY_PATH="$work/prefix/lib" ./user
+check "and is right" grep -q '^199307552$' out
+works "the installed program runs" "$work/prefix/bin/ditmoe" devices
+
+echo "$passed passed, $failed failed"
+[ "$failed" -eq 0 ]
