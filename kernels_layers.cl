@@ -268,47 +268,52 @@ void add(GLOBAL void *y, const GLOBAL void *x, uint count, uint period, int y_f3
 #define CHUNK_FROM (get_group_id(0) * (size_t)chunk)
 #define CHUNK_TO min(CHUNK_FROM + chunk, (size_t)count)
 
+// Runs a statement for i = from, from + 16.. with n = 16 elements, and once for the rest with n less:
+// so the loop has no code for tails in it.
+#define FOR_VECTORS(from, to, ...)                                                                 \
+    {                                                                                              \
+        size_t i = from, end = to;                                                                 \
+        for (; i + 16 <= end; i += 16) {                                                           \
+            const int n = 16;                                                                      \
+            __VA_ARGS__;                                                                           \
+        }                                                                                          \
+        if (i < end) {                                                                             \
+            const int n = (int)(end - i);                                                          \
+            __VA_ARGS__;                                                                           \
+        }                                                                                          \
+    }
+
 KERNEL(1, 1)
 void silu_fwd_cpu(GLOBAL act *y, const GLOBAL act *x, uint count, uint chunk)
 {
-    for (size_t i = CHUNK_FROM, end = CHUNK_TO; i < end; i += 16) {
-        int n = (int)min((size_t)16, end - i);
-        float16 v = act_load_upto(x + i, n);
-        act_store_upto(y + i, v * sigmoid16(v), n);
-    }
+    FOR_VECTORS(CHUNK_FROM, CHUNK_TO, float16 v = act_load_upto(x + i, n);
+                act_store_upto(y + i, v * sigmoid16(v), n))
 }
 
 KERNEL(1, 1)
 void silu_bwd_cpu(GLOBAL act *dx, const GLOBAL act *dy, const GLOBAL act *x, uint count, uint chunk)
 {
-    for (size_t i = CHUNK_FROM, end = CHUNK_TO; i < end; i += 16) {
-        int n = (int)min((size_t)16, end - i);
-        float16 v = act_load_upto(x + i, n), s = sigmoid16(v);
-        act_store_upto(dx + i, act_load_upto(dy + i, n) * s * fma(v, 1.0f - s, (float16)(1.0f)), n);
-    }
+    FOR_VECTORS(CHUNK_FROM, CHUNK_TO, float16 v = act_load_upto(x + i, n), s = sigmoid16(v);
+                float16 slope = s * fma(v, 1.0f - s, (float16)(1.0f));
+                act_store_upto(dx + i, act_load_upto(dy + i, n) * slope, n))
 }
 
 KERNEL(1, 1)
 void gelu_fwd_cpu(GLOBAL act *y, const GLOBAL act *x, uint count, uint chunk)
 {
-    for (size_t i = CHUNK_FROM, end = CHUNK_TO; i < end; i += 16) {
-        int n = (int)min((size_t)16, end - i);
-        float16 v = act_load_upto(x + i, n);
-        float16 u = v * fma((float16)(GELU_CUBIC), v * v, (float16)(GELU_LINEAR));
-        act_store_upto(y + i, v * sigmoid16(u), n);
-    }
+    FOR_VECTORS(CHUNK_FROM, CHUNK_TO, float16 v = act_load_upto(x + i, n);
+                float16 u = v * fma((float16)(GELU_CUBIC), v * v, (float16)(GELU_LINEAR));
+                act_store_upto(y + i, v * sigmoid16(u), n))
 }
 
 KERNEL(1, 1)
 void gelu_bwd_cpu(GLOBAL act *dx, const GLOBAL act *dy, const GLOBAL act *x, uint count, uint chunk)
 {
-    for (size_t i = CHUNK_FROM, end = CHUNK_TO; i < end; i += 16) {
-        int n = (int)min((size_t)16, end - i);
-        float16 v = act_load_upto(x + i, n), square = v * v;
-        float16 s = sigmoid16(v * fma((float16)(GELU_CUBIC), square, (float16)(GELU_LINEAR)));
-        float16 du = fma((float16)(3.0f * GELU_CUBIC), square, (float16)(GELU_LINEAR));
-        act_store_upto(dx + i, act_load_upto(dy + i, n) * fma(v * s * (1.0f - s), du, s), n);
-    }
+    FOR_VECTORS(CHUNK_FROM, CHUNK_TO, float16 v = act_load_upto(x + i, n), square = v * v;
+                float16 s = sigmoid16(v * fma((float16)(GELU_CUBIC), square, (float16)(GELU_LINEAR)));
+                float16 du = fma((float16)(3.0f * GELU_CUBIC), square, (float16)(GELU_LINEAR));
+                float16 slope = fma(v * s * (1.0f - s), du, s);
+                act_store_upto(dx + i, act_load_upto(dy + i, n) * slope, n))
 }
 
 INLINE float16 any_load_upto(const GLOBAL void *p, size_t i, int n, int f32)
