@@ -29,7 +29,8 @@ uint32_t rng_u32(uint64_t seed, uint64_t stream, uint64_t index);     // word in
 float rng_uniform(uint64_t seed, uint64_t stream, uint64_t index);    // (0,1): (u32>>9 + 0.5) / 2^23
 
 // Standard normal, bit for bit as op_normal gives it: Box and Muller's method on words 0,1 and 2,3 of
-// block index/4. The tails end at 6.8. rng_normal_fill() gives out[i] = element first+i, four times as fast.
+// block index/4. The tails end at 6.8. rng_normal_fill() gives out[i] = element first+i and computes
+// every block once.
 float rng_normal(uint64_t seed, uint64_t stream, uint64_t index);
 void rng_normal_fill(uint64_t seed, uint64_t stream, uint64_t first, float *out, size_t count);
 
