@@ -96,11 +96,34 @@ INLINE float16 sigmoid16(float16 x)
     return 1.0f / (1.0f + exp16(-x));
 }
 
-// Up to 16 values; lanes past n are 0 and are not stored.
+#ifdef ACT_BF16
+INLINE float8 act_load8(const GLOBAL act *p)
+{
+    return as_float8(convert_uint8(vload8(0, p)) << 16);
+}
+INLINE void act_store8(GLOBAL act *p, float16 v)
+{
+    typedef ushort8 ushort8_unaligned __attribute__((aligned(2)));
+    *(GLOBAL ushort8_unaligned *)p = float16_to_bf16(v).lo;
+}
+#else
+INLINE float8 act_load8(const GLOBAL act *p)
+{
+    return vload8(0, p);
+}
+INLINE void act_store8(GLOBAL act *p, float16 v)
+{
+    vstore8(v.lo, 0, p);
+}
+#endif
+
+// Up to 16 values; lanes past n are 0 and are not stored. 8 has a short cut: head sizes 72 and 88.
 INLINE float16 act_load_upto(const GLOBAL act *p, int n)
 {
     if (n >= 16)
         return act_load16(p);
+    if (n == 8)
+        return (float16)(act_load8(p), (float8)(0.0f));
     float v[16] = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0};
     for (int i = 0; i < n; i++)
         v[i] = act_load(p, i);
@@ -112,6 +135,10 @@ INLINE void act_store_upto(GLOBAL act *p, float16 value, int n)
         act_store16(p, value);
         return;
     }
+    if (n == 8) {
+        act_store8(p, value);
+        return;
+    }
     float v[16];
     vstore16(value, 0, v);
     for (int i = 0; i < n; i++)
@@ -121,6 +148,8 @@ INLINE float16 float_load_upto(const GLOBAL float *p, int n)
 {
     if (n >= 16)
         return vload16(0, p);
+    if (n == 8)
+        return (float16)(vload8(0, p), (float8)(0.0f));
     float v[16] = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0};
     for (int i = 0; i < n; i++)
         v[i] = p[i];
