@@ -4,11 +4,6 @@
 // GPU forms of row operations: x covers the columns, y strides over the rows, so that no index needs a
 // division. CPU forms: a work-item takes `chunk` rows.
 
-inline float logistic(float x)
-{
-    return 1.0f / (1.0f + exp(-x));
-}
-
 // h[R,F] = silu(g) * u, gu[R,2F] = g | u
 KERNEL(256, 1)
 void swiglu_fwd(GLOBAL act *h, const GLOBAL act *gu, uint R, uint F)
@@ -18,11 +13,11 @@ void swiglu_fwd(GLOBAL act *h, const GLOBAL act *gu, uint R, uint F)
         return;
     for (size_t r = get_group_id(1); r < R; r += get_num_groups(1)) {
         float g = act_load(gu, r * 2 * F + f), u = act_load(gu, r * 2 * F + F + f);
-        act_store(h, r * F + f, g * logistic(g) * u);
+        act_store(h, r * F + f, g * sigmoid(g) * u);
     }
 }
 
-// dg = dh u s (1 + g (1-s)), du = dh g s with s = logistic(g). dgu may be gu.
+// dg = dh u s (1 + g (1-s)), du = dh g s with s = sigmoid(g). dgu may be gu.
 KERNEL(256, 1)
 void swiglu_bwd(GLOBAL act *dgu, const GLOBAL act *dh, const GLOBAL act *gu, uint R, uint F)
 {
@@ -32,7 +27,7 @@ void swiglu_bwd(GLOBAL act *dgu, const GLOBAL act *dh, const GLOBAL act *gu, uin
     for (size_t r = get_group_id(1); r < R; r += get_num_groups(1)) {
         size_t at = r * 2 * F + f;
         float g = act_load(gu, at), u = act_load(gu, at + F), d = act_load(dh, r * F + f);
-        float s = logistic(g);
+        float s = sigmoid(g);
         act_store(dgu, at, d * u * s * fma(g, 1.0f - s, 1.0f));
         act_store(dgu, at + F, d * g * s);
     }
@@ -616,18 +611,6 @@ typedef ushort16 act16;
 typedef float16 act16;
 #endif
 
-inline float lane_sum(float16 v)
-{
-    float8 a = v.lo + v.hi;
-    float4 b = a.lo + a.hi;
-    return (b.x + b.y) + (b.z + b.w);
-}
-
-inline float16 logistic16(float16 x)
-{
-    return 1.0f / (1.0f + exp(-x));
-}
-
 // The rows [*from, to) of this work-item's chunk; returns `to`.
 inline size_t chunk_rows(uint chunk, size_t rows, size_t *from)
 {
@@ -645,11 +628,11 @@ void swiglu_fwd_cpu(GLOBAL act *h, const GLOBAL act *gu, uint R, uint F, uint ch
         uint f = 0;
         for (; f + 16 <= F; f += 16) {
             float16 a = act_load16(g + f);
-            act_store16(out + f, a * logistic16(a) * act_load16(u + f));
+            act_store16(out + f, a * sigmoid16(a) * act_load16(u + f));
         }
         for (; f < F; f++) {
             float a = act_load(g, f);
-            act_store(out, f, a * logistic(a) * act_load(u, f));
+            act_store(out, f, a * sigmoid(a) * act_load(u, f));
         }
     }
 }
@@ -665,13 +648,13 @@ void swiglu_bwd_cpu(GLOBAL act *dgu, const GLOBAL act *dh, const GLOBAL act *gu,
         uint f = 0;
         for (; f + 16 <= F; f += 16) {
             float16 g = act_load16(from + f), u = act_load16(from + F + f);
-            float16 s = logistic16(g), ds = act_load16(d + f) * s;
+            float16 s = sigmoid16(g), ds = act_load16(d + f) * s;
             act_store16(out + f, ds * u * fma(g, 1.0f - s, (float16)1.0f));
             act_store16(out + F + f, ds * g);
         }
         for (; f < F; f++) {
             float g = act_load(from, f), u = act_load(from, F + f);
-            float s = logistic(g), ds = act_load(d, f) * s;
+            float s = sigmoid(g), ds = act_load(d, f) * s;
             act_store(out, f, ds * u * fma(g, 1.0f - s, 1.0f));
             act_store(out, F + f, ds * g);
         }
@@ -769,7 +752,7 @@ void combine_bwd_cpu(GLOBAL act *drows, GLOBAL float *dweight, const GLOBAL act 
                 tail = fma(g, act_load(row, d), tail);
                 act_store(out, d, w * g);
             }
-            dweight[pair] = lane_sum(sum) + tail;
+            dweight[pair] = sum16(sum) + tail;
         }
     }
 }
@@ -814,7 +797,7 @@ void router_fwd_cpu(GLOBAL float *probs, GLOBAL float *weight, GLOBAL int *index
             sums += q;
             store_some(p + e, E - e, q);
         }
-        float sum = lane_sum(sums);
+        float sum = sum16(sums);
         for (uint e = 0; e < E; e++)
             p[e] = p[e] / sum;
         top_k(weight + m * K, index + m * K, p, E, K, renormalise);
@@ -946,7 +929,7 @@ void flow_loss_cpu(GLOBAL float *loss, GLOBAL float *dout, const GLOBAL float *o
     }
     for (; dout && p < Q; p++)
         dout[n * Q + p] = 0.0f;
-    loss[n] = (lane_sum(sums) + sum) / (float)P;
+    loss[n] = (sum16(sums) + sum) / (float)P;
 }
 
 // ---- random numbers, sixteen blocks of four at a time
@@ -1064,7 +1047,7 @@ void norm2_partial_cpu(GLOBAL float *partial, const GLOBAL float *g, uint count_
         }
         for (; i < end; i++)
             tail = fma(g[i], g[i], tail);
-        partial[c] = lane_sum(a + b) + tail;
+        partial[c] = sum16(a + b) + tail;
     }
 }
 
