@@ -238,6 +238,13 @@ static int test_attention(void)
     return OP_FOR_ALL(attention_case, shapes);
 }
 
+// Small enough for a simulator (oclgrind --data-races).
+static int test_attention_small(void)
+{
+    static const int shapes[][6] = {{1, 3, 1, 20}, {2, 17, 1, 8}};
+    return OP_FOR_ALL(attention_case, shapes);
+}
+
 // More keys than one block holds, on the CPU forms (the GPU forms have met more than one tile
 // above).
 static int long_case(struct op_run *r, const int *s)
@@ -352,6 +359,7 @@ static int test_reference_attention(void)
 const struct test attention_tests[] = {
     {"reference", test_reference_attention},
     {"qk_norm", test_qk_norm},
+    {"small", test_attention_small},
     {"tiles", test_attention},
     {"long", test_attention_long},
     {"extreme", test_attention_extreme},
