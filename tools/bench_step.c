@@ -22,7 +22,8 @@ struct subject {
     int count, skip; // times measured; rounds still to warm up
 };
 
-// ---- random weights and inputs -----------------------------------------------------------------------
+// ---- random weights and inputs
+// -----------------------------------------------------------------------
 
 // xorshift64*, uniform in (-1,1): there may be hundreds of millions to draw.
 static float draw(uint64_t *state)
@@ -100,7 +101,8 @@ static int subject_open(struct device *dev, struct stream *stream, struct subjec
     return randomise(subject_dit(s));
 }
 
-// ---- measuring -------------------------------------------------------------------------------------
+// ---- measuring
+// -------------------------------------------------------------------------------------
 
 static void note_time(struct subject *s)
 {
@@ -149,9 +151,11 @@ static double median(struct subject *s)
     return s->count ? s->times[s->count / 2] : NAN;
 }
 
-// ---- the peer --------------------------------------------------------------------------------------
+// ---- the peer
+// --------------------------------------------------------------------------------------
 
-// Runs the peer once; it prints one line of JSON with "ms". NULL, with the reason set, if it does not.
+// Runs the peer once; it prints one line of JSON with "ms". NULL, with the reason set, if it does
+// not.
 static json_t *run_peer(const struct step_settings *o, const struct config *c, bool train,
                         bool compiled)
 {
@@ -209,7 +213,8 @@ static int measure_beside_peer(struct subject *s, const struct step_settings *o,
     return 0;
 }
 
-// ---- rows ------------------------------------------------------------------------------------------
+// ---- rows
+// ------------------------------------------------------------------------------------------
 
 static void print_row(FILE *table, const json_t *row, const json_t *peers)
 {
@@ -247,11 +252,11 @@ static void add_row(const struct subject *s, const struct step_settings *o, bool
         double ms = json_number_value(json_object_get(peer, "ms"));
         json_object_set_new(peer, "ratio", json_real(ms / (1e3 * seconds)));
     }
-    json_t *row = json_pack("{s:s, s:s, s:s, s:i, s:f, s:f, s:f, s:I, s:O}", "bench", "step", "name",
-                            model_title(o->model, s->config, title), "what", train ? "train" : "sample", "batch", s->batch, "ms",
-                            1e3 * seconds, "images_per_s", s->batch / seconds, "gflops",
-                            1e-9 * flops / seconds, "memory",
-                            (json_int_t)plan_total(subject_dit(s)->plan), "peers", peers);
+    json_t *row = json_pack("{s:s, s:s, s:s, s:i, s:f, s:f, s:f, s:I, s:O}", "bench", "step",
+                            "name", model_title(o->model, s->config, title), "what",
+                            train ? "train" : "sample", "batch", s->batch, "ms", 1e3 * seconds,
+                            "images_per_s", s->batch / seconds, "gflops", 1e-9 * flops / seconds,
+                            "memory", (json_int_t)plan_total(subject_dit(s)->plan), "peers", peers);
     print_row(table, row, peers);
     json_array_append_new(rows, row);
 }

@@ -12,8 +12,8 @@ struct step_settings {
 };
 
 // Appends one object a row: {"bench": "step", "name", "what", "batch", "ms", "images_per_s",
-// "gflops" (2 a multiply-accumulate of active parameters and attention; three forwards in training),
-// "memory", "peers": [{"mode", "ms", "ratio"}]}. ratio: the peer's time over ours.
+// "gflops" (2 a multiply-accumulate of active parameters and attention; three forwards in
+// training), "memory", "peers": [{"mode", "ms", "ratio"}]}. ratio: the peer's time over ours.
 int bench_step(struct device *dev, struct stream *stream, const struct config *c,
                const struct step_settings *o, json_t *rows, FILE *table);
 

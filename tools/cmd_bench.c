@@ -28,20 +28,24 @@ static const struct option_spec bench_options[] = {
 #undef AT
 #define AT(member) offsetof(struct step_settings, member)
 static const struct option_spec step_options[] = {
-    {"model", 'm', OPTION_STRING, "PRESET", "S/4-8E2A", "the model of 'step'", AT(model), 0, 0, NULL},
+    {"model", 'm', OPTION_STRING, "PRESET", "S/4-8E2A", "the model of 'step'", AT(model), 0, 0,
+     NULL},
     {"batch", 'b', OPTION_INT, "N", "64", "images a step", AT(batch), 1, 65536, NULL},
-    {"what", 0, OPTION_CHOICE, "WHICH", "both", "both, train or sample (without guidance)", AT(what), 0,
-     0, what_choices},
-    {"rounds", 0, OPTION_INT, "N", "9", "steps measured; the median is told", AT(rounds), 1, 1000, NULL},
+    {"what", 0, OPTION_CHOICE, "WHICH", "both", "both, train or sample (without guidance)",
+     AT(what), 0, 0, what_choices},
+    {"rounds", 0, OPTION_INT, "N", "9", "steps measured; the median is told", AT(rounds), 1, 1000,
+     NULL},
     {"peer", 0, OPTION_STRING, "COMMAND", NULL,
-     "run this beside, with the model's options added and --compiled 0 and 1; it prints a line of JSON "
+     "run this beside, with the model's options added and --compiled 0 and 1; it prints a line of "
+     "JSON "
      "with its \"ms\"",
      AT(peer), 0, 0, NULL},
     {0},
 };
 #undef AT
 
-// ---- comparison with an earlier run --------------------------------------------------------------
+// ---- comparison with an earlier run
+// --------------------------------------------------------------
 
 // What is larger when faster, under the names that the parts use.
 static double speed_of(const json_t *row)
@@ -99,7 +103,8 @@ static int compare_rows(const char *path, const json_t *rows, FILE *table)
     return 0;
 }
 
-// ---- the command -----------------------------------------------------------------------------------
+// ---- the command
+// -----------------------------------------------------------------------------------
 
 static int run_part(const struct bench_settings *o, const char *part, const struct config *c,
                     json_t *rows, FILE *table)
@@ -153,7 +158,8 @@ int cmd_bench(int argc, char **argv)
         .about = "gemm: matrix products at the model's shapes beside OpenBLAS and CLBlast. "
                  "ops: the other operations beside a copy. "
                  "step: whole training and sampling steps. Medians of several rounds.",
-        .example = "ditmoe bench step --model S/4-8E2A --batch 32 --peer 'python3 tests/peer/peer_cpu.py'",
+        .example =
+            "ditmoe bench step --model S/4-8E2A --batch 32 --peer 'python3 tests/peer/peer_cpu.py'",
         .groups = groups,
         .positional_min = 1,
         .positional_max = 1,

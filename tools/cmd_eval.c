@@ -16,20 +16,21 @@ struct eval_settings {
 
 #define AT(member) offsetof(struct eval_settings, member)
 static const struct option_spec eval_options[] = {
-    {"knn", 0, OPTION_FLAG, NULL, "yes", "vote of the 5 nearest training images (the only judge so far)",
-     AT(knn), 0, 0, NULL},
-    {"data", 0, OPTION_STRING, "PATH", NULL, "the training data, as for 'ditmoe train'", AT(data), 0, 0,
-     NULL},
-    {"per-class", 0, OPTION_INT, "N", "20", "samples to draw of each class", AT(per_class), 1, 100000,
-     NULL},
+    {"knn", 0, OPTION_FLAG, NULL, "yes",
+     "vote of the 5 nearest training images (the only judge so far)", AT(knn), 0, 0, NULL},
+    {"data", 0, OPTION_STRING, "PATH", NULL, "the training data, as for 'ditmoe train'", AT(data),
+     0, 0, NULL},
+    {"per-class", 0, OPTION_INT, "N", "20", "samples to draw of each class", AT(per_class), 1,
+     100000, NULL},
     {"samples", 0, OPTION_STRING, "FILE", NULL,
-     "judge these instead of drawing: latents [N,C,H,W] and labels [N], as 'ditmoe sample --latents' "
+     "judge these instead of drawing: latents [N,C,H,W] and labels [N], as 'ditmoe sample "
+     "--latents' "
      "writes them",
      AT(samples), 0, 0, NULL},
     {"references", 0, OPTION_INT64, "N", "10000", "training images that vote: the first N",
      AT(references), 5, 1e9, NULL},
-    {"real", 0, OPTION_INT, "N", "1000", "test images judged for comparison; 0: none", AT(real), 0, 1e6,
-     NULL},
+    {"real", 0, OPTION_INT, "N", "1000", "test images judged for comparison; 0: none", AT(real), 0,
+     1e6, NULL},
     {"json", 0, OPTION_FLAG, NULL, "no", "print JSON", AT(json), 0, 0, NULL},
     {0},
 };
@@ -38,10 +39,10 @@ static const struct option_spec eval_options[] = {
 // Images with the classes they should show, and what the vote says.
 struct judged {
     int count, channels, size;
-    float *images;     // [count,C,S,S]
-    int32_t *labels;   // [count]
+    float *images;      // [count,C,S,S]
+    int32_t *labels;    // [count]
     int32_t *predicted; // [count]
-    float *nearest;    // [count]
+    float *nearest;     // [count]
 };
 
 static void judged_free(struct judged *j)
@@ -64,7 +65,8 @@ static int judged_new(struct judged *j, int count, int channels, int size)
     return fail(ERR_NOMEM, "out of memory for %d images", count);
 }
 
-// ---- where images come from ------------------------------------------------------------------------
+// ---- where images come from
+// ------------------------------------------------------------------------
 
 static int read_samples(const struct safetensors *file, struct judged *out)
 {
@@ -73,10 +75,10 @@ static int read_samples(const struct safetensors *file, struct judged *out)
     TRY(safetensors_expect(file, "labels", -1, 1, latents->shape, &labels));
     if (latents->shape[0] < 1 || latents->shape[0] > 10000000 || latents->shape[1] > 3 ||
         latents->shape[2] != latents->shape[3] || latents->shape[2] > 4096)
-        return fail(ERR_INPUT, "%s: latents [%lld,%lld,%lld,%lld] are no square images of 1 or 3 channels",
-                    safetensors_path(file), (long long)latents->shape[0],
-                    (long long)latents->shape[1], (long long)latents->shape[2],
-                    (long long)latents->shape[3]);
+        return fail(
+            ERR_INPUT, "%s: latents [%lld,%lld,%lld,%lld] are no square images of 1 or 3 channels",
+            safetensors_path(file), (long long)latents->shape[0], (long long)latents->shape[1],
+            (long long)latents->shape[2], (long long)latents->shape[3]);
     TRY(judged_new(out, (int)latents->shape[0], (int)latents->shape[1], (int)latents->shape[2]));
     TRY(safetensors_read_f32(file, latents, out->images, 0, latents->count));
     for (int i = 0; i < out->count; i++) {
@@ -142,7 +144,8 @@ static int get_real(const struct eval_settings *o, const struct judged *like, st
     return code;
 }
 
-// ---- the verdict -----------------------------------------------------------------------------------
+// ---- the verdict
+// -----------------------------------------------------------------------------------
 
 struct tally {
     int count, passed;
@@ -196,8 +199,8 @@ static void print_text(const struct dataset *d, const struct judged *samples,
 
 static json_t *tally_json(struct tally t)
 {
-    return json_pack("{s:i, s:i, s:f, s:f}", "count", t.count, "passed", t.passed, "share", share(t),
-                     "distance", t.distance);
+    return json_pack("{s:i, s:i, s:f, s:f}", "count", t.count, "passed", t.passed, "share",
+                     share(t), "distance", t.distance);
 }
 
 static void print_json(const struct dataset *d, const struct judged *samples,
@@ -220,9 +223,9 @@ static void print_json(const struct dataset *d, const struct judged *samples,
 
 static int judge(const struct eval_settings *o, const struct dataset *d, struct judged *j)
 {
-    return j->count ? knn_vote_dataset(d, o->references, j->images, j->count, j->predicted,
-                                       j->nearest)
-                    : 0;
+    return j->count
+               ? knn_vote_dataset(d, o->references, j->images, j->count, j->predicted, j->nearest)
+               : 0;
 }
 
 static int eval_run(const struct eval_settings *o, struct judged *samples, struct judged *real,
@@ -253,7 +256,8 @@ int cmd_eval(int argc, char **argv)
     const struct command command = {
         .name = "eval",
         .summary = "Judges samples.",
-        .about = "Draws samples of every class and prints the share that the nearest training images put "
+        .about = "Draws samples of every class and prints the share that the nearest training "
+                 "images put "
                  "into the class that was asked for, beside the same figure for real test images.",
         .example = "ditmoe eval --knn --ckpt run --data /usr/share/datasets/fashion-mnist",
         .groups = groups,

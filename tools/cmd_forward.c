@@ -19,25 +19,27 @@ struct forward_options {
 
 #define AT(member) offsetof(struct forward_options, member)
 static const struct option_spec forward_options[] = {
-    {"ckpt", 'c', OPTION_STRING, "FILE", NULL, "checkpoint, or a run's directory: its newest", AT(ckpt),
-     0, 0, NULL},
+    {"ckpt", 'c', OPTION_STRING, "FILE", NULL, "checkpoint, or a run's directory: its newest",
+     AT(ckpt), 0, 0, NULL},
     {"input", 'i', OPTION_STRING, "FILE", NULL,
-     "safetensors file with x [N,C,H,W], t [N], y [N] (the null class is the number after the last), "
+     "safetensors file with x [N,C,H,W], t [N], y [N] (the null class is the number after the "
+     "last), "
      "and noise [N,C,H,W] for --loss",
      AT(input), 0, 0, NULL},
     {"output", 'o', OPTION_STRING, "FILE", NULL,
-     "file to write: out [N,C,H,W] and experts.LAYER [N*T,K]; with --loss rf loss [1], balance [1] and "
-     "grad.NAME of every parameter",
+     "file to write: out [N,C,H,W] and experts.LAYER [N*T,K]; with --loss rf loss [1] and "
+     "grad.NAME "
+     "of every parameter, and the balance loss in the metadata",
      AT(output), 0, 0, NULL},
     {"loss", 0, OPTION_CHOICE, "WHICH", "none", "none or rf: rectified flow", AT(loss), 0, 0,
      loss_choices},
     {"weights", 0, OPTION_CHOICE, "WHICH", "auto",
      "ema, model, or auto: the averaged weights (EMA) where the file has them", AT(weights), 0, 0,
      weights_choices},
-    {"heads", 0, OPTION_INT, "N", "0", "for a file without a configuration: attention heads", AT(heads),
-     0, 1024, NULL},
-    {"topk", 0, OPTION_INT, "N", "0", "for a file without a configuration: active experts", AT(topk), 0,
-     64, NULL},
+    {"heads", 0, OPTION_INT, "N", "0", "for a file without a configuration: attention heads",
+     AT(heads), 0, 1024, NULL},
+    {"topk", 0, OPTION_INT, "N", "0", "for a file without a configuration: active experts",
+     AT(topk), 0, 64, NULL},
     {0},
 };
 #undef AT
@@ -53,7 +55,8 @@ static void inputs_free(struct inputs *in)
     free(in->x), free(in->t), free(in->noise), free(in->y);
 }
 
-// ---- reading ---------------------------------------------------------------------------------------
+// ---- reading
+// ---------------------------------------------------------------------------------------
 
 static int read_floats(const struct safetensors *file, const char *name, int ndim,
                        const int64_t *shape, float **out)
@@ -76,8 +79,8 @@ static int read_labels(const struct safetensors *file, const struct config *c, i
         int64_t label;
         TRY(safetensors_read_i64(file, t, &label, i, 1));
         if (label < 0 || label >= config_label_rows(c))
-            return fail(ERR_INPUT, "%s: y[%d] is %lld; labels are 0 to %d%s", safetensors_path(file), i,
-                        (long long)label, c->classes - 1,
+            return fail(ERR_INPUT, "%s: y[%d] is %lld; labels are 0 to %d%s",
+                        safetensors_path(file), i, (long long)label, c->classes - 1,
                         config_label_rows(c) > c->classes ? ", and the null class after them" : "");
         out[i] = (int32_t)label;
     }
@@ -113,15 +116,17 @@ static int read_inputs(const char *path, const struct config *c, bool loss, stru
     return code;
 }
 
-// ---- writing ---------------------------------------------------------------------------------------
+// ---- writing
+// ---------------------------------------------------------------------------------------
 
 static int declare_forward(struct safetensors_writer *w, const struct dit *d)
 {
     const struct config *c = &d->config;
     char name[64];
     const int64_t rows = (int64_t)d->options.batch * config_tokens(c);
-    TRY(safetensors_declare(w, "out", ST_F32, 4,
-                            (int64_t[]){d->options.batch, config_out_channels(c), c->size, c->size}));
+    TRY(safetensors_declare(
+        w, "out", ST_F32, 4,
+        (int64_t[]){d->options.batch, config_out_channels(c), c->size, c->size}));
     for (int l = 0; l < c->layers; l++) {
         if (!config_is_moe(c, l))
             continue;
@@ -133,8 +138,8 @@ static int declare_forward(struct safetensors_writer *w, const struct dit *d)
 
 static int write_experts(struct safetensors_writer *w, struct dit *d, int layer)
 {
-    const size_t count = (size_t)d->options.batch * (size_t)config_tokens(&d->config) *
-                         (size_t)d->config.topk;
+    const size_t count =
+        (size_t)d->options.batch * (size_t)config_tokens(&d->config) * (size_t)d->config.topk;
     int32_t *index = malloc(sizeof *index * count);
     int64_t *wide = malloc(sizeof *wide * count);
     int code = index && wide ? dit_read_experts(d, layer, index)
@@ -176,13 +181,28 @@ static int write_gradient(struct safetensors_writer *w, struct dit *d, const str
     return code;
 }
 
+// Sum of the layers' balance losses.
+static int total_balance(struct dit *d, double *sum)
+{
+    *sum = 0;
+    for (int l = 0; l < d->config.layers; l++) {
+        double balance;
+        if (!config_is_moe(&d->config, l))
+            continue;
+        TRY(dit_read_balance(d, l, &balance));
+        *sum += balance;
+    }
+    return 0;
+}
+
 static int write_loss(struct safetensors_writer *w, struct dit *d, double loss)
 {
-    const int64_t one[] = {1};
-    char name[96];
-    double layer_balance, balance = 0;
-    TRY(safetensors_declare(w, "loss", ST_F32, 1, one));
-    TRY(safetensors_declare(w, "balance", ST_F32, 1, one));
+    char name[96], text[32];
+    double balance;
+    TRY(total_balance(d, &balance));
+    snprintf(text, sizeof text, "%.9g", balance);
+    TRY(safetensors_set_metadata(w, "balance", text));
+    TRY(safetensors_declare(w, "loss", ST_F32, 1, (int64_t[]){1}));
     for (int i = 0; i < d->params.count; i++) {
         const struct param *p = &d->params.list[i];
         snprintf(name, sizeof name, "grad.%s", p->name);
@@ -190,14 +210,8 @@ static int write_loss(struct safetensors_writer *w, struct dit *d, double loss)
             TRY(safetensors_declare(w, name, ST_F32, p->ndim, p->shape));
     }
     TRY(safetensors_begin(w));
-    for (int l = 0; l < d->config.layers; l++) {
-        if (!config_is_moe(&d->config, l))
-            continue;
-        TRY(dit_read_balance(d, l, &layer_balance));
-        balance += layer_balance;
-    }
-    const float scalars[] = {(float)loss, (float)balance};
-    TRY(safetensors_write(w, scalars, sizeof scalars));
+    const float scalar = (float)loss;
+    TRY(safetensors_write(w, &scalar, sizeof scalar));
     for (int i = 0; i < d->params.count; i++)
         if (!d->params.list[i].frozen)
             TRY(write_gradient(w, d, &d->params.list[i]));
@@ -216,7 +230,8 @@ static int write_output(const char *path, struct dit *d, bool with_loss, double 
     return safetensors_commit(w);
 }
 
-// ---- the passes ------------------------------------------------------------------------------------
+// ---- the passes
+// ------------------------------------------------------------------------------------
 
 static int run_forward(const struct forward_options *o, const struct session *s,
                        const struct checkpoint *file, const struct inputs *in)
@@ -301,9 +316,11 @@ int cmd_forward(int argc, char **argv)
     const struct command command = {
         .name = "forward",
         .summary = "Runs one pass on given tensors.",
-        .about = "Runs one forward pass, in evaluation mode, on tensors from a file and writes what comes "
-                 "out, or (--loss rf) the loss and every gradient: the door for comparing this program "
-                 "with another one.",
+        .about =
+            "Runs one forward pass, in evaluation mode, on tensors from a file and writes what "
+            "comes "
+            "out, or (--loss rf) the loss and every gradient: the door for comparing this program "
+            "with another one.",
         .example = "ditmoe forward --ckpt model.safetensors --input in.safetensors --output "
                    "out.safetensors",
         .groups = groups,
@@ -312,8 +329,9 @@ int cmd_forward(int argc, char **argv)
     if (!options_parse(&command, argc, argv, NULL, &status))
         return status;
     if (!o.ckpt || !o.input || !o.output)
-        return usage_error("forward", "--%s FILE is needed", !o.ckpt    ? "ckpt"
-                                                             : !o.input ? "input"
-                                                                        : "output");
+        return usage_error("forward", "--%s FILE is needed",
+                           !o.ckpt    ? "ckpt"
+                           : !o.input ? "input"
+                                      : "output");
     return forward_run(&o) < 0 ? report_failure("forward") : 0;
 }

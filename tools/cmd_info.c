@@ -12,7 +12,8 @@ struct info_options {
 };
 
 static const struct option_spec output_options[] = {
-    {"json", 0, OPTION_FLAG, NULL, "no", "print JSON", offsetof(struct info_options, json), 0, 0, NULL},
+    {"json", 0, OPTION_FLAG, NULL, "no", "print JSON", offsetof(struct info_options, json), 0, 0,
+     NULL},
     {0},
 };
 
@@ -68,7 +69,8 @@ static void print_config(const struct config *c)
                c->renormalise ? "renormalised" : "not renormalised");
     printf("%-18s %d x %d, %d channels, patch %d: %d tokens\n", "images", c->size, c->size,
            c->channels, c->patch, config_tokens(c));
-    printf("%-18s %d%s\n", "classes", c->classes, c->class_dropout > 0 ? " and the null class" : "");
+    printf("%-18s %d%s\n", "classes", c->classes,
+           c->class_dropout > 0 ? " and the null class" : "");
     printf("%-18s %d channels%s\n", "output", config_out_channels(c),
            c->learn_sigma ? " (learned sigma)" : "");
     printf("%-18s factor %g %s; label dropout %g\n", "balance loss", (double)c->balance,
@@ -92,10 +94,10 @@ static void print_text(const char *name, const struct config *c, const struct ch
 static void print_json(const char *name, const struct config *c, const struct checkpoint *file)
 {
     struct config_counts n = config_count(c);
-    json_t *json = json_pack("{s:s, s:o, s:I, s:I, s:f, s:f}", "name", name, "config",
-                             config_to_json(c), "parameters", (json_int_t)n.total, "active",
-                             (json_int_t)n.active, "macs", n.macs, "macs_with_attention",
-                             n.macs + n.macs_attention);
+    json_t *json =
+        json_pack("{s:s, s:o, s:I, s:I, s:f, s:f}", "name", name, "config", config_to_json(c),
+                  "parameters", (json_int_t)n.total, "active", (json_int_t)n.active, "macs", n.macs,
+                  "macs_with_attention", n.macs + n.macs_attention);
     if (file) {
         json_object_set_new(json, "ema", json_boolean(file->has_ema));
         json_object_set_new(json, "moments", json_boolean(file->has_moments));
@@ -140,9 +142,10 @@ int cmd_info(int argc, char **argv)
         .name = "info",
         .summary = "Prints the configuration, parameters and cost of a model.",
         .positional = "PRESET|FILE",
-        .about = "Prints the configuration of a preset (S/2-8E2A: size S, patch 2, 8 experts, 2 active; "
-                 "sizes S, B, L, XL, G), of a checkpoint or of a run's newest checkpoint: parameters in "
-                 "all and active per token, multiply-accumulates an image.",
+        .about =
+            "Prints the configuration of a preset (S/2-8E2A: size S, patch 2, 8 experts, 2 active; "
+            "sizes S, B, L, XL, G), of a checkpoint or of a run's newest checkpoint: parameters in "
+            "all and active per token, multiply-accumulates an image.",
         .example = "ditmoe info XL/2-8E2A",
         .groups = groups,
         .positional_min = 1,

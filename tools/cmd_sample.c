@@ -17,8 +17,8 @@ struct sample_settings {
 
 #define AT(member) offsetof(struct sample_settings, member)
 static const struct option_spec sample_options[] = {
-    {"classes", 0, OPTION_STRING, "LIST", "all", "classes to draw: 0,1,2 or 0-4,7 or all", AT(classes),
-     0, 0, NULL},
+    {"classes", 0, OPTION_STRING, "LIST", "all", "classes to draw: 0,1,2 or 0-4,7 or all",
+     AT(classes), 0, 0, NULL},
     {"per-class", 0, OPTION_INT, "N", "1", "images of each class", AT(per_class), 1, 1000000, NULL},
     {"noise", 0, OPTION_STRING, "FILE", NULL,
      "safetensors file whose tensor z [N,C,H,W] is the noise to start from; one class is taken for "
@@ -28,15 +28,16 @@ static const struct option_spec sample_options[] = {
 };
 static const struct option_spec output_options[] = {
     {"out", 'o', OPTION_STRING, "FILE.png", NULL,
-     "all images in one grid, a row a class; parameters and seed are in the PNG's text", AT(out), 0, 0,
+     "all images in one grid, a row a class; parameters and seed are in the PNG's text", AT(out), 0,
+     0, NULL},
+    {"images", 0, OPTION_STRING, "DIR", NULL, "each image as a PNG of its own", AT(images), 0, 0,
      NULL},
-    {"images", 0, OPTION_STRING, "DIR", NULL, "each image as a PNG of its own", AT(images), 0, 0, NULL},
     {"latents", 0, OPTION_STRING, "FILE", NULL,
      "the raw result: a safetensors file with latents [N,C,H,W] and labels [N]", AT(latents), 0, 0,
      NULL},
     {"names", 0, OPTION_STRING, "LIST", NULL,
-     "names of the classes for the grid, separated by commas (else from the run's run.json)", AT(names),
-     0, 0, NULL},
+     "names of the classes for the grid, separated by commas (else from the run's run.json)",
+     AT(names), 0, 0, NULL},
     {0},
 };
 #undef AT
@@ -44,14 +45,15 @@ static const struct option_spec output_options[] = {
 // The classes and the images asked for.
 struct request {
     int list_count, count;
-    int *list;         // [list_count] as given
-    int32_t *classes;  // [count]
-    float *noise;      // [count,C,S,S] or NULL
-    float *latents;    // [count,C,S,S]
+    int *list;          // [list_count] as given
+    int32_t *classes;   // [count]
+    float *noise;       // [count,C,S,S] or NULL
+    float *latents;     // [count,C,S,S]
     char (*labels)[96]; // [list_count]
 };
 
-// ---- classes ---------------------------------------------------------------------------------------
+// ---- classes
+// ---------------------------------------------------------------------------------------
 
 static bool add_class(struct request *q, int class)
 {
@@ -88,7 +90,8 @@ static int parse_classes(const char *text, int classes, struct request *q)
             return usage_error("sample", "--classes %s: not a list of numbers such as 0,1,2 or 0-4",
                                text);
         if (first < 0 || last >= classes)
-            return usage_error("sample", "--classes %s: class %ld is out of range; the model has 0 to %d",
+            return usage_error("sample",
+                               "--classes %s: class %ld is out of range; the model has 0 to %d",
                                text, first < 0 ? first : last, classes - 1);
         for (long i = first; i <= last; i++)
             if (!add_class(q, (int)i))
@@ -126,7 +129,8 @@ static void label_rows(const struct sample_settings *o, const char *ckpt, struct
     json_decref(run);
 }
 
-// ---- noise -----------------------------------------------------------------------------------------
+// ---- noise
+// -----------------------------------------------------------------------------------------
 
 static int open_noise(const char *path, const struct config *c, struct safetensors **file,
                       const struct st_tensor **z)
@@ -147,9 +151,9 @@ static int read_noise(const struct sample_settings *o, const struct config *c, s
         if (q->list_count == 1 && !options_given("per-class") && n > 0 && n <= INT32_MAX)
             q->count = (int)n;
         if (n != q->count)
-            code = fail(ERR_INPUT,
-                        "%s: z holds %lld images, but --classes and --per-class ask for %d", o->noise,
-                        (long long)n, q->count);
+            code =
+                fail(ERR_INPUT, "%s: z holds %lld images, but --classes and --per-class ask for %d",
+                     o->noise, (long long)n, q->count);
     }
     if (code >= 0) {
         q->noise = malloc(sizeof(float) * (size_t)z->count);
@@ -160,8 +164,8 @@ static int read_noise(const struct sample_settings *o, const struct config *c, s
     return code;
 }
 
-static int prepare_request(const struct sample_settings *o, const struct config *c, const char *ckpt,
-                           struct request *q)
+static int prepare_request(const struct sample_settings *o, const struct config *c,
+                           const char *ckpt, struct request *q)
 {
     if ((int64_t)q->list_count * o->per_class > INT32_MAX / 2)
         return fail(ERR_INPUT, "%d classes x %d images are too many for one call", q->list_count,
@@ -180,7 +184,8 @@ static int prepare_request(const struct sample_settings *o, const struct config 
     return 0;
 }
 
-// ---- what is written -------------------------------------------------------------------------------
+// ---- what is written
+// -------------------------------------------------------------------------------
 
 enum { TEXTS = 8 };
 struct texts {
@@ -200,12 +205,17 @@ static void fill_texts(const struct sample_settings *o, const struct checkpoint 
     snprintf(t->classes, sizeof t->classes, "%s", o->classes);
     snprintf(t->parameters, sizeof t->parameters,
              "classes %.200s, %d each, %s Euler steps, cfg %s, seed %s%s, %s weights of %.100s",
-             o->classes, o->per_class, t->steps, t->cfg, t->seed, o->noise ? " (noise from a file)" : "",
-             ema ? "EMA" : "model", name);
+             o->classes, o->per_class, t->steps, t->cfg, t->seed,
+             o->noise ? " (noise from a file)" : "", ema ? "EMA" : "model", name);
     const struct image_text list[TEXTS] = {
-        {"Software", "ditmoe " DITMOE_VERSION}, {"parameters", t->parameters}, {"seed", t->seed},
-        {"classes", t->classes},                {"steps", t->steps},           {"cfg", t->cfg},
-        {"weights", ema ? "ema" : "model"},     {"checkpoint", name},
+        {"Software", "ditmoe " DITMOE_VERSION},
+        {"parameters", t->parameters},
+        {"seed", t->seed},
+        {"classes", t->classes},
+        {"steps", t->steps},
+        {"cfg", t->cfg},
+        {"weights", ema ? "ema" : "model"},
+        {"checkpoint", name},
     };
     memcpy(t->list, list, sizeof list);
 }
@@ -272,7 +282,8 @@ static int write_results(const struct sample_settings *o, const struct checkpoin
     return 0;
 }
 
-// ---- the command -----------------------------------------------------------------------------------
+// ---- the command
+// -----------------------------------------------------------------------------------
 
 static int sample_run(const struct sample_settings *o, const struct checkpoint *file,
                       struct request *q)
@@ -281,7 +292,8 @@ static int sample_run(const struct sample_settings *o, const struct checkpoint *
     if ((o->out || o->images) && c->channels != 1 && c->channels != 3)
         return usage_error("sample",
                            "this model makes latents of %d channels, and there is no decoder here "
-                           "that makes images of them: use --latents FILE", c->channels);
+                           "that makes images of them: use --latents FILE",
+                           c->channels);
     int status = parse_classes(o->classes, c->classes, q);
     if (status)
         return status;
@@ -308,9 +320,11 @@ int cmd_sample(int argc, char **argv)
     const struct command command = {
         .name = "sample",
         .summary = "Draws images from a checkpoint.",
-        .about = "Draws images of the given classes: rectified flow from noise to image in Euler steps, "
-                 "with classifier-free guidance. The same seed gives the same noise everywhere.",
-        .example = "ditmoe sample --ckpt run --classes 0-9 --per-class 8 --seed 1 --out samples.png",
+        .about =
+            "Draws images of the given classes: rectified flow from noise to image in Euler steps, "
+            "with classifier-free guidance. The same seed gives the same noise everywhere.",
+        .example =
+            "ditmoe sample --ckpt run --classes 0-9 --per-class 8 --seed 1 --out samples.png",
         .groups = groups,
     };
     int status;

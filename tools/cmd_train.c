@@ -16,8 +16,8 @@ static const struct option_spec run_options[] = {
      "images",
      AT(data), 0, 0, NULL},
     {"out", 'o', OPTION_STRING, "RUN_DIR", NULL, "where the run's files go", AT(out), 0, 0, NULL},
-    {"steps", 'n', OPTION_INT64, "N", "10000", "optimiser steps in all, those before --resume counted",
-     AT(steps), 1, 1e12, NULL},
+    {"steps", 'n', OPTION_INT64, "N", "10000",
+     "optimiser steps in all, those before --resume counted", AT(steps), 1, 1e12, NULL},
     {"resume", 0, OPTION_FLAG, NULL, "no",
      "go on from RUN_DIR's newest checkpoint, with the options it was started with unless given "
      "anew; start from the beginning where there is none",
@@ -38,29 +38,30 @@ static const struct option_spec data_options[] = {
      "1 grey, 3 colour; 0: 1 for MNIST-like files, 3 for a folder", AT(channels), 0, 3, NULL},
     {"flip", 0, OPTION_FLAG, NULL, "no", "mirror half of the images left to right", AT(flip), 0, 0,
      NULL},
-    {"threads", 0, OPTION_INT, "N", "0", "that read images in the background; 0: chosen", AT(threads),
-     0, 256, NULL},
+    {"threads", 0, OPTION_INT, "N", "0", "that read images in the background; 0: chosen",
+     AT(threads), 0, 256, NULL},
     {0},
 };
 
 static const struct option_spec optimiser_options[] = {
     {"batch", 'b', OPTION_INT, "N", "64", "images at a time", AT(batch), 1, 65536, NULL},
-    {"accumulate", 0, OPTION_INT, "N", "1", "batches whose gradients make one step", AT(accumulate), 1,
-     65536, NULL},
+    {"accumulate", 0, OPTION_INT, "N", "1", "batches whose gradients make one step", AT(accumulate),
+     1, 65536, NULL},
     {"lr", 0, OPTION_FLOAT, "X", "1e-4", "learning rate of AdamW", AT(rate), 0, 10, NULL},
-    {"warmup", 0, OPTION_INT, "N", "0", "steps in which the rate grows to its value", AT(warmup), 0, 1e9,
-     NULL},
+    {"warmup", 0, OPTION_INT, "N", "0", "steps in which the rate grows to its value", AT(warmup), 0,
+     1e9, NULL},
     {"weight-decay", 0, OPTION_FLOAT, "X", "0", "of AdamW", AT(decay), 0, 10, NULL},
     {"beta1", 0, OPTION_FLOAT, "X", "0.9", "of AdamW", AT(beta1), 0, 1, NULL},
     {"beta2", 0, OPTION_FLOAT, "X", "0.999", "of AdamW", AT(beta2), 0, 1, NULL},
-    {"clip", 0, OPTION_FLOAT, "X", "0", "norm to clip gradients to; 0: none", AT(clip), 0, 1e6, NULL},
-    {"ema", 0, OPTION_FLOAT, "X", "0.9999", "decay of the averaged weights, warmed up", AT(ema), 0, 1,
+    {"clip", 0, OPTION_FLOAT, "X", "0", "norm to clip gradients to; 0: none", AT(clip), 0, 1e6,
      NULL},
+    {"ema", 0, OPTION_FLOAT, "X", "0.9999", "decay of the averaged weights, warmed up", AT(ema), 0,
+     1, NULL},
     {"time", 0, OPTION_CHOICE, "HOW", "logit-normal",
      "how t is drawn: logit-normal, uniform, stratified", AT(time), 0, 0, time_choices},
     {"recompute", 0, OPTION_FLAG, NULL, "no",
-     "keep only each block's input and compute the rest again: less memory, more time", AT(recompute),
-     0, 0, NULL},
+     "keep only each block's input and compute the rest again: less memory, more time",
+     AT(recompute), 0, 0, NULL},
     {0},
 };
 
@@ -70,9 +71,10 @@ static const struct option_spec output_options[] = {
     {"keep", 0, OPTION_INT, "N", "2", "checkpoints to keep; 0: all", AT(keep), 0, 1000000, NULL},
     {"sample-every", 0, OPTION_INT64, "N", "1000", "steps between sample grids; 0: none",
      AT(sample_every), 0, 1e12, NULL},
-    {"sample-steps", 0, OPTION_INT, "N", "20", "Euler steps of a sample", AT(sample_steps), 1, 10000,
+    {"sample-steps", 0, OPTION_INT, "N", "20", "Euler steps of a sample", AT(sample_steps), 1,
+     10000, NULL},
+    {"sample-cfg", 0, OPTION_FLOAT, "S", "2", "guidance scale of samples", AT(sample_cfg), 0, 100,
      NULL},
-    {"sample-cfg", 0, OPTION_FLOAT, "S", "2", "guidance scale of samples", AT(sample_cfg), 0, 100, NULL},
     {"log-every", 0, OPTION_INT64, "N", "0",
      "steps between progress lines where stderr is no terminal; 0: one every five seconds",
      AT(log_every), 0, 1e12, NULL},
@@ -113,7 +115,8 @@ int cmd_train(int argc, char **argv)
         .about = "Trains a DiT-MoE by rectified flow and writes RUN_DIR/log.csv (a row a step), "
                  "checkpoints, sample grids, loss.png and run.json. Ctrl-C finishes the step and "
                  "writes a checkpoint; --resume then continues bit for bit.",
-        .example = "ditmoe train --model S/4-8E2A --data /usr/share/datasets/fashion-mnist --out run",
+        .example =
+            "ditmoe train --model S/4-8E2A --data /usr/share/datasets/fashion-mnist --out run",
         .groups = groups,
     };
     int status;

@@ -35,7 +35,8 @@ double now_seconds(void)
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-// ---- device --------------------------------------------------------------------------------------
+// ---- device
+// --------------------------------------------------------------------------------------
 
 static const char *const precision_choices[] = {"f32", "bf16", NULL};
 
@@ -78,7 +79,8 @@ void session_close(struct session *s)
     *s = (struct session){0};
 }
 
-// ---- model ---------------------------------------------------------------------------------------
+// ---- model
+// ---------------------------------------------------------------------------------------
 
 static const char *const moe_choices[] = {"all", "alternate", "shallow", "deep", "none", NULL};
 
@@ -86,26 +88,26 @@ static const char *const moe_choices[] = {"all", "alternate", "shallow", "deep",
 const struct option_spec model_option_list[] = {
     {"layers", 0, OPTION_INT, "N", NULL, "blocks", AT(layers), 1, 1000, NULL},
     {"hidden", 0, OPTION_INT, "N", NULL, "model width", AT(hidden), 1, 65536, NULL},
-    {"heads", 0, OPTION_INT, "N", NULL, "attention heads; must divide the width", AT(heads), 1, 1024,
-     NULL},
-    {"patch", 0, OPTION_INT, "N", NULL, "side of a patch; must divide the image's", AT(patch), 1, 256,
-     NULL},
+    {"heads", 0, OPTION_INT, "N", NULL, "attention heads; must divide the width", AT(heads), 1,
+     1024, NULL},
+    {"patch", 0, OPTION_INT, "N", NULL, "side of a patch; must divide the image's", AT(patch), 1,
+     256, NULL},
     {"experts", 0, OPTION_INT, "N", NULL, "routed experts of a block", AT(experts), 1, 512, NULL},
     {"topk", 0, OPTION_INT, "N", NULL, "experts that each token goes to", AT(topk), 1, 64, NULL},
     {"shared", 0, OPTION_INT, "N", NULL, "shared experts, which every token goes to", AT(shared), 0,
      64, NULL},
     {"moe", 0, OPTION_CHOICE, "WHERE", NULL,
      "blocks with experts: all, alternate, shallow, deep, none", AT(moe), 0, 0, moe_choices},
-    {"qk-norm", 0, OPTION_FLAG, NULL, NULL, "LayerNorm on queries and keys (presets XL and G have it)",
-     AT(qk_norm), 0, 0, NULL},
+    {"qk-norm", 0, OPTION_FLAG, NULL, NULL,
+     "LayerNorm on queries and keys (presets XL and G have it)", AT(qk_norm), 0, 0, NULL},
     {"learn-sigma", 0, OPTION_FLAG, NULL, NULL,
-     "a second half of output channels, as published (rectified flow ignores it)", AT(learn_sigma), 0,
-     0, NULL},
+     "a second half of output channels, as published (rectified flow ignores it)", AT(learn_sigma),
+     0, 0, NULL},
     {"renormalise", 0, OPTION_FLAG, NULL, NULL, "make the weights of a token's experts sum to 1",
      AT(renormalise), 0, 0, NULL},
     {"balance", 0, OPTION_FLOAT, "A", NULL,
-     "factor of the balance loss (0.01 as in the published code; the paper says 0.005)", AT(balance),
-     0, 1e3, NULL},
+     "factor of the balance loss (0.01 as in the published code; the paper says 0.005)",
+     AT(balance), 0, 1e3, NULL},
     {"balance-per-sequence", 0, OPTION_FLAG, NULL, NULL,
      "balance experts within every image instead of over the batch", AT(balance_per_sequence), 0, 0,
      NULL},
@@ -115,7 +117,8 @@ const struct option_spec model_option_list[] = {
     {0},
 };
 const struct option_spec image_option_list[] = {
-    {"channels", 0, OPTION_INT, "N", NULL, "channels of an image or latent", AT(channels), 1, 64, NULL},
+    {"channels", 0, OPTION_INT, "N", NULL, "channels of an image or latent", AT(channels), 1, 64,
+     NULL},
     {"size", 0, OPTION_INT, "N", NULL, "side of an image or latent", AT(size), 1, 4096, NULL},
     {"classes", 0, OPTION_INT, "N", NULL, "classes", AT(classes), 1, 1000000, NULL},
     {0},
@@ -124,8 +127,8 @@ const struct option_spec image_option_list[] = {
 
 void model_options_init(struct model_options *o)
 {
-    *o = (struct model_options){-1, -1, -1, -1, -1, -1, -1, -1, -1, -1,
-                                -1, -1, NAN, NAN, -1, -1, -1};
+    *o = (struct model_options){-1, -1, -1, -1,  -1,  -1, -1, -1, -1,
+                                -1, -1, -1, NAN, NAN, -1, -1, -1};
 }
 
 static void override_int(int *to, int value)
@@ -170,19 +173,21 @@ const char *model_title(const char *preset, const struct config *c, char out[160
 {
     struct config p;
     if (config_preset(preset, &p) >= 0 && p.layers == c->layers && p.hidden == c->hidden &&
-        p.heads == c->heads && p.patch == c->patch && p.experts == c->experts && p.topk == c->topk &&
-        p.shared == c->shared && p.moe == c->moe)
+        p.heads == c->heads && p.patch == c->patch && p.experts == c->experts &&
+        p.topk == c->topk && p.shared == c->shared && p.moe == c->moe)
         snprintf(out, 160, "%.150s", preset);
     else if (c->moe == MOE_NONE)
         snprintf(out, 160, "DiT, %d blocks of width %d, patch %d, no experts", c->layers, c->hidden,
                  c->patch);
     else
-        snprintf(out, 160, "DiT-MoE, %d blocks of width %d, patch %d, %d experts, %d active, %d shared",
+        snprintf(out, 160,
+                 "DiT-MoE, %d blocks of width %d, patch %d, %d experts, %d active, %d shared",
                  c->layers, c->hidden, c->patch, c->experts, c->topk, c->shared);
     return out;
 }
 
-// ---- checkpoints ---------------------------------------------------------------------------------
+// ---- checkpoints
+// ---------------------------------------------------------------------------------
 
 const char *const weights_choices[] = {"auto", "ema", "model", NULL};
 
@@ -212,7 +217,8 @@ int checkpoint_path(const char *path, char *out, size_t size)
     return newest >= 0 ? 0 : fail(ERR_IO, "%s: no checkpoint (step-*.safetensors) in it", path);
 }
 
-// ---- stopping ------------------------------------------------------------------------------------
+// ---- stopping
+// ------------------------------------------------------------------------------------
 
 volatile sig_atomic_t stop_wanted;
 
@@ -231,7 +237,8 @@ void stop_on_signals(void)
     sigaction(SIGTERM, &action, NULL);
 }
 
-// ---- files ---------------------------------------------------------------------------------------
+// ---- files
+// ---------------------------------------------------------------------------------------
 
 int write_text_file(const char *path, const char *text, size_t bytes)
 {

@@ -7,18 +7,19 @@
 
 #define AT(member) offsetof(struct draw_options, member)
 const struct option_spec draw_option_list[] = {
-    {"ckpt", 'c', OPTION_STRING, "FILE", NULL, "checkpoint, or a run's directory: its newest", AT(ckpt),
-     0, 0, NULL},
+    {"ckpt", 'c', OPTION_STRING, "FILE", NULL, "checkpoint, or a run's directory: its newest",
+     AT(ckpt), 0, 0, NULL},
     {"weights", 0, OPTION_CHOICE, "WHICH", "auto",
      "ema, model, or auto: the averaged weights (EMA) where the file has them", AT(weights), 0, 0,
      weights_choices},
-    {"steps", 'n', OPTION_INT, "N", "50", "Euler steps from noise to image", AT(steps), 1, 100000, NULL},
-    {"cfg", 0, OPTION_FLOAT, "S", "2", "guidance scale; 1: no guidance, half the time", AT(cfg), 0, 1000,
+    {"steps", 'n', OPTION_INT, "N", "50", "Euler steps from noise to image", AT(steps), 1, 100000,
      NULL},
+    {"cfg", 0, OPTION_FLOAT, "S", "2", "guidance scale; 1: no guidance, half the time", AT(cfg), 0,
+     1000, NULL},
     {"seed", 's', OPTION_UINT64, "K", "0", "of the noise; the same on every device", AT(seed), 0, 0,
      NULL},
-    {"batch", 'b', OPTION_INT, "N", "16", "images at a time; does not change them", AT(batch), 1, 65536,
-     NULL},
+    {"batch", 'b', OPTION_INT, "N", "16", "images at a time; does not change them", AT(batch), 1,
+     65536, NULL},
     {0},
 };
 #undef AT
@@ -54,7 +55,7 @@ float draw_cfg(const struct draw_options *o, const struct config *c)
 static int show(void *user, int done, int total)
 {
     (void)total;
-    progress_update(user, done, "");
+    progress_update(user, done, "sampling");
     return stop_wanted ? fail(ERR_STOPPED, "stopped; nothing was written") : 0;
 }
 
@@ -64,9 +65,8 @@ int draw_samples(const struct draw_options *o, const struct checkpoint *file, in
     struct session session;
     struct sampler *sampler = NULL;
     int batch = o->batch < count ? o->batch : count;
-    struct sample_options options = {.steps = o->steps,
-                                     .cfg = draw_cfg(o, &file->config),
-                                     .seed = o->seed};
+    struct sample_options options = {
+        .steps = o->steps, .cfg = draw_cfg(o, &file->config), .seed = o->seed};
     struct progress progress;
     TRY(session_open(&o->device, &session));
     stop_on_signals();

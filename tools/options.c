@@ -24,7 +24,8 @@ int usage_error(const char *name, const char *format, ...)
     return 2;
 }
 
-// ---- spelling ------------------------------------------------------------------------------------
+// ---- spelling
+// ------------------------------------------------------------------------------------
 
 // Edit distance of two short words (insertions, deletions, substitutions).
 static int distance(const char *a, const char *b)
@@ -65,7 +66,8 @@ const char *nearest_word(const char *word, const char *(*next)(const void *from,
     return best;
 }
 
-// ---- the table -----------------------------------------------------------------------------------
+// ---- the table
+// -----------------------------------------------------------------------------------
 
 // Walks all options of a command: the i-th, and the struct its target lies in.
 static const struct option_spec *option_at(const struct command *c, int i, void **base)
@@ -107,17 +109,28 @@ static const struct option_spec *option_find(const struct command *c, const char
     return NULL;
 }
 
-// ---- values --------------------------------------------------------------------------------------
+// ---- values
+// --------------------------------------------------------------------------------------
 
 static bool parse_bytes(const char *text, uint64_t *out)
 {
     static const struct {
         const char *suffix;
         double factor;
-    } units[] = {{"", 1},          {"B", 1},           {"K", 1024.},        {"KiB", 1024.},
-                 {"kB", 1e3},      {"M", 1048576.},    {"MiB", 1048576.},   {"MB", 1e6},
-                 {"G", 1073741824.}, {"GiB", 1073741824.}, {"GB", 1e9},     {"T", 1099511627776.},
-                 {"TiB", 1099511627776.}, {"TB", 1e12}};
+    } units[] = {{"", 1},
+                 {"B", 1},
+                 {"K", 1024.},
+                 {"KiB", 1024.},
+                 {"kB", 1e3},
+                 {"M", 1048576.},
+                 {"MiB", 1048576.},
+                 {"MB", 1e6},
+                 {"G", 1073741824.},
+                 {"GiB", 1073741824.},
+                 {"GB", 1e9},
+                 {"T", 1099511627776.},
+                 {"TiB", 1099511627776.},
+                 {"TB", 1e12}};
     char *end;
     double value = strtod(text, &end);
     if (end == text || !isfinite(value) || value < 0)
@@ -250,7 +263,8 @@ bool options_given(const char *name)
     return false;
 }
 
-// ---- help ----------------------------------------------------------------------------------------
+// ---- help
+// ----------------------------------------------------------------------------------------
 
 // Prints text from column `column` on, wrapped at HELP_WIDTH; the cursor is at column `at`.
 static void print_wrapped(const char *text, int column, int at)
@@ -308,7 +322,8 @@ static void print_help(const struct command *c)
         printf("\nexample:\n  %s\n", c->example);
 }
 
-// ---- the command line ------------------------------------------------------------------------------
+// ---- the command line
+// ------------------------------------------------------------------------------
 
 // One argument that starts with '-'. Returns how many words it took, or 0 after complaining.
 static int parse_option(const struct command *c, int argc, char **argv, int i)
@@ -328,8 +343,8 @@ static int parse_option(const struct command *c, int argc, char **argv, int i)
                     near ? "?" : "", c->name);
         return 0;
     }
-    const char *value = is_long ? (name[n] == '=' ? name + n + 1 : NULL)
-                                : (name[1] ? name + 1 : NULL);
+    const char *value =
+        is_long ? (name[n] == '=' ? name + n + 1 : NULL) : (name[1] ? name + 1 : NULL);
     mark_given(o);
     if (o->type == OPTION_FLAG) {
         if (value) {
@@ -402,7 +417,8 @@ bool options_parse(const struct command *c, int argc, char **argv, const char **
     return true;
 }
 
-// ---- echo ----------------------------------------------------------------------------------------
+// ---- echo
+// ----------------------------------------------------------------------------------------
 
 static void value_text(const struct option_spec *o, const void *base, char *out, size_t size)
 {

@@ -31,8 +31,8 @@ struct option_spec {
     const char *value;    // what --help calls the value; NULL for flags
     const char *fallback; // the default, parsed like a given value; NULL: the target is left alone
     const char *help;
-    size_t offset; // of the target in the group's base
-    double min, max; // for numbers; both 0: no bounds
+    size_t offset;              // of the target in the group's base
+    double min, max;            // for numbers; both 0: no bounds
     const char *const *choices; // ended by NULL
 };
 
@@ -45,10 +45,10 @@ struct option_group {
 
 struct command {
     const char *name;
-    const char *summary;    // one line
-    const char *positional; // "PRESET|FILE", or NULL: none allowed
-    const char *about;      // a paragraph for --help, or NULL
-    const char *example;    // a command line for the end of --help
+    const char *summary;               // one line
+    const char *positional;            // "PRESET|FILE", or NULL: none allowed
+    const char *about;                 // a paragraph for --help, or NULL
+    const char *example;               // a command line for the end of --help
     const struct option_group *groups; // ended by a NULL list
     int positional_min, positional_max;
 };
@@ -71,7 +71,8 @@ bool options_restore(const struct command *command, const json_t *values);
 // Prints "ditmoe NAME: message" and returns 2: a mistake of usage that no table can find.
 int usage_error(const char *name, const char *format, ...) __attribute__((format(printf, 2, 3)));
 
-// The choice nearest in spelling to `word`, or NULL when none is near. `next` gives candidate i or NULL.
+// The choice nearest in spelling to `word`, or NULL when none is near. `next` gives candidate i or
+// NULL.
 const char *nearest_word(const char *word, const char *(*next)(const void *from, int i),
                          const void *from);
 

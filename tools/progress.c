@@ -37,8 +37,8 @@ void progress_start(struct progress *p, const char *unit, int64_t first, int64_t
 {
     double now = now_seconds();
     const char *term_name = getenv("TERM");
-    *p = (struct progress){.terminal = isatty(STDERR_FILENO) &&
-                                       !(term_name && !strcmp(term_name, "dumb")),
+    *p = (struct progress){.terminal =
+                               isatty(STDERR_FILENO) && !(term_name && !strcmp(term_name, "dumb")),
                            .unit = unit,
                            .first = first,
                            .total = total,
@@ -97,7 +97,7 @@ void progress_update(struct progress *p, int64_t done, const char *text)
     char left[48] = "", eta[32];
     measure_pace(p, done, now);
     bool last = done >= p->total;
-    bool due = p->terminal  ? now - p->last >= DRAW_SECONDS
+    bool due = p->terminal    ? now - p->last >= DRAW_SECONDS
                : p->every > 0 ? done % p->every == 0
                               : now - p->last >= LINE_SECONDS;
     if (!due && !last)
@@ -110,8 +110,8 @@ void progress_update(struct progress *p, int64_t done, const char *text)
         draw_bar(p, text, left);
         p->shown = true;
     } else {
-        fprintf(stderr, "%s %lld/%lld  %s%s\n", p->unit, (long long)done,
-                (long long)p->total, text, left);
+        fprintf(stderr, "%s %lld/%lld  %s%s\n", p->unit, (long long)done, (long long)p->total, text,
+                left);
     }
 }
 

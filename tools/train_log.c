@@ -10,8 +10,9 @@
 
 static void log_header(const struct config *c, char *out, size_t size)
 {
-    int n = snprintf(out, size, "step,loss,grad_norm,lr,balance,load_max,images_per_second,seconds,"
-                                "skipped");
+    int n = snprintf(out, size,
+                     "step,loss,grad_norm,lr,balance,load_max,images_per_second,seconds,"
+                     "skipped");
     for (int layer = 0; layer < c->layers && n < (int)size; layer++)
         if (config_is_moe(c, layer))
             n += snprintf(out + n, size - (size_t)n, ",entropy_%d", layer);
@@ -116,7 +117,8 @@ int train_log_close(struct train_log *log)
     return 0;
 }
 
-// ---- loss.png --------------------------------------------------------------------------------------
+// ---- loss.png
+// --------------------------------------------------------------------------------------
 
 // Columns step and loss of a log; returns the number of rows.
 static int log_losses(const char *text, double *steps, double *losses)

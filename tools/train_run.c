@@ -23,13 +23,14 @@ struct run {
     struct progress progress;
     struct checkpoint *from; // resumed from; NULL: from the beginning
     int lock;
-    int64_t saved;        // step of the last checkpoint written or resumed from
-    double loss, weight;  // running mean for the progress line
+    int64_t saved;       // step of the last checkpoint written or resumed from
+    double loss, weight; // running mean for the progress line
     int skipped_in_a_row;
     double began;
 };
 
-// ---- preparations ----------------------------------------------------------------------------------
+// ---- preparations
+// ----------------------------------------------------------------------------------
 
 // The model's images are the data's; a dry run without data takes the preset's.
 static int open_data(struct run *r)
@@ -53,15 +54,17 @@ static int check_resumed(const struct run *r)
     const struct run_state *was = &r->from->run;
     const struct train_settings *o = r->o;
     if (!config_equal(&r->config, &r->from->config))
-        return fail(ERR_INPUT,
-                    "%s holds another model than these options and data give ('ditmoe info' shows it)",
-                    r->from->path);
+        return fail(
+            ERR_INPUT,
+            "%s holds another model than these options and data give ('ditmoe info' shows it)",
+            r->from->path);
     if (was->seed != o->seed)
         return fail(ERR_INPUT, "--seed %llu: the run in %s has seed %llu",
                     (unsigned long long)o->seed, o->out, (unsigned long long)was->seed);
     if (was->batch != o->batch || was->accumulate != o->accumulate)
-        fprintf(stderr, "note: batch %d x %d was %d x %d; the run goes on, but differs from one that "
-                        "never stopped\n",
+        fprintf(stderr,
+                "note: batch %d x %d was %d x %d; the run goes on, but differs from one that "
+                "never stopped\n",
                 o->batch, o->accumulate, was->batch, was->accumulate);
     return 0;
 }
@@ -74,8 +77,10 @@ static int open_directory(struct run *r)
     TRY(run_directory_open(o->out, &r->lock));
     if (!o->resume) {
         if (run_directory_has_checkpoint(o->out))
-            return fail(ERR_INPUT, "%s holds a run already: continue it with --resume, or choose "
-                                   "another --out", o->out);
+            return fail(ERR_INPUT,
+                        "%s holds a run already: continue it with --resume, or choose "
+                        "another --out",
+                        o->out);
         return 0;
     }
     r->from = calloc(1, sizeof *r->from);
@@ -145,8 +150,8 @@ static int plan_memory(struct run *r)
     }
     if (too_much && total > limit)
         return fail(ERR_NOMEM,
-                    "not enough memory: needs %s, and %s has %s; a smaller --batch%s may help", need,
-                    dev->info.key, have, o->recompute ? "" : " or --recompute");
+                    "not enough memory: needs %s, and %s has %s; a smaller --batch%s may help",
+                    need, dev->info.key, have, o->recompute ? "" : " or --recompute");
     if (!too_much)
         fprintf(stderr, "memory  %s of %s\n", need, have);
     return code;
@@ -157,9 +162,10 @@ static void print_header(const struct run *r)
     const struct config *c = &r->config;
     struct config_counts n = config_count(c);
     char title[160];
-    fprintf(stderr, "model   %s: %.1f M parameters, %.1f M active, %d tokens of an image %dx%dx%d\n",
-            model_title(r->o->model, c, title), 1e-6 * (double)n.total, 1e-6 * (double)n.active, config_tokens(c), c->size,
-            c->size, c->channels);
+    fprintf(stderr,
+            "model   %s: %.1f M parameters, %.1f M active, %d tokens of an image %dx%dx%d\n",
+            model_title(r->o->model, c, title), 1e-6 * (double)n.total, 1e-6 * (double)n.active,
+            config_tokens(c), c->size, c->size, c->channels);
     if (r->data)
         fprintf(stderr, "data    %s: %lld images, %d classes\n", r->data->path,
                 (long long)r->data->count, r->data->classes);
@@ -175,11 +181,11 @@ static int write_run_json(const struct run *r)
     json_t *names = json_array();
     for (int i = 0; r->data->class_names && i < r->data->classes; i++)
         json_array_append_new(names, json_string(r->data->class_names[i]));
-    json_t *json = json_pack("{s:s, s:o, s:o, s:{s:s, s:s}, s:{s:s, s:I, s:o}}", "version",
-                             DITMOE_VERSION, "options", options_to_json(r->command), "config",
-                             config_to_json(&r->config), "device", "key", info->key, "name",
-                             info->name, "data", "path", r->data->path, "images",
-                             (json_int_t)r->data->count, "class_names", names);
+    json_t *json =
+        json_pack("{s:s, s:o, s:o, s:{s:s, s:s}, s:{s:s, s:I, s:o}}", "version", DITMOE_VERSION,
+                  "options", options_to_json(r->command), "config", config_to_json(&r->config),
+                  "device", "key", info->key, "name", info->name, "data", "path", r->data->path,
+                  "images", (json_int_t)r->data->count, "class_names", names);
     if (!json)
         return fail(ERR_INPUT, "run.json: a name is not valid UTF-8");
     snprintf(path, sizeof path, "%s/run.json", r->o->out);
@@ -188,7 +194,8 @@ static int write_run_json(const struct run *r)
     return code;
 }
 
-// ---- the steps -------------------------------------------------------------------------------------
+// ---- the steps
+// -------------------------------------------------------------------------------------
 
 static int load_or_init(struct run *r)
 {
@@ -251,9 +258,10 @@ static int take_step(struct run *r, struct train_report *report)
                       now_seconds() - began));
     r->skipped_in_a_row = report->skipped ? r->skipped_in_a_row + 1 : 0;
     if (r->skipped_in_a_row >= SKIPPED_IN_A_ROW)
-        return fail(ERR_INPUT, "step %lld: loss or gradients were not finite for %d steps in a row; "
-                               "try a smaller --lr or --clip 1", (long long)r->trainer->step,
-                    SKIPPED_IN_A_ROW);
+        return fail(ERR_INPUT,
+                    "step %lld: loss or gradients were not finite for %d steps in a row; "
+                    "try a smaller --lr or --clip 1",
+                    (long long)r->trainer->step, SKIPPED_IN_A_ROW);
     return 0;
 }
 
@@ -285,9 +293,8 @@ static void print_summary(const struct run *r)
 {
     char took[32];
     double seconds = now_seconds() - r->began, wait = loader_waited(r->loader);
-    fprintf(stderr, "%s in %s; waited %.1f s (%.1f%%) for data\n",
-            stop_wanted ? "stopped" : "done", format_seconds(seconds, took), wait,
-            100 * wait / (seconds > 0 ? seconds : 1));
+    fprintf(stderr, "%s in %s; waited %.1f s (%.1f%%) for data\n", stop_wanted ? "stopped" : "done",
+            format_seconds(seconds, took), wait, 100 * wait / (seconds > 0 ? seconds : 1));
     int32_t applied = 0, skipped = 0;
     if (trainer_counts(r->trainer, &applied, &skipped) >= 0 && skipped)
         fprintf(stderr, "%d steps of %d were skipped: loss or gradients were not finite\n", skipped,
@@ -312,7 +319,8 @@ static int train(struct run *r)
     stop_on_signals();
     r->began = now_seconds();
     progress_start(&r->progress, "step", r->trainer->step, o->steps, o->log_every);
-    progress_update(&r->progress, r->trainer->step, "starting: a device's first run compiles kernels");
+    progress_update(&r->progress, r->trainer->step,
+                    "starting: a device's first run compiles kernels");
     int code = take_steps(r);
     progress_clear(&r->progress);
     TRY(code);
@@ -327,7 +335,8 @@ static int train(struct run *r)
     return 0;
 }
 
-// ---- the run ---------------------------------------------------------------------------------------
+// ---- the run
+// ---------------------------------------------------------------------------------------
 
 static int prepare_and_train(struct run *r)
 {

@@ -38,7 +38,8 @@ int train_samples_new(const struct session *s, const struct config *c,
     struct sample_options options = {.steps = o->sample_steps,
                                      .cfg = guided ? o->sample_cfg : 1.0f,
                                      .seed = o->seed,
-                                     .limit = UINT64_MAX / 2}; // train_samples_plan() has been asked
+                                     .limit =
+                                         UINT64_MAX / 2}; // train_samples_plan() has been asked
     *out = (struct train_samples){.rows = c->classes < SAMPLE_ROWS ? c->classes : SAMPLE_ROWS};
     out->count = out->rows * SAMPLE_COLUMNS;
     for (int i = 0; i < out->count; i++)
