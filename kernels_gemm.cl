@@ -196,8 +196,9 @@ void column_sums(GLOBAL float *out, const GLOBAL float *part, int chunks, int n)
 //
 // One work-item is one work-group. B is packed into panels of GEMM_NR columns, [panel][k][GEMM_NR]
 // f32, so that a step of k is two vector loads; a tile of GEMM_MR rows by one panel lives in
-// registers (12 x 2 of the 32 AVX-512 registers; 6 x 2 of the 16 AVX2 ones) while k runs to the
-// end, and A is read where it lies, one broadcast element at a time.
+// registers (12 x 2 of the 32 AVX-512 registers; 6 x 2 of the 16 AVX2 ones). A work-item copies each
+// strip of GEMM_MR rows of A, GEMM_DEPTH of k at a time, into private memory, which stays in the
+// first-level cache, and takes it through all panels of its block of C.
 #ifndef VECTOR_WIDTH
 #define VECTOR_WIDTH 16
 #endif
@@ -230,38 +231,81 @@ inline void gemm_vec_bf16(vec v, GLOBAL ushort *p)
 }
 #endif
 
+// GEMM_PITCH: elements from row to row of a strip; a power of two would use few sets of the cache.
+enum { GEMM_DEPTH = 384, GEMM_PITCH = GEMM_DEPTH + 16 };
+#define GEMM_STRIP(name) float name[GEMM_MR * GEMM_PITCH] __attribute__((aligned(64)))
+
+// A call with constant distances must become code with constant addresses.
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+
 inline vec gemm_load_vec(const GLOBAL void *p, size_t i, int bf16)
 {
     return bf16 ? gemm_bf16_vec((const GLOBAL ushort *)p + i) : VLOAD((const GLOBAL float *)p + i);
 }
 
-// Writes `rows` rows of `cols` columns of a finished tile (private memory, GEMM_NR a row) to C.
-inline void gemm_write_tile(const float *tile, GLOBAL void *c, size_t at, size_t ldc, int rows,
-                            int cols, const GLOBAL float *bias, int flags)
+// Asks for a cache line ahead of its use. The built-in takes no __global pointer; on a CPU device all
+// memory is the host's.
+#ifdef __clang__
+#define GEMM_PREFETCH(p) __builtin_prefetch((const void *)(size_t)(p))
+#else
+#define GEMM_PREFETCH(p)
+#endif
+
+// Elements from panel to panel: an odd number of cache lines, for the same reason.
+inline size_t gemm_panel_pitch(int k)
 {
-    for (int i = 0; i < rows; i++, at += ldc, tile += GEMM_NR) {
-        if (cols < GEMM_NR) {
-            for (int j = 0; j < cols; j++)
-                gemm_store(c, at + j, tile[j] + (bias ? bias[j] : 0.0f), flags);
-            continue;
-        }
-        for (int j = 0; j < GEMM_NR; j += GEMM_VW) {
-            vec v = VLOAD(tile + j);
-            if (bias)
-                v += VLOAD(bias + j);
-            if (flags & GEMM_ACCUMULATE)
-                v += gemm_load_vec(c, at + j, flags & GEMM_C_BF16);
-            if (flags & GEMM_C_BF16)
-                gemm_vec_bf16(v, (GLOBAL ushort *)c + at + j);
-            else
-                VSTORE(v, (GLOBAL float *)c + at + j);
+    return (size_t)k * GEMM_NR + 16;
+}
+
+// strip[i][GEMM_PITCH] = `rows` rows of `k` elements of A; zeros up to a multiple of 4 rows.
+inline void gemm_take_rows(float *strip, const GLOBAL void *a, size_t at, size_t lda, int rows, int k,
+                           int bf16)
+{
+    for (int i = 0; i < rows; i++, at += lda, strip += GEMM_PITCH) {
+        int s = 0;
+        for (; s + GEMM_VW <= k; s += GEMM_VW)
+            VSTORE(gemm_load_vec(a, at + s, bf16), strip + s);
+        for (; s < k; s++)
+            strip[s] = gemm_load(a, at + s, bf16);
+    }
+    for (int i = rows; i % 4; i++, strip += GEMM_PITCH)
+        for (int s = 0; s < k; s++)
+            strip[s] = 0.0f;
+}
+
+// strip[s][GEMM_MR] = `k` rows of `rows` elements of A, stored [k,m]; zeros up to GEMM_MR.
+inline void gemm_take_columns(float *strip, const GLOBAL void *a, size_t at, size_t m, int rows, int k,
+                              int bf16)
+{
+    for (int s = 0; s < k; s++, at += m, strip += GEMM_MR) {
+        if (rows == GEMM_MR && !bf16) {
+            const GLOBAL float *p = (const GLOBAL float *)a + at;
+#if VECTOR_WIDTH >= 16
+            vstore8(vload8(0, p), 0, strip);
+            vstore4(vload4(0, p + 8), 0, strip + 8);
+#else
+            vstore4(vload4(0, p), 0, strip);
+            vstore2(vload2(0, p + 4), 0, strip + 4);
+#endif
+        } else if (rows == GEMM_MR) {
+            const GLOBAL ushort *p = (const GLOBAL ushort *)a + at;
+#if VECTOR_WIDTH >= 16
+            vstore8(as_float8(convert_uint8(vload8(0, p)) << 16), 0, strip);
+            vstore4(as_float4(convert_uint4(vload4(0, p + 8)) << 16), 0, strip + 8);
+#else
+            vstore4(as_float4(convert_uint4(vload4(0, p)) << 16), 0, strip);
+            vstore2(as_float2(convert_uint2(vload2(0, p + 4)) << 16), 0, strip + 4);
+#endif
+        } else {
+            for (int i = 0; i < GEMM_MR; i++)
+                strip[i] = i < rows ? gemm_load(a, at + i, bf16) : 0.0f;
         }
     }
 }
 
-// tile[GEMM_MR][GEMM_NR] = sum over k of a[i*row + k*step] * b[k][GEMM_NR]
-inline void gemm_multiply(float *tile, const GLOBAL float *restrict a, size_t row, size_t step,
-                          const GLOBAL float *restrict b, int k)
+// tile[GEMM_MR][2] (vectors) = sum over k of a[i*row + k*step] * b[k*b_step][GEMM_NR]
+ALWAYS_INLINE void gemm_multiply(vec *tile, const float *a, int row, int step, const GLOBAL float *b,
+                                 int b_step, int k)
 {
     vec acc[GEMM_MR][2];
 #pragma unroll
@@ -276,106 +320,172 @@ inline void gemm_multiply(float *tile, const GLOBAL float *restrict a, size_t ro
             acc[i][1] = fma(v, b1, acc[i][1]);
         }
         a += step;
-        b += GEMM_NR;
+        b += b_step;
     }
 #pragma unroll
     for (int i = 0; i < GEMM_MR; i++) {
-        VSTORE(acc[i][0], tile + i * GEMM_NR);
-        VSTORE(acc[i][1], tile + i * GEMM_NR + GEMM_VW);
+        tile[2 * i] = acc[i][0];
+        tile[2 * i + 1] = acc[i][1];
     }
 }
 
-// The same for 1..4 rows: missing rows read the last one and are not used.
-inline void gemm_multiply_tail(float *tile, const GLOBAL float *restrict a, size_t row, size_t step,
-                               const GLOBAL float *restrict b, int k, int rows)
+// The same for 4 rows: the ends of blocks.
+ALWAYS_INLINE void gemm_multiply_tail(vec *tile, const float *a, int row, int step, const GLOBAL float *b,
+                                      int b_step, int k)
 {
     vec acc[4][2];
-    size_t at[4];
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
+    for (int i = 0; i < 4; i++)
         acc[i][0] = acc[i][1] = 0.0f;
-        at[i] = (i < rows ? i : rows - 1) * row;
-    }
     for (int s = 0; s < k; s++) {
         vec b0 = VLOAD(b), b1 = VLOAD(b + GEMM_VW);
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            vec v = a[at[i]];
+            vec v = a[i * row];
             acc[i][0] = fma(v, b0, acc[i][0]);
             acc[i][1] = fma(v, b1, acc[i][1]);
         }
         a += step;
-        b += GEMM_NR;
+        b += b_step;
     }
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        VSTORE(acc[i][0], tile + i * GEMM_NR);
-        VSTORE(acc[i][1], tile + i * GEMM_NR + GEMM_VW);
+        tile[2 * i] = acc[i][0];
+        tile[2 * i + 1] = acc[i][1];
     }
 }
 
-// `rows` rows times one panel, `cols` of whose columns exist; `at`: the first element in C.
-inline void gemm_panel(const GLOBAL float *a, size_t row, size_t step, size_t strip,
-                       const GLOBAL float *b,
-                       GLOBAL void *c, size_t at, size_t ldc, int rows, int cols,
-                       const GLOBAL float *bias, int k, int flags)
+// B is not packed: it is stored [k,n] in f32 and n is whole panels.
+#define GEMM_B_IN_PLACE 64
+
+// Where the sums of one step of k go. K is cut into steps, and between two of them the sums lie in
+// `sums`, which is f32: C itself or, where C is bf16, a matrix of C's shape in scratch memory.
+#define GEMM_FIRST 16 // of the steps: add the bias and, if asked, C; else the sums so far
+#define GEMM_LAST 32  // write C; else the sums
+
+// Writes `rows` rows of `cols` columns of a tile (two vectors a row).
+inline void gemm_write_tile(const vec *tile, GLOBAL void *c, GLOBAL float *sums, size_t at,
+                            size_t ldc, int rows, int cols, const GLOBAL float *bias, int flags)
 {
-    float tile[GEMM_MR * GEMM_NR];
-    int i = 0;
-    for (; i + GEMM_MR <= rows; i += GEMM_MR, a += strip) {
-        gemm_multiply(tile, a, row, step, b, k);
-        gemm_write_tile(tile, c, at + i * ldc, ldc, GEMM_MR, cols, bias, flags);
-    }
-    for (; i < rows; i += 4, a += 4 * row) {
-        int some = min(4, rows - i);
-        gemm_multiply_tail(tile, a, row, step, b, k, some);
-        gemm_write_tile(tile, c, at + i * ldc, ldc, some, cols, bias, flags);
+    int bf16_in = flags & GEMM_FIRST ? flags & GEMM_C_BF16 : 0;
+    int bf16_out = flags & GEMM_LAST ? flags & GEMM_C_BF16 : 0;
+    int add = !(flags & GEMM_FIRST) || (flags & GEMM_ACCUMULATE);
+    const GLOBAL void *in = flags & GEMM_FIRST ? c : (GLOBAL void *)sums;
+    GLOBAL void *out = flags & GEMM_LAST ? c : (GLOBAL void *)sums;
+    if (!(flags & GEMM_FIRST))
+        bias = 0;
+    for (int i = 0; i < rows; i++, at += ldc, tile += 2) {
+        int j = 0;
+        for (; j + GEMM_VW <= min(cols, (int)GEMM_NR); j += GEMM_VW) {
+            vec v = tile[j / GEMM_VW];
+            if (bias)
+                v += VLOAD(bias + j);
+            if (add)
+                v += gemm_load_vec(in, at + j, bf16_in);
+            if (bf16_out)
+                gemm_vec_bf16(v, (GLOBAL ushort *)out + at + j);
+            else
+                VSTORE(v, (GLOBAL float *)out + at + j);
+        }
+        for (; j < min(cols, (int)GEMM_NR); j++) {
+            float v = ((const float *)tile)[j] + (bias ? bias[j] : 0.0f);
+            if (add)
+                v += gemm_load(in, at + j, bf16_in);
+            gemm_store(out, at + j, v, bf16_out);
+        }
     }
 }
 
-// C = A B over blocks of `block` rows and `wide` panels: A [m,k] f32, B packed, [groups] of them, from
-// element 16*skip; ragged over rows where there are offsets.
-// Groups: (row blocks: m / block + number of groups, panels / wide).
-KERNEL(1, 1)
-void gemm_rows_cpu(const GLOBAL float *a, const GLOBAL float *b, GLOBAL float *c,
-                   const GLOBAL float *bias, const GLOBAL int *offsets, int groups, int m, int n,
-                   int k, int lda, int skip, int block, int wide, int flags)
+// One strip of `rows` rows, through the panels [first, last) of B at its step of k. row and step:
+// distances in the strip (constants at every call).
+ALWAYS_INLINE void gemm_strip(const float *strip, int row, int step, const GLOBAL float *b, int b_step,
+                              size_t pitch,
+                       GLOBAL void *c, GLOBAL float *sums, size_t at, int n, int rows, int first,
+                       int last, const GLOBAL float *bias, int k, int flags)
 {
-    int group, end, panels = (n + GEMM_NR - 1) / GEMM_NR;
-    int row0 = gemm_block(offsets, groups, (int)get_group_id(0), block, m, &group, &end);
-    int first = (int)get_group_id(1) * wide, last = min(first + wide, panels);
-    if (row0 >= end)
-        return;
-    a += (size_t)row0 * lda;
-    b += (size_t)skip * 16 + (size_t)group * panels * k * GEMM_NR;
+    vec tile[GEMM_MR * 2];
     for (int p = first; p < last; p++) {
         int col = p * GEMM_NR;
-        gemm_panel(a, lda, 1, (size_t)GEMM_MR * lda, b + (size_t)p * k * GEMM_NR, c,
-                   (size_t)row0 * n + col, n, end - row0, n - col, bias ? bias + col : bias, k, flags);
+        // the old values of the next tile of C: from far away, they take as long as many steps of k
+        const GLOBAL float *next =
+            p + 1 < last ? sums + at + col + GEMM_NR : sums + at + first * GEMM_NR + GEMM_MR * n;
+        for (int i = 0; i < GEMM_MR; i++) {
+            GEMM_PREFETCH(next + (size_t)i * n);
+            GEMM_PREFETCH(next + (size_t)i * n + GEMM_VW);
+        }
+        if (rows == GEMM_MR)
+            gemm_multiply(tile, strip, row, step, b + p * pitch, b_step, k);
+        else
+            for (int i = 0; i < rows; i += 4)
+                gemm_multiply_tail(tile + i * 2, strip + i * row, row, step, b + p * pitch, b_step, k);
+        gemm_write_tile(tile, c, sums, at + col, n, rows, n - col, bias ? bias + col : bias, flags);
     }
 }
 
-// C[group] = A^T B: A in strips, B in panels from element 16*skip; the group's rows are cut into
-// steps of `depth`, whose panels stay in the cache while all rows of the block of C pass.
-// Groups: (m / block, panels / wide, number of groups); block a multiple of GEMM_MR.
+// C = A B over blocks of `block` rows and `wide` panels: the parts of the panels that a step of k
+// needs stay in the cache while all strips pass. A [m,k]; B packed, [groups] of them; ragged over
+// rows where there are offsets; `sums` as above, from element 16*skip of its buffer on.
+// depth <= GEMM_DEPTH.
+// Groups: (row blocks: m / block + number of groups, panels / wide).
+KERNEL(1, 1)
+void gemm_rows_cpu(const GLOBAL float *a, const GLOBAL float *b, GLOBAL float *c, GLOBAL float *sums,
+                   const GLOBAL float *bias, const GLOBAL int *offsets, int groups, int m, int n,
+                   int k, int skip, int block, int wide, int depth, int flags)
+{
+    GEMM_STRIP(strip);
+    int group, end, panels = (n + GEMM_NR - 1) / GEMM_NR, k0 = 0;
+    int row0 = gemm_block(offsets, groups, (int)get_group_id(0), block, m, &group, &end);
+    int first = (int)get_group_id(1) * wide, last = min(first + wide, panels);
+    int b_step = flags & GEMM_B_IN_PLACE ? n : (int)GEMM_NR;
+    size_t pitch = flags & GEMM_B_IN_PLACE ? (size_t)GEMM_NR : gemm_panel_pitch(k);
+    if (row0 >= end)
+        return;
+    b += (size_t)group * (flags & GEMM_B_IN_PLACE ? (size_t)n * k : panels * pitch);
+    sums += (size_t)skip * 16;
+    flags |= GEMM_FIRST;
+    do {
+        int steps = min(depth, k - k0);
+        if (k0 + steps == k)
+            flags |= GEMM_LAST;
+        for (int i = row0; i < end; i += GEMM_MR) {
+            int rows = min((int)GEMM_MR, end - i);
+            gemm_take_rows(strip, a, (size_t)i * k + k0, k, rows, steps, flags & GEMM_A_BF16);
+            gemm_strip(strip, GEMM_PITCH, 1, b + (size_t)k0 * b_step, b_step, pitch, c, sums, (size_t)i * n,
+                       n, rows, first, last, bias, steps, flags);
+        }
+        flags &= ~GEMM_FIRST;
+        k0 += steps;
+    } while (k0 < k);
+}
+
+// C[group] = A^T B: A stored [k,m], summed over the group's rows of A and B; the rest as
+// gemm_rows_cpu. Groups: (m / block, panels / wide, number of groups).
 KERNEL(1, 1)
 void gemm_columns_cpu(const GLOBAL float *a, const GLOBAL float *b, GLOBAL float *c,
-                      const GLOBAL int *offsets, int m, int n, int k, int skip, int block, int wide,
-                      int depth, int flags)
+                      GLOBAL float *sums, const GLOBAL int *offsets, int m, int n, int k, int skip,
+                      int block, int wide, int depth, int flags)
 {
+    GEMM_STRIP(strip);
     int group = (int)get_group_id(2), panels = (n + GEMM_NR - 1) / GEMM_NR;
-    int row0 = (int)get_group_id(0) * block, rows = min(block, m - row0);
+    int row0 = (int)get_group_id(0) * block, end = min(row0 + block, m);
     int k0 = offsets ? offsets[group] : 0, k_end = offsets ? offsets[group + 1] : k;
     int first = (int)get_group_id(1) * wide, last = min(first + wide, panels);
-    size_t at = ((size_t)group * m + row0) * n;
-    b += (size_t)skip * 16;
+    int b_step = flags & GEMM_B_IN_PLACE ? n : (int)GEMM_NR;
+    size_t at = (size_t)group * m * n,
+           pitch = flags & GEMM_B_IN_PLACE ? (size_t)GEMM_NR : gemm_panel_pitch(k);
+    sums += (size_t)skip * 16;
+    flags |= GEMM_FIRST;
     do {
         int steps = min(depth, k_end - k0);
-        const GLOBAL float *ak = a + (size_t)row0 * k + (size_t)k0 * GEMM_MR;
-        for (int p = first; p < last; p++)
-            gemm_panel(ak, 1, GEMM_MR, (size_t)k * GEMM_MR, b + ((size_t)p * k + k0) * GEMM_NR, c,
-                       at + p * GEMM_NR, n, rows, n - p * GEMM_NR, 0, steps, flags);
-        flags |= GEMM_ACCUMULATE;
+        if (k0 + steps == k_end)
+            flags |= GEMM_LAST;
+        for (int i = row0; i < end; i += GEMM_MR) {
+            int rows = min((int)GEMM_MR, end - i);
+            gemm_take_columns(strip, a, (size_t)k0 * m + i, m, rows, steps, flags & GEMM_A_BF16);
+            gemm_strip(strip, 1, GEMM_MR, b + (size_t)k0 * b_step, b_step, pitch, c, sums,
+                       at + (size_t)i * n, n, rows, first, last, 0, steps, flags);
+        }
+        flags &= ~GEMM_FIRST;
         k0 += steps;
     } while (k0 < k_end);
 }
@@ -430,11 +540,11 @@ inline void gemm_pack_slow(GLOBAL float *to, const GLOBAL void *b, size_t at, si
                 col + j < n ? gemm_load(b, at + (col + j) * column + k * step, bf16) : 0.0f;
 }
 
-// Packs B, [groups] of [n,k] (along_k) or [k,n], into panels [groups][panel][k][GEMM_NR] f32 from
-// element 16*skip on, padded with zeros to whole panels.
+// Packs B, [groups] of [n,k] (along_k) or [k,n], into panels [groups][panel][k][GEMM_NR] f32,
+// padded with zeros to whole panels.
 // Groups: (k / depth, panels / wide, number of groups); depth a multiple of GEMM_VW.
 KERNEL(1, 1)
-void gemm_pack_cpu(GLOBAL float *to, const GLOBAL float *b, int along_k, int n, int k, int skip,
+void gemm_pack_cpu(GLOBAL float *to, const GLOBAL float *b, int along_k, int n, int k,
                    int depth, int wide, int flags)
 {
     int bf16 = flags & GEMM_B_BF16, panels = (n + GEMM_NR - 1) / GEMM_NR;
@@ -442,16 +552,17 @@ void gemm_pack_cpu(GLOBAL float *to, const GLOBAL float *b, int along_k, int n, 
     int first = (int)get_group_id(1) * wide, last = min(first + wide, panels);
     size_t group = get_group_id(2), at = group * n * k, column = along_k ? k : 1,
            step = along_k ? 1 : n;
-    to += (size_t)skip * 16 + group * panels * k * GEMM_NR;
+    size_t pitch = gemm_panel_pitch(k);
+    to += group * panels * pitch;
     int whole = min(last, n / GEMM_NR), k_whole = k_end - (k_end - k0) % GEMM_VW;
     if (!along_k)
         for (int s = k0; s < k_end; s++)
             for (int p = first; p < whole; p++)
                 for (int j = 0; j < GEMM_NR; j += GEMM_VW)
                     VSTORE(gemm_load_vec(b, at + (size_t)s * n + p * GEMM_NR + j, bf16),
-                           to + ((size_t)p * k + s) * GEMM_NR + j);
+                           to + p * pitch + (size_t)s * GEMM_NR + j);
     for (int p = first; p < last; p++) {
-        GLOBAL float *panel = to + (size_t)p * k * GEMM_NR;
+        GLOBAL float *panel = to + p * pitch;
         int slow = p < whole ? k_end : k0;
         if (p < whole && along_k) {
             for (int s = k0; s < k_whole; s += GEMM_VW)
@@ -464,47 +575,4 @@ void gemm_pack_cpu(GLOBAL float *to, const GLOBAL float *b, int along_k, int n, 
     }
 }
 
-// Packs A, stored [k,m], into strips [strip][k][GEMM_MR] f32, padded with zeros. Groups: (k / depth).
-KERNEL(1, 1)
-void gemm_strips_cpu(GLOBAL float *to, const GLOBAL float *a, int m, int k, int depth, int flags)
-{
-    int k0 = (int)get_group_id(0) * depth, k_end = min(k0 + depth, k);
-    int whole = m / GEMM_MR, bf16 = flags & GEMM_A_BF16;
-    for (int s = k0; s < k_end; s++) {
-        size_t at = (size_t)s * m;
-        GLOBAL float *out = to + (size_t)s * GEMM_MR;
-        for (int i = 0; i < whole; i++, at += GEMM_MR, out += (size_t)k * GEMM_MR) {
-            if (bf16) {
-                for (int j = 0; j < GEMM_MR; j++)
-                    out[j] = gemm_load(a, at + j, bf16);
-            } else {
-#if VECTOR_WIDTH >= 16
-                vstore8(vload8(0, a + at), 0, out);
-                vstore4(vload4(0, a + at + 8), 0, out + 8);
-#else
-                vstore4(vload4(0, a + at), 0, out);
-                vstore2(vload2(0, a + at + 4), 0, out + 4);
-#endif
-            }
-        }
-        for (int j = whole * GEMM_MR; j < (whole + 1) * GEMM_MR && m % GEMM_MR; j++)
-            *out++ = j < m ? gemm_load(a, at++, bf16) : 0.0f;
-    }
-}
-
-// to[rows][ld] f32 = from[rows][cols]: A as the kernels above want it. Groups: (rows / some).
-KERNEL(1, 1)
-void gemm_convert_cpu(GLOBAL float *to, const GLOBAL float *from, int rows, int cols, int ld,
-                      int some, int flags)
-{
-    int first = (int)get_group_id(0) * some, last = min(first + some, rows);
-    for (int i = first; i < last; i++) {
-        size_t in = (size_t)i * cols, out = (size_t)i * ld;
-        int j = 0;
-        for (; j + GEMM_VW <= cols; j += GEMM_VW)
-            VSTORE(gemm_load_vec(from, in + j, flags & GEMM_A_BF16), to + out + j);
-        for (; j < cols; j++)
-            to[out + j] = gemm_load(from, in + j, flags & GEMM_A_BF16);
-    }
-}
 #endif // CPU_FORMS

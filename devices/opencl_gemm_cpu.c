@@ -1,18 +1,26 @@
 // Matrix products on CPU devices: pack B, then multiply tiles in registers (kernels_gemm.cl).
 //
-// Scratch: first a copy of A in f32, where A cannot be read in place, then B in panels.
+// Scratch: B in panels; then, where C is bf16 and k takes several steps, the sums between two
+// steps.
 #include "devices/opencl_gemm.h"
+
+// The numbers of kernels_gemm.cl.
+enum {
+    DEPTH = 384,     // GEMM_DEPTH: steps of k at a time
+    B_IN_PLACE = 64, // GEMM_B_IN_PLACE, one of the flags
+};
 
 // How a product is cut up.
 struct cut {
-    int panel;       // columns of a panel: GEMM_NR in kernels_gemm.cl
+    int panel;       // columns of a panel: GEMM_NR
     int strip;       // rows of a register tile: GEMM_MR
     int panels;      // of one B
     int copies;      // matrices B
-    int ld;          // elements a row of A as the kernel reads it
-    size_t a_floats; // of the copy of A; 0: in place
     size_t b_floats; // of the packed B
+    size_t sums;     // of the sums; 0: they lie in C
     int block, wide; // rows and panels of a work-group
+    int depth;       // steps of k at a time
+    bool in_place;   // B is read where it lies
 };
 
 static size_t round16(size_t count)
@@ -20,38 +28,64 @@ static size_t round16(size_t count)
     return (count + 15) / 16 * 16;
 }
 
-// Blocks of about 96 rows x 4 panels, smaller ones until each core has 8 work-groups.
+// Estimated time of a product in work-groups of block x wide panels: what a core computes, and
+// `traffic` times the elements of A and B that it brings into its cache for that.
+static double cost(const struct cut *c, int block, int wide, int groups, int units)
+{
+    double columns = (double)wide * c->panel, rows = block, traffic = 20;
+    double turns = gemm_cover(groups, units) + 0.25; // cores do not end at the same moment
+    return turns * (rows * columns + traffic * (rows + columns));
+}
+
+// The cheapest way to cut C into blocks whose panels, one step deep, fill half a cache of 2 MiB.
 static void cut_blocks(struct cut *c, const struct opencl_device *dev, const struct gemm *g)
 {
-    int wanted = 8 * dev->base.info.compute_units;
-    int outer = g->ragged == GEMM_PLAIN ? 1 : g->groups > 0 ? g->groups : 1;
+    enum { CACHE_FLOATS = 1 << 18, BLOCKS_MAX = 64 };
+    int units = dev->base.info.compute_units > 0 ? dev->base.info.compute_units : 1;
+    int outer = g->ragged == GEMM_PLAIN || g->groups < 1 ? 1 : g->groups;
     int rows = g->ragged == GEMM_RAGGED_M ? gemm_cover(g->m, outer) : g->m;
-    c->block = 8 * c->strip;
-    c->wide = 4;
-    while (outer * gemm_cover(rows, c->block) * gemm_cover(c->panels, c->wide) < wanted) {
-        if (c->wide > 2)
-            c->wide--;
-        else if (c->block > 2 * c->strip)
-            c->block -= c->strip;
-        else if (c->wide > 1)
-            c->wide--;
-        else
-            break;
+    int strips = gemm_cover(rows, c->strip), depth = g->k < DEPTH ? g->k : DEPTH;
+    c->depth =
+        g->ragged == GEMM_RAGGED_K || g->k < 1 ? DEPTH : gemm_cover(g->k, gemm_cover(g->k, DEPTH));
+    double best = 0;
+    for (int x = 1; x <= c->panels; x++) {
+        int wide = gemm_cover(c->panels, x);
+        if (wide > 1 && (int64_t)wide * depth * c->panel > CACHE_FLOATS)
+            continue;
+        for (int y = 1; y <= strips && y <= BLOCKS_MAX; y++) {
+            int block = gemm_cover(strips, y) * c->strip;
+            int groups = outer * gemm_cover(c->panels, wide) * gemm_cover(rows, block);
+            double time = cost(c, block, wide, groups, units);
+            if (best == 0 || time < best) {
+                best = time;
+                c->block = block;
+                c->wide = wide;
+            }
+        }
     }
+}
+
+// Packing B pays where many rows meet it. Where they are few, B [k,n] is read where it lies, unless
+// its rows lie at distances that share few sets of the cache, or its last panel is not whole.
+static bool reads_in_place(const struct gemm *g, const struct cut *c)
+{
+    int rows = g->ragged == GEMM_RAGGED_M && g->groups > 0 ? g->m / g->groups : g->m;
+    return !g->trans_b && g->type_b == F32 && g->n % c->panel == 0 && g->n % 1024 != 0 &&
+           rows < 1024;
 }
 
 static struct cut cut_up(const struct opencl_device *dev, const struct gemm *g)
 {
     bool wide = dev->base.info.vector_width >= 16;
-    struct cut c = {.panel = wide ? 32 : 16, .strip = wide ? 12 : 6};
+    struct cut c = {.panel = wide ? 32 : 16, .strip = wide ? 12 : 6, .block = 1, .wide = 1};
     c.panels = gemm_cover(g->n, c.panel);
     c.copies = g->ragged == GEMM_RAGGED_M ? g->groups : 1;
-    c.ld = g->trans_a ? g->m : g->k;
-    if (g->trans_a)
-        c.a_floats = round16((size_t)gemm_cover(g->m, c.strip) * (size_t)c.strip * (size_t)g->k);
-    else if (g->type_a == BF16)
-        c.a_floats = round16((size_t)g->m * (size_t)c.ld);
-    c.b_floats = (size_t)c.copies * (size_t)c.panels * (size_t)g->k * (size_t)c.panel;
+    size_t pitch = (size_t)g->k * (size_t)c.panel + 16; // gemm_panel_pitch()
+    c.in_place = reads_in_place(g, &c);
+    if (!c.in_place)
+        c.b_floats = round16((size_t)c.copies * (size_t)c.panels * pitch);
+    if (g->type_c == BF16 && g->k > DEPTH)
+        c.sums = (size_t)g->m * (size_t)g->n * (g->ragged == GEMM_RAGGED_K ? (size_t)g->groups : 1);
     cut_blocks(&c, dev, g);
     return c;
 }
@@ -59,61 +93,36 @@ static struct cut cut_up(const struct opencl_device *dev, const struct gemm *g)
 size_t opencl_gemm_cpu_space(struct opencl_device *dev, const struct gemm *g)
 {
     struct cut c = cut_up(dev, g);
-    return (c.a_floats + c.b_floats) * sizeof(float);
+    return (c.b_floats + c.sums) * sizeof(float);
 }
 
-static int convert_a(struct stream *s, const struct gemm *g, const struct cut *c)
+static int pack_b(struct stream *s, const struct gemm *g, const struct cut *c)
 {
-    int some = 1 + 16384 / (g->k + 1);
-    if (g->trans_a)
-        return GEMM_LAUNCH(s, KERNEL_gemm_strips_cpu, gemm_cover(g->k, 64), 1, 1, {.b = g->space},
-                           {.b = g->a}, {.i = g->m}, {.i = g->k}, {.i = 64}, {.i = gemm_flags(g)});
-    return GEMM_LAUNCH(s, KERNEL_gemm_convert_cpu, gemm_cover(g->m, some), 1, 1, {.b = g->space},
-                       {.b = g->a}, {.i = g->m}, {.i = g->k}, {.i = c->ld}, {.i = some},
-                       {.i = gemm_flags(g)});
-}
-
-static int pack_b(struct stream *s, const struct gemm *g, const struct cut *c, int skip)
-{
-    enum { DEPTH = 64, WIDE = 8 };
-    return GEMM_LAUNCH(s, KERNEL_gemm_pack_cpu, gemm_cover(g->k, DEPTH),
-                       gemm_cover(c->panels, WIDE), c->copies, {.b = g->space}, {.b = g->b},
-                       {.i = g->trans_b}, {.i = g->n}, {.i = g->k}, {.i = skip}, {.i = DEPTH},
-                       {.i = WIDE}, {.i = gemm_flags(g)});
-}
-
-static int multiply_rows(struct stream *s, const struct gemm *g, const struct cut *c, int skip,
-                         struct mem *a)
-{
-    bool ragged = g->ragged == GEMM_RAGGED_M;
-    int blocks = gemm_cover(g->m, c->block) + (ragged ? g->groups : 0);
-    return GEMM_LAUNCH(s, KERNEL_gemm_rows_cpu, blocks, gemm_cover(c->panels, c->wide), 1, {.b = a},
-                       {.b = g->space}, {.b = g->c}, {.b = g->bias},
-                       {.b = ragged ? g->offsets : NULL}, {.i = g->groups}, {.i = g->m},
-                       {.i = g->n}, {.i = g->k}, {.i = c->ld}, {.i = skip}, {.i = c->block},
-                       {.i = c->wide}, {.i = gemm_flags(g)});
-}
-
-static int multiply_columns(struct stream *s, const struct gemm *g, const struct cut *c, int skip,
-                            struct mem *a)
-{
-    bool ragged = g->ragged == GEMM_RAGGED_K;
-    int depth = g->type_c == BF16 ? INT32_MAX : 512; // sums must not pass through bf16
-    return GEMM_LAUNCH(s, KERNEL_gemm_columns_cpu, gemm_cover(g->m, c->block),
-                       gemm_cover(c->panels, c->wide), ragged ? g->groups : 1, {.b = a},
-                       {.b = g->space}, {.b = g->c}, {.b = ragged ? g->offsets : NULL}, {.i = g->m},
-                       {.i = g->n}, {.i = g->k}, {.i = skip}, {.i = c->block}, {.i = c->wide},
-                       {.i = depth}, {.i = gemm_flags(g)});
+    enum { ROWS = 64, WIDE = 8 };
+    return GEMM_LAUNCH(s, KERNEL_gemm_pack_cpu, gemm_cover(g->k, ROWS), gemm_cover(c->panels, WIDE),
+                       c->copies, {.b = g->space}, {.b = g->b}, {.i = g->trans_b}, {.i = g->n},
+                       {.i = g->k}, {.i = ROWS}, {.i = WIDE}, {.i = gemm_flags(g)});
 }
 
 int opencl_gemm_cpu(struct stream *s, const struct gemm *g)
 {
     struct cut c = cut_up(s->dev, g);
-    struct mem *a = c.a_floats ? g->space : g->a;
-    int skip = (int)(c.a_floats / 16);
-    BUG_IF(c.a_floats + c.b_floats > 0 && !g->space);
-    if (c.a_floats)
-        TRY(convert_a(s, g, &c));
-    TRY(pack_b(s, g, &c, skip));
-    return g->trans_a ? multiply_columns(s, g, &c, skip, a) : multiply_rows(s, g, &c, skip, a);
+    struct mem *offsets = g->ragged == GEMM_PLAIN ? NULL : g->offsets;
+    struct mem *b = c.in_place ? g->b : g->space;
+    int flags = gemm_flags(g) | (c.in_place ? B_IN_PLACE : 0);
+    struct mem *sums = c.sums ? g->space : g->c;
+    int skip = c.sums ? (int)(c.b_floats / 16) : 0, blocks = gemm_cover(g->m, c.block);
+    int across = gemm_cover(c.panels, c.wide);
+    BUG_IF(c.b_floats + c.sums > 0 && !g->space);
+    if (!c.in_place)
+        TRY(pack_b(s, g, &c));
+    if (g->trans_a)
+        return GEMM_LAUNCH(s, KERNEL_gemm_columns_cpu, blocks, across, offsets ? g->groups : 1,
+                           {.b = g->a}, {.b = b}, {.b = g->c}, {.b = sums}, {.b = offsets},
+                           {.i = g->m}, {.i = g->n}, {.i = g->k}, {.i = skip}, {.i = c.block},
+                           {.i = c.wide}, {.i = c.depth}, {.i = flags});
+    return GEMM_LAUNCH(s, KERNEL_gemm_rows_cpu, blocks + (offsets ? g->groups : 0), across, 1,
+                       {.b = g->a}, {.b = b}, {.b = g->c}, {.b = sums}, {.b = g->bias},
+                       {.b = offsets}, {.i = g->groups}, {.i = g->m}, {.i = g->n}, {.i = g->k},
+                       {.i = skip}, {.i = c.block}, {.i = c.wide}, {.i = c.depth}, {.i = flags});
 }
