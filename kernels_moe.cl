@@ -1,8 +1,8 @@
-// ---- mixture of experts ------------------------------------------------------------------------------
+// ---- mixture of experts -------------------------------------------------------------------------
 //
-// Letters as in runtime/tensor.h: M tokens, K choices a token, R = M*K routed rows, D columns, E experts.
-// GPU forms of row operations: x covers the columns, y strides over the rows, so that no index needs a
-// division. CPU forms: a work-item takes `chunk` rows.
+// Letters as in runtime/tensor.h: M tokens, K choices a token, R = M*K routed rows, D columns, E
+// experts. GPU forms of row operations: x covers the columns, y strides over the rows, so that no
+// index needs a division. CPU forms: a work-item takes `chunk` rows.
 
 // h[R,F] = silu(g) * u, gu[R,2F] = g | u
 KERNEL(256, 1)
@@ -77,7 +77,8 @@ void combine_fwd(GLOBAL act *out, const GLOBAL act *rows, const GLOBAL int *slot
 }
 
 // drows[slot[m,k],:] = weight[m,k] dout[m,:]; dweight[m,k] = <dout[m,:], rows[slot[m,k],:]>.
-// drows may be rows: an element is read before the same work-item writes it. A work-group a pair (m,k).
+// drows may be rows: an element is read before the same work-item writes it. A work-group a pair
+// (m,k).
 KERNEL(64, 1)
 void combine_bwd(GLOBAL act *drows, GLOBAL float *dweight, const GLOBAL act *dout,
                  const GLOBAL act *rows, const GLOBAL int *slot, const GLOBAL float *weight, uint R,
@@ -181,12 +182,12 @@ inline float choice_sum(const GLOBAL float *dweight, const GLOBAL float *p, cons
     return s;
 }
 
-// dlogits[M,E] = p (dp - <p, dp>), dp = balance * fraction[g,:] plus the choices' gradients; balance is
-// alpha / M, `rows` the rows of a group.
+// dlogits[M,E] = p (dp - <p, dp>), dp = balance * fraction[g,:] plus the choices' gradients;
+// balance is alpha / M, `rows` the rows of a group.
 KERNEL(64, 1)
 void router_bwd(GLOBAL float *dlogits, const GLOBAL float *dweight, const GLOBAL float *probs,
-                const GLOBAL int *index, const GLOBAL float *fraction, float balance, uint M, uint E,
-                uint K, uint rows, int renormalise)
+                const GLOBAL int *index, const GLOBAL float *fraction, float balance, uint M,
+                uint E, uint K, uint rows, int renormalise)
 {
     size_t m = get_global_id(0);
     if (m >= M)
@@ -209,10 +210,11 @@ void router_bwd(GLOBAL float *dlogits, const GLOBAL float *dweight, const GLOBAL
 
 // ---- routing: a stable counting sort of the R pairs by expert
 //
-// Chunks of pairs are counted (count[chunk,E]), the counts of each expert are summed over the chunks
-// before and the experts over the experts before, and every chunk then places its own pairs.
+// Chunks of pairs are counted (count[chunk,E]), the counts of each expert are summed over the
+// chunks before and the experts over the experts before, and every chunk then places its own pairs.
 
-// `chunk` is a multiple of 256. Counting and ranking compare with a tile in local memory: no atomics.
+// `chunk` is a multiple of 256. Counting and ranking compare with a tile in local memory: no
+// atomics.
 KERNEL(256, 1)
 void route_count(GLOBAL int *count, const GLOBAL int *index, uint R, uint E, uint chunk)
 {
@@ -297,8 +299,8 @@ void route_place(GLOBAL int *slot, GLOBAL int *token, const GLOBAL int *index,
 // ---- balance statistics
 
 // Sums of a chunk of rows of one group: count[group,chunk,E] of choices and, behind these `entries`
-// numbers, sum[group,chunk,E] of probabilities. Work-groups: x the chunk, y the group. Items side by
-// side take the experts of several rows.
+// numbers, sum[group,chunk,E] of probabilities. Work-groups: x the chunk, y the group. Items side
+// by side take the experts of several rows.
 KERNEL(256, 1)
 void balance_sum(GLOBAL int *count, uint entries, const GLOBAL int *index,
                  const GLOBAL float *probs, uint rows, uint E, uint K, uint chunk)
@@ -355,7 +357,7 @@ void balance_mean(GLOBAL float *fraction, GLOBAL float *mean_prob, const GLOBAL 
     mean_prob[i] = s / (float)rows;
 }
 
-// ---- rectified flow ----------------------------------------------------------------------------------
+// ---- rectified flow -----------------------------------------------------------------------------
 
 // xt[N,P] = (1-t[n]) x + t[n] noise
 KERNEL(256, 1)
@@ -369,8 +371,8 @@ void flow_mix(GLOBAL float *xt, const GLOBAL float *x, const GLOBAL float *noise
         xt[n * P + i] = fma(t[n], noise[n * P + i], (1.0f - t[n]) * x[n * P + i]);
 }
 
-// One image: loss[n] = mean of (out - (noise - x))^2 over its P values; dout = factor * the difference,
-// 0 from P to Q, unless dout is NULL. out and dout have Q values an image.
+// One image: loss[n] = mean of (out - (noise - x))^2 over its P values; dout = factor * the
+// difference, 0 from P to Q, unless dout is NULL. out and dout have Q values an image.
 KERNEL(256, 1)
 void flow_loss(GLOBAL float *loss, GLOBAL float *dout, const GLOBAL float *out,
                const GLOBAL float *x, const GLOBAL float *noise, uint P, uint Q, float factor)
@@ -416,7 +418,7 @@ void flow_euler(GLOBAL float *z, const GLOBAL float *v, float cfg, uint guided, 
     }
 }
 
-// ---- random numbers (the same function as runtime/rng.c; see there) ----------------------------------
+// ---- random numbers (the same function as runtime/rng.c; see there) -----------------------------
 
 inline float minus_two_log(float u)
 {
@@ -456,8 +458,7 @@ inline void normal_pair(GLOBAL float *p, uint w0, uint w1, int both)
     int rest = (int)(w1 - (quadrant << 30));
     float a = (float)rest * 0x1.921fb6p-30f;
     float z = a * a;
-    float sine =
-        fma(a * z, fma(fma(-0x1.994e58p-13f, z, 0x1.11076p-7f), z, -0x1.555546p-3f), a);
+    float sine = fma(a * z, fma(fma(-0x1.994e58p-13f, z, 0x1.11076p-7f), z, -0x1.555546p-3f), a);
     float cosine = fma(z * z, fma(fma(0x1.9a0206p-16f, z, -0x1.6c0c8ap-10f), z, 0x1.55554ap-5f),
                        fma(z, -0.5f, 1.0f));
     float x = quadrant & 1 ? sine : cosine, y = quadrant & 1 ? cosine : sine;
@@ -494,7 +495,7 @@ void normal(GLOBAL float *out, uint count_low, uint count_high, uint seed_low, u
         normal_block(out, at, count, seed_low, seed_high, stream_low, stream_high);
 }
 
-// ---- optimiser -----------------------------------------------------------------------------------------
+// ---- optimiser ----------------------------------------------------------------------------------
 
 // partial[group] = sum of squares of the 4096 values of g that belong to it
 KERNEL(256, 1)
@@ -541,11 +542,12 @@ void norm2_total(GLOBAL float *control, const GLOBAL float *partial, uint count,
         control[0] = accumulate ? control[0] + sums[0] : sums[0];
 }
 
-// The step's scalars; control's entries are enum control of runtime/ops.h. log_beta = ln(beta), so that
-// 1 - beta^t keeps its digits. One work-group.
+// The step's scalars; control's entries are enum control of runtime/ops.h. log_beta = ln(beta), so
+// that 1 - beta^t keeps its digits. One work-group.
 KERNEL(64, 1)
 void adamw_control(GLOBAL float *control, GLOBAL int *counts, const GLOBAL float *loss, uint N,
-                   float rate, float log_beta1, float log_beta2, float clip, float warmup, float ema)
+                   float rate, float log_beta1, float log_beta2, float clip, float warmup,
+                   float ema)
 {
     LOCAL float sums[64];
     uint i = get_local_id(0);
@@ -603,7 +605,7 @@ void adamw(GLOBAL float *w, GLOBAL float *m, GLOBAL float *v, GLOBAL float *ema,
 }
 
 #ifdef CPU_FORMS
-// ---- CPU forms -------------------------------------------------------------------------------------------
+// ---- CPU forms ----------------------------------------------------------------------------------
 
 #ifdef ACT_BF16
 typedef ushort16 act16;
@@ -662,8 +664,8 @@ void swiglu_bwd_cpu(GLOBAL act *dgu, const GLOBAL act *dh, const GLOBAL act *gu,
 }
 
 KERNEL(1, 1)
-void dispatch_fwd_cpu(GLOBAL act *rows, const GLOBAL act *x, const GLOBAL int *token, uint R, uint D,
-                      uint chunk)
+void dispatch_fwd_cpu(GLOBAL act *rows, const GLOBAL act *x, const GLOBAL int *token, uint R,
+                      uint D, uint chunk)
 {
     size_t r, to = chunk_rows(chunk, R, &r);
     for (; r < to; r++) {
@@ -678,8 +680,8 @@ void dispatch_fwd_cpu(GLOBAL act *rows, const GLOBAL act *x, const GLOBAL int *t
 }
 
 KERNEL(1, 1)
-void dispatch_bwd_cpu(GLOBAL act *dx, const GLOBAL act *drows, const GLOBAL int *slot, uint M, uint K,
-                      uint D, uint chunk)
+void dispatch_bwd_cpu(GLOBAL act *dx, const GLOBAL act *drows, const GLOBAL int *slot, uint M,
+                      uint K, uint D, uint chunk)
 {
     size_t m, to = chunk_rows(chunk, M, &m);
     for (; m < to; m++) {
@@ -900,9 +902,9 @@ void flow_mix_cpu(GLOBAL float *xt, const GLOBAL float *x, const GLOBAL float *n
     size_t i, to = chunk_rows(chunk, P, &i);
     float a = t[n];
     for (; i + 16 <= to; i += 16)
-        vstore16(fma((float16)a, vload16(0, noise + n * P + i),
-                     (1.0f - a) * vload16(0, x + n * P + i)),
-                 0, xt + n * P + i);
+        vstore16(
+            fma((float16)a, vload16(0, noise + n * P + i), (1.0f - a) * vload16(0, x + n * P + i)),
+            0, xt + n * P + i);
     for (; i < to; i++)
         xt[n * P + i] = fma(a, noise[n * P + i], (1.0f - a) * x[n * P + i]);
 }
@@ -973,8 +975,8 @@ inline void normal_pairs(float16 *first, float16 *second, uint16 w0, uint16 w1)
     float16 s = fma((float16)-0x1.994e58p-13f, z, (float16)0x1.11076p-7f);
     float16 sine = fma(a * z, fma(s, z, (float16)-0x1.555546p-3f), a);
     float16 c = fma((float16)0x1.9a0206p-16f, z, (float16)-0x1.6c0c8ap-10f);
-    float16 cosine = fma(z * z, fma(c, z, (float16)0x1.55554ap-5f),
-                         fma(z, (float16)-0.5f, (float16)1.0f));
+    float16 cosine =
+        fma(z * z, fma(c, z, (float16)0x1.55554ap-5f), fma(z, (float16)-0.5f, (float16)1.0f));
     int16 odd = (quadrant & 1u) != 0u;
     uint16 sign_x = ((quadrant + 1u) & 2u) << 30, sign_y = (quadrant & 2u) << 30;
     float16 x = select(cosine, sine, odd), y = select(sine, cosine, odd);
@@ -983,8 +985,8 @@ inline void normal_pairs(float16 *first, float16 *second, uint16 w0, uint16 w1)
 }
 
 // Numbers 4b..4b+63 into out[0..63], b the first block.
-inline void normal_blocks(GLOBAL float *out, ulong b, uint seed_low, uint seed_high, uint stream_low,
-                          uint stream_high)
+inline void normal_blocks(GLOBAL float *out, ulong b, uint seed_low, uint seed_high,
+                          uint stream_low, uint stream_high)
 {
     ulong16 block = b + (ulong16)(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     uint16 c0 = convert_uint16(block), c1 = convert_uint16(block >> 32);
@@ -1031,8 +1033,8 @@ void normal_cpu(GLOBAL float *out, uint count_low, uint count_high, uint seed_lo
 
 // `chunk` partials of 4096 values each
 KERNEL(1, 1)
-void norm2_partial_cpu(GLOBAL float *partial, const GLOBAL float *g, uint count_low, uint count_high,
-                       uint chunk)
+void norm2_partial_cpu(GLOBAL float *partial, const GLOBAL float *g, uint count_low,
+                       uint count_high, uint chunk)
 {
     size_t count = (size_t)count_high << 32 | count_low;
     size_t c, to = chunk_rows(chunk, (count + 4095) / 4096, &c);
@@ -1054,7 +1056,8 @@ void norm2_partial_cpu(GLOBAL float *partial, const GLOBAL float *g, uint count_
 KERNEL(1, 1)
 void adamw_cpu(GLOBAL float *w, GLOBAL float *m, GLOBAL float *v, GLOBAL float *ema,
                const GLOBAL float *g, const GLOBAL float *control, uint count_low, uint count_high,
-               float beta1, float rest1, float beta2, float rest2, float eps, float decay, uint chunk)
+               float beta1, float rest1, float beta2, float rest2, float eps, float decay,
+               uint chunk)
 {
     size_t count = (size_t)count_high << 32 | count_low;
     size_t i, to = chunk_rows(chunk, count, &i);
