@@ -116,6 +116,10 @@ struct gemm {
 };
 
 // Whole operations that a backend may take over with its own library or its own launch shape.
+// accelerate()'s `args` are an array of union arg, in the order in which runtime/ops_attention.c
+// lists them: o, lse (NULL: not wanted), qkv, heads, tokens, head size, scale, lse wanted, images *
+// heads, and three block sizes of the CPU form; dqkv, delta, dout, o, lse, qkv, images, heads,
+// tokens, head size, scale.
 enum accelerated { ACCELERATE_ATTENTION_FWD, ACCELERATE_ATTENTION_BWD, ACCELERATE_COUNT };
 enum { NOT_MINE = 1 }; // accelerate()'s polite refusal: the portable kernel runs instead
 
