@@ -178,6 +178,45 @@ void column_sums_part(GLOBAL float *part, const GLOBAL float *a, int bf16, int m
     part[(size_t)chunk * n + col] = sum;
 }
 
+#ifdef CPU_FORMS
+// Groups: (1, chunks).
+KERNEL(1, 1)
+void column_sums_part_cpu(GLOBAL float *part, const GLOBAL float *a, int bf16, int m, int n, int rows)
+{
+    int chunk = (int)get_group_id(1), col = 0;
+    int first = chunk * rows, last = first + rows < m ? first + rows : m;
+    part += (size_t)chunk * n;
+    for (; col + 64 <= n; col += 64) {
+        float16 sum0 = 0, sum1 = 0, sum2 = 0, sum3 = 0;
+        for (int i = first; i < last; i++) {
+            size_t at = (size_t)i * n + col;
+            if (bf16) {
+                const GLOBAL ushort *p = (const GLOBAL ushort *)a + at;
+                sum0 += bf16_to_float16(vload16(0, p));
+                sum1 += bf16_to_float16(vload16(1, p));
+                sum2 += bf16_to_float16(vload16(2, p));
+                sum3 += bf16_to_float16(vload16(3, p));
+            } else {
+                sum0 += vload16(0, a + at);
+                sum1 += vload16(1, a + at);
+                sum2 += vload16(2, a + at);
+                sum3 += vload16(3, a + at);
+            }
+        }
+        vstore16(sum0, 0, part + col);
+        vstore16(sum1, 1, part + col);
+        vstore16(sum2, 2, part + col);
+        vstore16(sum3, 3, part + col);
+    }
+    for (; col < n; col++) {
+        float sum = 0.0f;
+        for (int i = first; i < last; i++)
+            sum += gemm_load(a, (size_t)i * n + col, bf16);
+        part[col] = sum;
+    }
+}
+#endif
+
 // out[n] += sum over chunks of part[chunks, n]
 KERNEL(64, 1)
 void column_sums(GLOBAL float *out, const GLOBAL float *part, int chunks, int n)

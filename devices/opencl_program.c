@@ -130,8 +130,10 @@ static int build_failed(struct opencl_device *dev, cl_int code)
 
 static void build_options(const struct opencl_device *dev, char *out, size_t size)
 {
-    snprintf(out, size, "-cl-std=CL1.2%s%s", dev->base.act == BF16 ? " -DACT_BF16" : "",
-             dev->base.info.kind == DEVICE_CPU ? " -DCPU_FORMS" : "");
+    const char *cpu = dev->base.info.kind != DEVICE_CPU    ? ""
+                      : dev->base.info.vector_width >= 16 ? " -DCPU_FORMS -DVECTOR_WIDTH=16"
+                                                          : " -DCPU_FORMS -DVECTOR_WIDTH=8";
+    snprintf(out, size, "-cl-std=CL1.2%s%s", dev->base.act == BF16 ? " -DACT_BF16" : "", cpu);
 }
 
 static int build_source(struct opencl_device *dev, const char *options)

@@ -68,8 +68,8 @@ static int add_column_sums(struct context *c, struct tensor *out, const struct t
     int64_t m = rows_of(a), n = a->shape[1], rows = op_chunk(c, m, 32, 256),
             chunks = cover(m, rows);
     op_want_space(c, (size_t)(chunks * n) * sizeof(float));
-    TRY(LAUNCH(c, KERNEL_column_sums_part, cover(n, 64), chunks, 1, BUF(&c->space), BUF(a),
-               INT(a->dtype == BF16), INT(m), INT(n), INT(rows)));
+    TRY(LAUNCH(c, FORM(c, column_sums_part), c->dev->cpu_forms ? 1 : cover(n, 64), chunks, 1,
+               BUF(&c->space), BUF(a), INT(a->dtype == BF16), INT(m), INT(n), INT(rows)));
     return LAUNCH(c, KERNEL_column_sums, cover(n, 64), 1, 1, BUF(out), BUF(&c->space), INT(chunks),
                   INT(n));
 }
