@@ -331,9 +331,11 @@ int main(void)
 }
 END
 works "install" cmake --install "$build" --prefix "$work/prefix"
+flags=
+grep -q '^DITMOE_SANITIZE:BOOL=ON' "$build/CMakeCache.txt" && flags=-fsanitize=address,undefined
 pc=$(dirname "$(find "$work/prefix" -name ditmoe.pc)")
 works "a program builds against the installed library" bash -c \
-    "gcc -std=c17 user.c -o user \$(PKG_CONFIG_PATH=$pc pkg-config --cflags --libs ditmoe)"
+    "gcc -std=c17 $flags user.c -o user \$(PKG_CONFIG_PATH=$pc pkg-config --cflags --libs ditmoe)"
 works "and runs" env LD_LIBRARY_PATH="$work/prefix/lib" ./user
 check "and is right" grep -q '^199307552$' out
 works "the installed program runs" "$work/prefix/bin/ditmoe" devices

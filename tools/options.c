@@ -12,6 +12,7 @@ enum { HELP_COLUMN = 30, HELP_WIDTH = 96, GIVEN_MAX = 128 };
 
 static const struct option_spec *given[GIVEN_MAX];
 static int given_count;
+static char *restored[GIVEN_MAX]; // texts that string options point at until the program ends
 
 int usage_error(const char *name, const char *format, ...)
 {
@@ -475,13 +476,12 @@ bool options_restore(const struct command *c, const json_t *values)
         const char *text = json_string_value(json_object_get(values, o->name));
         if (!text || options_given(o->name))
             continue;
-        char *kept = strdup(text); // string options point at it until the program ends
-        if (!kept || !set_or_complain(c, o, base, kept))
+        char **kept = &restored[i < GIVEN_MAX ? i : GIVEN_MAX - 1];
+        *kept = strdup(text);
+        if (!*kept || !set_or_complain(c, o, base, *kept))
             return false;
         if (!o->fallback)
             mark_given(o);
-        if (o->type != OPTION_STRING)
-            free(kept);
     }
     return true;
 }
