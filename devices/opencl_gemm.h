@@ -28,4 +28,9 @@ static inline int gemm_cover(int count, int size)
 int opencl_gemm_cpu(struct stream *s, const struct gemm *g);
 size_t opencl_gemm_cpu_space(struct opencl_device *dev, const struct gemm *g);
 
+// opencl_clblast.c: CLBlast. wanted: may it take part in this product; *forced: it must.
+bool opencl_clblast_wanted(const struct opencl_device *dev, const struct gemm *g, bool *forced);
+size_t opencl_clblast_space(struct opencl_device *dev, const struct gemm *g);
+int opencl_clblast(struct stream *s, const struct gemm *g);
+
 #endif
