@@ -232,17 +232,17 @@ static int time_ways(struct bench *b, double median[WAYS])
 {
     double seconds[WAYS][ROUNDS], once;
     int repeats[WAYS];
-    for (int w = 0; w < WAYS; w++)
+    for (enum way w = 0; w < WAYS; w++)
         if (has_way(b, w)) {
             TRY(time_way(b, w, 1, &once));
             TRY(time_way(b, w, 1, &once));
             repeats[w] = 1 + (int)(1e-3 * ROUND_MS / (once + 1e-6));
         }
     for (int i = 0; i < ROUNDS; i++)
-        for (int w = 0; w < WAYS; w++)
+        for (enum way w = 0; w < WAYS; w++)
             if (has_way(b, w))
                 TRY(time_way(b, w, repeats[w], &seconds[w][i]));
-    for (int w = 0; w < WAYS; w++) {
+    for (enum way w = 0; w < WAYS; w++) {
         median[w] = 0;
         if (has_way(b, w)) {
             qsort(seconds[w], ROUNDS, sizeof(double), by_value);
