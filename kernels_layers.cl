@@ -1079,8 +1079,11 @@ void attention_bwd_q(GLOBAL act *dqkv, const GLOBAL float *delta, const GLOBAL a
 #define ARENA_FWD 57344 // floats of private memory an item; runtime/ops_attention.c fits blocks to it
 #define ARENA_BWD 65536
 
+// Functions of their own: inlined at every call they compile for twice as long and run no faster.
+#define APART static __attribute__((noinline))
+
 // c[m,n] (+)= a b. a is read at a[i*row + k*step], b at b[k*ldb + j]. m a multiple of 8, n of 16.
-INLINE void small_product(float *c, int ldc, const float *a, int row, int step, const float *b,
+APART void small_product(float *c, int ldc, const float *a, int row, int step, const float *b,
                           int ldb, int m, int n, int depth, int add)
 {
     int j = 0;
@@ -1131,7 +1134,7 @@ INLINE void small_product(float *c, int ldc, const float *a, int row, int step, 
 }
 
 // to[rows, ld] = factor * from[rows, hd], padded with 0 to `padded` rows and `ld` columns
-INLINE void pack_rows(float *to, int ld, const GLOBAL act *from, size_t pitch, int rows, int padded,
+APART void pack_rows(float *to, int ld, const GLOBAL act *from, size_t pitch, int rows, int padded,
                       int hd, float factor)
 {
     for (int i = 0; i < padded; i++)
@@ -1143,7 +1146,7 @@ INLINE void pack_rows(float *to, int ld, const GLOBAL act *from, size_t pitch, i
 
 // to[d, ld] = from[rows, hd] transposed, padded with 0 to `ld` columns and a multiple of 16 rows: blocks
 // of 16 x 16 go through four perfect shuffles of their rows.
-INLINE void pack_columns(float *to, int ld, const GLOBAL act *from, size_t pitch, int rows, int hd)
+APART void pack_columns(float *to, int ld, const GLOBAL act *from, size_t pitch, int rows, int hd)
 {
     for (int i = 0; i < ld; i += 16)
         for (int d = 0; d < hd; d += 16) {
@@ -1173,7 +1176,7 @@ INLINE void pack_columns(float *to, int ld, const GLOBAL act *from, size_t pitch
 
 // One block of keys for 8 queries: scores -> probabilities, running maximum and sum, and the factor
 // that earlier sums shrink by.
-INLINE void softmax_step(float *s, int ld, int keys, float *top, float *total, float *shrink)
+APART void softmax_step(float *s, int ld, int keys, float *top, float *total, float *shrink)
 {
     for (int r = 0; r < 8; r++) {
         float *row = s + r * ld;
@@ -1253,7 +1256,7 @@ void attention_fwd_cpu(GLOBAL act *o, GLOBAL float *lse, const GLOBAL act *qkv, 
 
 // Probabilities from scores and lse, then ds from dp: s becomes p, dp becomes ds. Columns from `keys`
 // and rows from `rows` on become 0.
-INLINE void softmax_back(float *s, float *dp, int ld, int rows, int padded, int keys, float scale,
+APART void softmax_back(float *s, float *dp, int ld, int rows, int padded, int keys, float scale,
                          const GLOBAL float *lse, const float *delta)
 {
     for (int i = 0; i < padded; i++) {
