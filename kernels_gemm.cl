@@ -271,8 +271,9 @@ inline void gemm_vec_bf16(vec v, GLOBAL ushort *p)
 #endif
 
 // GEMM_PITCH: elements from row to row of a strip; a power of two would use few sets of the cache.
-enum { GEMM_DEPTH = 384, GEMM_PITCH = GEMM_DEPTH + 16 };
-#define GEMM_STRIP(name) float name[GEMM_MR * GEMM_PITCH] __attribute__((aligned(64)))
+// GEMM_ROWS: GEMM_MR as the tails count it, in fours.
+enum { GEMM_DEPTH = 384, GEMM_PITCH = GEMM_DEPTH + 16, GEMM_ROWS = (GEMM_MR + 3) / 4 * 4 };
+#define GEMM_STRIP(name) float name[GEMM_ROWS * GEMM_PITCH] __attribute__((aligned(64)))
 
 // A call with constant distances must become code with constant addresses.
 #define ALWAYS_INLINE inline __attribute__((always_inline))
@@ -442,7 +443,7 @@ ALWAYS_INLINE void gemm_strip(const float *strip, int row, int step, const GLOBA
                        GLOBAL void *c, GLOBAL float *sums, size_t at, int n, int rows, int first,
                        int last, const GLOBAL float *bias, int k, int flags)
 {
-    vec tile[GEMM_MR * 2];
+    vec tile[GEMM_ROWS * 2];
     for (int p = first; p < last; p++) {
         int col = p * GEMM_NR;
         // the old values of the next tile of C: from far away, they take as long as many steps of k

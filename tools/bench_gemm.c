@@ -270,7 +270,7 @@ static void report(const struct bench *b, const double median[WAYS], json_t *row
     json_t *object = json_pack("{s:s, s:s, s:i, s:i, s:i}", "bench", "gemm", "name", r->name, "m",
                                b->gemm.m, "n", b->gemm.n, "k", b->gemm.k);
     fprintf(table, "%-20s %6d %6d %6d", r->name, b->gemm.m, b->gemm.n, b->gemm.k);
-    for (int w = 0; w < WAYS; w++) {
+    for (enum way w = OWN; w < WAYS; w++) {
         figure[w] = median[w] > 0 ? 1e-9 * flop / median[w] : 0;
         print_figure(table, figure[w], "%9.1f");
         json_object_set_new(object, way_names[w],
