@@ -339,7 +339,28 @@ static int test_experts(void)
     return failures ? FAILED : PASSED;
 }
 
+// Every form once on a handful of elements: what a simulator of devices can run in a minute.
+static int test_tiny(void)
+{
+    static const struct product tiny[] = {
+        {.m = 5, .n = 7, .k = 3, .trans_b = true, .bias = 1},
+        {.m = 13, .n = 33, .k = 5, .accumulate = true},
+        {.m = 7, .n = 5, .k = 9, .trans_a = true, .accumulate = true},
+        {GEMM_RAGGED_M, .n = 5, .k = 3, .trans_b = true, .groups = 3, .counts = {2, 0, 1},
+         .spare = 1},
+        {GEMM_RAGGED_M, .n = 5, .k = 3, .groups = 3, .counts = {0, 3, 1}},
+        {GEMM_RAGGED_K, .m = 3, .n = 5, .trans_a = true, .groups = 3, .counts = {2, 0, 1},
+         .spare = 1},
+    };
+    int failures = 0;
+    for (int f = 0; f < 4; f++)
+        for (size_t i = 0; i < sizeof tiny / sizeof *tiny; i++)
+            failures += try_product(op_flags[f], &tiny[i]) != PASSED;
+    return failures ? FAILED : PASSED;
+}
+
 const struct test gemm_tests[] = {
+    {"tiny", test_tiny},
     {"nt", test_nt},
     {"nn", test_nn},
     {"tn", test_tn},
