@@ -351,6 +351,7 @@ ALWAYS_INLINE void gemm_multiply(vec *tile, const float *a, int row, int step, c
 #pragma unroll
     for (int i = 0; i < GEMM_MR; i++)
         acc[i][0] = acc[i][1] = 0.0f;
+    const GLOBAL float *ahead = b + 16 * (size_t)b_step;
     for (int s = 0; s < k; s++) {
         vec b0 = VLOAD(b), b1 = VLOAD(b + GEMM_VW);
 #pragma unroll
@@ -360,6 +361,9 @@ ALWAYS_INLINE void gemm_multiply(vec *tile, const float *a, int row, int step, c
             acc[i][1] = fma(v, b1, acc[i][1]);
         }
         a += step;
+        GEMM_PREFETCH(ahead);
+        GEMM_PREFETCH(ahead + GEMM_VW);
+        ahead += b_step;
         b += b_step;
     }
 #pragma unroll
