@@ -98,7 +98,7 @@ size_t opencl_gemm_cpu_space(struct opencl_device *dev, const struct gemm *g)
 
 static int pack_b(struct stream *s, const struct gemm *g, const struct cut *c)
 {
-    enum { ROWS = 64, WIDE = 8 };
+    enum { ROWS = 256, WIDE = 1 }; // long runs of k: each line of B is read once, in order
     return GEMM_LAUNCH(s, KERNEL_gemm_pack_cpu, gemm_cover(g->k, ROWS), gemm_cover(c->panels, WIDE),
                        c->copies, {.b = g->space}, {.b = g->b}, {.i = g->trans_b}, {.i = g->n},
                        {.i = g->k}, {.i = ROWS}, {.i = WIDE}, {.i = gemm_flags(g)});
