@@ -6,8 +6,7 @@
 
 #include "devices/tune.h"
 
-// ---- the GPU form
-// --------------------------------------------------------------------------------------
+// ---- the GPU form -------------------------------------------------------------------------------
 
 enum { TILE_M = 128, TILE_N = 64 }; // GEMM_TM, GEMM_TN in kernels_gemm.cl
 
@@ -24,8 +23,7 @@ static int gemm_gpu(struct stream *s, const struct gemm *g)
                        {.i = g->m}, {.i = g->n}, {.i = g->k}, {.i = gemm_flags(g)});
 }
 
-// ---- the verbs
-// -----------------------------------------------------------------------------------------
+// ---- the verbs ----------------------------------------------------------------------------------
 
 static void check(const struct gemm *g)
 {
@@ -56,8 +54,7 @@ size_t opencl_gemm_space(struct device *base, const struct gemm *g)
     return own > clblast ? own : clblast;
 }
 
-// ---- own kernels or CLBlast?
-// ---------------------------------------------------------------------------
+// ---- own kernels or CLBlast? --------------------------------------------------------------------
 
 enum { OWN, CLBLAST, WAYS };
 

@@ -17,8 +17,7 @@ struct atomic_file {
     char *path, *temporary, *directory;
 };
 
-// ---- names
-// ------------------------------------------------------------------------------------------
+// ---- names --------------------------------------------------------------------------------------
 
 static const char *base_name(const char *path)
 {
@@ -42,8 +41,7 @@ static int is_temporary(const char *entry, const char *base)
     return *digits && strspn(digits, "0123456789") == strlen(digits);
 }
 
-// ---- leftovers
-// --------------------------------------------------------------------------------------
+// ---- leftovers ----------------------------------------------------------------------------------
 
 static void remove_if_dead(int directory, const char *name)
 {
@@ -67,8 +65,7 @@ static void remove_leftovers(const struct atomic_file *f)
     closedir(d);
 }
 
-// ---- the file
-// -----------------------------------------------------------------------------------------
+// ---- the file -----------------------------------------------------------------------------------
 
 static void release(struct atomic_file *f)
 {

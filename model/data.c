@@ -9,8 +9,7 @@
 #include "model/data_kinds.h"
 #include "runtime/rng.h"
 
-// ---- open, close
-// --------------------------------------------------------------------------------------
+// ---- open, close --------------------------------------------------------------------------------
 
 static int open_either(struct dataset *d, enum data_split split)
 {
@@ -78,8 +77,7 @@ void data_close(struct dataset *d)
     free(d);
 }
 
-// ---- images
-// -----------------------------------------------------------------------------------------
+// ---- images -------------------------------------------------------------------------------------
 
 int data_label(const struct dataset *d, int64_t i)
 {
@@ -96,8 +94,7 @@ int data_image(const struct dataset *d, int64_t i, bool flip, float *out)
     return 0;
 }
 
-// ---- order
-// --------------------------------------------------------------------------------------------
+// ---- order --------------------------------------------------------------------------------------
 
 // A balanced Feistel network with Philox as its round function permutes [0, 4^half), the smallest
 // such range that holds `count`; walking its cycles until the value is below `count` permutes [0,

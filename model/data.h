@@ -42,15 +42,13 @@ int data_label(const struct dataset *d, int64_t i);
 // time.
 int data_image(const struct dataset *d, int64_t i, bool flip, float *out);
 
-// ---- order
-// --------------------------------------------------------------------------------------------
+// ---- order --------------------------------------------------------------------------------------
 
 // The dataset index of position `p` of the endless stream of epochs: each epoch is a permutation of
 // [0, count), a pure function of (seed, epoch).
 int64_t data_order(int64_t count, uint64_t seed, uint64_t position);
 
-// ---- loader
-// -------------------------------------------------------------------------------------------
+// ---- loader -------------------------------------------------------------------------------------
 
 // Background threads fill batches ahead of training. Sample number p of the run (p counts from 0
 // over all epochs, nothing is dropped) is image data_order(count, seed, p), flipped by (seed, p):

@@ -12,8 +12,7 @@
 
 #include "model/image.h"
 
-// ---- names in a directory
-// -------------------------------------------------------------------------------
+// ---- names in a directory -----------------------------------------------------------------------
 
 struct names {
     char **list;
@@ -80,8 +79,7 @@ static int list_names(const char *directory,
     return code;
 }
 
-// ---- the dataset
-// --------------------------------------------------------------------------------------
+// ---- the dataset --------------------------------------------------------------------------------
 
 static int no_classes(const struct dataset *d)
 {

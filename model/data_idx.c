@@ -27,8 +27,7 @@ int idx_present(const char *directory)
     return found;
 }
 
-// ---- a file's bytes, inflated where they are gzipped
-// ----------------------------------------------------
+// ---- a file's bytes, inflated where they are gzipped --------------------------------------------
 
 struct source {
     char path[4096];
@@ -155,8 +154,7 @@ static int source_end(struct source *s)
     return 0;
 }
 
-// ---- IDX
-// --------------------------------------------------------------------------------------------
+// ---- IDX ----------------------------------------------------------------------------------------
 
 static uint32_t big_endian(const uint8_t *b)
 {
@@ -238,8 +236,7 @@ static int read_part(struct dataset *d, enum data_split split, const char *what,
     return code;
 }
 
-// ---- names
-// ------------------------------------------------------------------------------------------
+// ---- names --------------------------------------------------------------------------------------
 
 static const char *const garments[CLASSES] = {"T-shirt/top", "Trouser",   "Pullover", "Dress",
                                               "Coat",        "Sandal",    "Shirt",    "Sneaker",
@@ -273,8 +270,7 @@ static int set_names(struct dataset *d)
     return 0;
 }
 
-// ---- the dataset
-// --------------------------------------------------------------------------------------
+// ---- the dataset --------------------------------------------------------------------------------
 
 int idx_open(struct dataset *d, enum data_split split)
 {

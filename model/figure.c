@@ -10,8 +10,7 @@
 
 static const char *const FONT = "sans-serif";
 
-// ---- canvas
-// -----------------------------------------------------------------------------------------
+// ---- canvas -------------------------------------------------------------------------------------
 
 struct canvas {
     cairo_surface_t *surface;
@@ -90,8 +89,7 @@ static void draw_text(cairo_t *c, double x, double y, double align, const char *
     cairo_new_path(c);
 }
 
-// ---- grid
-// -------------------------------------------------------------------------------------------
+// ---- grid ---------------------------------------------------------------------------------------
 
 // Everything in pixels of the figure.
 struct grid_layout {
@@ -214,8 +212,7 @@ int figure_write_grid(const char *path, const struct figure_grid *grid,
     return code;
 }
 
-// ---- chart: scales
-// ----------------------------------------------------------------------------------
+// ---- chart: scales ------------------------------------------------------------------------------
 
 struct axis {
     double low, high, step; // values; step between ticks
@@ -265,8 +262,7 @@ static void format_tick(char *text, size_t size, double value, double step)
         snprintf(text, size, "%.*f", digits, value);
 }
 
-// ---- chart: curves
-// ----------------------------------------------------------------------------------
+// ---- chart: curves ------------------------------------------------------------------------------
 
 static const double colours[6][3] = {{0.12, 0.38, 0.65}, {0.80, 0.36, 0.10}, {0.16, 0.53, 0.31},
                                      {0.55, 0.27, 0.60}, {0.62, 0.16, 0.19}, {0.30, 0.30, 0.30}};
@@ -338,8 +334,7 @@ static int draw_curve(cairo_t *c, const struct figure_curve *curve, int number,
     return 0;
 }
 
-// ---- chart: ranges
-// ------------------------------------------------------------------------------------
+// ---- chart: ranges ------------------------------------------------------------------------------
 
 static int by_value(const void *a, const void *b)
 {
@@ -390,8 +385,7 @@ static int set_axes(const struct figure_chart *chart, struct axis axes[2])
     return 0;
 }
 
-// ---- chart: frame
-// -----------------------------------------------------------------------------------
+// ---- chart: frame -------------------------------------------------------------------------------
 
 enum { FONT_TICK = 15, FONT_LABEL = 17, FONT_TITLE = 22 };
 

@@ -46,8 +46,7 @@ static int image_copy(const struct image *in, struct image *out)
     return 0;
 }
 
-// ---- resampling
-// -------------------------------------------------------------------------------------
+// ---- resampling ---------------------------------------------------------------------------------
 
 static double box(double x)
 {
@@ -199,8 +198,7 @@ int image_resize(const struct image *in, int width, int height, enum image_filte
     return code;
 }
 
-// ---- cropping
-// ---------------------------------------------------------------------------------------
+// ---- cropping -----------------------------------------------------------------------------------
 
 static int crop(const struct image *in, int x0, int y0, int width, int height, struct image *out)
 {
@@ -247,8 +245,7 @@ out:
     return code;
 }
 
-// ---- floats
-// -----------------------------------------------------------------------------------------
+// ---- floats -------------------------------------------------------------------------------------
 
 void image_to_floats(const struct image *in, float *out)
 {

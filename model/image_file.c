@@ -22,8 +22,7 @@
 
 static const size_t FILE_MAX = (size_t)1 << 30; // bytes
 
-// ---- channels
-// ---------------------------------------------------------------------------------------
+// ---- channels -----------------------------------------------------------------------------------
 
 // ITU-R 601-2 luma in 16 fractional bits.
 static uint8_t luma(const uint8_t *rgb)
@@ -49,8 +48,7 @@ static int set_channels(struct image *image, int channels)
     return 0;
 }
 
-// ---- PNG, reading
-// -----------------------------------------------------------------------------------
+// ---- PNG, reading -------------------------------------------------------------------------------
 
 struct png_reader {
     png_structp png;
@@ -166,8 +164,7 @@ static int png_decode(struct png_reader *r, struct image *out)
     return code;
 }
 
-// ---- JPEG, reading
-// ----------------------------------------------------------------------------------
+// ---- JPEG, reading ------------------------------------------------------------------------------
 
 struct jpeg_reader {
     struct jpeg_decompress_struct jpeg;
@@ -267,8 +264,7 @@ static int jpeg_decode(struct jpeg_reader *r, const uint8_t *data, size_t bytes,
     return code;
 }
 
-// ---- either
-// -----------------------------------------------------------------------------------------
+// ---- either -------------------------------------------------------------------------------------
 
 int image_decode(const void *data, size_t bytes, const char *name, int channels, struct image *out)
 {
@@ -340,8 +336,7 @@ int image_read(const char *path, int channels, struct image *out)
     return code;
 }
 
-// ---- PNG, writing
-// -----------------------------------------------------------------------------------
+// ---- PNG, writing -------------------------------------------------------------------------------
 
 struct png_writer {
     png_structp png;
@@ -429,8 +424,7 @@ int image_write_png(const char *path, const struct image *image, const struct im
     return code;
 }
 
-// ---- PNG text
-// -----------------------------------------------------------------------------------------
+// ---- PNG text -----------------------------------------------------------------------------------
 
 int image_read_text(const char *path, const char *key, char **value)
 {

@@ -27,8 +27,7 @@ struct share {
     float *nearest;
 };
 
-// ---- distance
-// ---------------------------------------------------------------------------------------
+// ---- distance -----------------------------------------------------------------------------------
 
 static float block_distance(const float *restrict a, const float *restrict b, int64_t dim)
 {
@@ -56,8 +55,7 @@ static float squared_distance(const float *a, const float *b, int64_t dim, float
     return sum;
 }
 
-// ---- vote
-// -------------------------------------------------------------------------------------------
+// ---- vote ---------------------------------------------------------------------------------------
 
 // Inserts into the ascending list of the `count` nearest, dropping the last of `k`. Returns the
 // count.
@@ -112,8 +110,7 @@ static void *thread_main(void *argument)
     return NULL;
 }
 
-// ---- calls
-// ------------------------------------------------------------------------------------------
+// ---- calls --------------------------------------------------------------------------------------
 
 static int check(const struct knn *knn, const float *queries, int64_t count)
 {

@@ -46,8 +46,7 @@ struct loader {
     int thread_count;
 };
 
-// ---- threads
-// ----------------------------------------------------------------------------------------
+// ---- threads ------------------------------------------------------------------------------------
 
 // Sample number `offset` from the loader's start.
 static int make_sample(struct loader *l, struct slot *slot, uint64_t offset)
@@ -111,8 +110,7 @@ static void *thread_main(void *argument)
     return NULL;
 }
 
-// ---- start, stop
-// ------------------------------------------------------------------------------------
+// ---- start, stop --------------------------------------------------------------------------------
 
 static int choose_threads(int wanted)
 {
@@ -199,8 +197,7 @@ void loader_stop(struct loader *l)
     free(l);
 }
 
-// ---- batches
-// ----------------------------------------------------------------------------------------
+// ---- batches ------------------------------------------------------------------------------------
 
 static double now(void)
 {

@@ -298,8 +298,9 @@ void param_init(const struct params *all, const struct param *p, uint64_t seed, 
             host[i] = p->init == INIT_ONE;
         return;
     case INIT_NORMAL:
+        rng_normal_fill(seed, stream, 0, host, (size_t)n);
         for (int64_t i = 0; i < n; i++)
-            host[i] = 0.02f * rng_normal(seed, stream, (uint64_t)i);
+            host[i] *= 0.02f;
         return;
     case INIT_XAVIER:
         bound = sqrtf(6.0f / (float)(rows + columns));

@@ -25,8 +25,7 @@ struct safetensors {
     int count;
 };
 
-// ---- types
-// ------------------------------------------------------------------------------------------
+// ---- types --------------------------------------------------------------------------------------
 
 static const struct {
     const char *name;
@@ -47,8 +46,7 @@ const char *st_dtype_name(enum st_dtype dtype)
     return dtypes[dtype].name;
 }
 
-// ---- messages
-// ---------------------------------------------------------------------------------------
+// ---- messages -----------------------------------------------------------------------------------
 
 // Names come from the file: kept short and free of control characters, so that a message stays a
 // line.
@@ -76,8 +74,7 @@ static int bad_tensor(const struct safetensors *s, const char *name, const char 
     return fail(ERR_INPUT, "%s: tensor '%s': %s", s->path, shown(name).text, what);
 }
 
-// ---- the header
-// -------------------------------------------------------------------------------------
+// ---- the header ---------------------------------------------------------------------------------
 
 static int parse_dtype(const struct safetensors *s, const json_t *entry, struct st_tensor *t)
 {
@@ -246,8 +243,7 @@ static int parse_header(struct safetensors *s)
     return index_tensors(s);
 }
 
-// ---- open, close
-// --------------------------------------------------------------------------------------
+// ---- open, close --------------------------------------------------------------------------------
 
 static int map_file(struct safetensors *s, int fd)
 {
@@ -306,8 +302,7 @@ void safetensors_close(struct safetensors *s)
     free(s);
 }
 
-// ---- access
-// -----------------------------------------------------------------------------------------
+// ---- access -------------------------------------------------------------------------------------
 
 int safetensors_count(const struct safetensors *s)
 {
@@ -379,8 +374,7 @@ int safetensors_expect(const struct safetensors *s, const char *name, int dtype,
     return 0;
 }
 
-// ---- conversion
-// -------------------------------------------------------------------------------------
+// ---- conversion ---------------------------------------------------------------------------------
 
 static float float_of_bits(uint32_t bits)
 {

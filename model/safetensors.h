@@ -42,8 +42,7 @@ struct st_tensor {
     const void *data; // in the mapped file; may be unaligned: copy, do not cast
 };
 
-// ---- reading
-// ----------------------------------------------------------------------------------------
+// ---- reading ------------------------------------------------------------------------------------
 
 struct safetensors;
 
@@ -71,8 +70,7 @@ int safetensors_read_f32(const struct safetensors *s, const struct st_tensor *t,
 int safetensors_read_i64(const struct safetensors *s, const struct st_tensor *t, int64_t *dst,
                          int64_t first, int64_t count);
 
-// ---- writing
-// ----------------------------------------------------------------------------------------
+// ---- writing ------------------------------------------------------------------------------------
 
 struct safetensors_writer;
 

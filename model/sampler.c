@@ -82,8 +82,7 @@ static int start_batch(struct sampler *s, int first, int count, const int32_t *c
         if (noise)
             memcpy(z, noise + (size_t)i * image, image * sizeof *z);
         else
-            for (size_t k = 0; k < image; k++)
-                z[k] = rng_normal(s->options.seed, rng_stream(RNG_SAMPLE, (uint64_t)i), k);
+            rng_normal_fill(s->options.seed, rng_stream(RNG_SAMPLE, (uint64_t)i), 0, z, image);
     }
     TRY(tensor_write(&d->ctx, &d->labels, s->labels));
     return tensor_write(&d->ctx, &s->z, s->host);

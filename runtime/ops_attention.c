@@ -159,8 +159,7 @@ int op_attention_bwd(struct context *c, struct tensor *dqkv, struct tensor *delt
                              : attention_bwd_gpu(c, dqkv, delta, dout, o, lse, qkv, &s);
 }
 
-// ---- LayerNorm of q and k
-// ------------------------------------------------------------------------------------
+// ---- LayerNorm of q and k -----------------------------------------------------------------------
 
 // Checks the shapes; returns the head size.
 static int64_t qk_head(const struct context *c, const struct tensor *qkv,

@@ -31,8 +31,7 @@ static struct gemm product(const struct tensor *out, const struct tensor *a, con
                          .type_c = out->dtype};
 }
 
-// ---- linear layers
-// -------------------------------------------------------------------------------------
+// ---- linear layers ------------------------------------------------------------------------------
 
 int op_linear(struct context *c, struct tensor *y, const struct tensor *x, const struct tensor *w,
               const struct tensor *bias)
@@ -90,8 +89,7 @@ int op_linear_dw(struct context *c, struct tensor *dw, struct tensor *dbias,
     return dbias ? add_column_sums(c, dbias, dy) : 0;
 }
 
-// ---- experts
-// -------------------------------------------------------------------------------------------
+// ---- experts ------------------------------------------------------------------------------------
 
 static int expert_count(const struct tensor *w, const struct tensor *offsets)
 {

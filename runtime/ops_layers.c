@@ -1,8 +1,7 @@
 // Embedding, elementwise operations, LayerNorm with modulation, gated residual, q/k LayerNorm.
 #include "runtime/ops_internal.h"
 
-// ---- embedding
-// -----------------------------------------------------------------------------------------
+// ---- embedding ----------------------------------------------------------------------------------
 
 // Checks rows[N*T, C*p*p] against image[N,C,H,W]; returns the number of runs of p pixels.
 static int64_t patch_runs(const struct tensor *rows, const struct tensor *image, int patch)
@@ -62,8 +61,7 @@ int op_embed_bwd(struct context *c, struct tensor *dtable, const struct tensor *
                   INT(width), INT(images));
 }
 
-// ---- elementwise
-// ---------------------------------------------------------------------------------------
+// ---- elementwise --------------------------------------------------------------------------------
 
 // Elements an item of a CPU form takes: a multiple of 16, so that vectors have no tail inside.
 static int64_t element_chunk(const struct context *c, int64_t count)
@@ -140,8 +138,7 @@ int op_add_pos(struct context *c, struct tensor *x, const struct tensor *pos)
     return add_repeated(c, x, pos);
 }
 
-// ---- LayerNorm, adaLN, gated residual
-// --------------------------------------------------------------------
+// ---- LayerNorm, adaLN, gated residual -----------------------------------------------------------
 
 // Checks x[M,D] against mod[N,W] with D columns from `column`; returns T, rows an image.
 static int64_t mod_tokens(const struct context *c, const struct tensor *x, const struct tensor *mod,

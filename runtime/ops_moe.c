@@ -38,8 +38,7 @@ static bool is_f32(const struct tensor *t)
     return t->dtype == F32;
 }
 
-// ---- SwiGLU
-// -----------------------------------------------------------------------------------------
+// ---- SwiGLU -------------------------------------------------------------------------------------
 
 int op_swiglu_fwd(struct context *c, struct tensor *h, const struct tensor *gu)
 {
@@ -68,8 +67,7 @@ int op_swiglu_bwd(struct context *c, struct tensor *dgu, const struct tensor *dh
                   BUF(gu), UINT(R), UINT(F));
 }
 
-// ---- router
-// -----------------------------------------------------------------------------------------
+// ---- router -------------------------------------------------------------------------------------
 
 int op_router_fwd(struct context *c, struct tensor *probs, struct tensor *weight,
                   struct tensor *index, const struct tensor *logits, bool renormalise)
@@ -116,8 +114,7 @@ int op_router_bwd(struct context *c, struct tensor *dlogits, const struct tensor
                   UINT(rows), INT(renormalise));
 }
 
-// ---- routing
-// ----------------------------------------------------------------------------------------
+// ---- routing ------------------------------------------------------------------------------------
 
 // Pairs a chunk: a GPU's work-group goes through whole tiles of 256, in at most 256 groups, so that
 // the scan over chunks stays short.
@@ -146,8 +143,7 @@ int op_route(struct context *c, struct tensor *offsets, struct tensor *slot, str
                   BUF(offsets), BUF(count), UINT(R), UINT(K), UINT(E), UINT(chunk));
 }
 
-// ---- dispatch and combine
-// -----------------------------------------------------------------------------
+// ---- dispatch and combine -----------------------------------------------------------------------
 
 int op_dispatch_fwd(struct context *c, struct tensor *rows, const struct tensor *x,
                     const struct tensor *token)
@@ -219,8 +215,7 @@ int op_combine_bwd(struct context *c, struct tensor *drows, struct tensor *dweig
                   BUF(slot), BUF(weight), UINT(R), UINT(K), UINT(D));
 }
 
-// ---- balance
-// ----------------------------------------------------------------------------------------
+// ---- balance ------------------------------------------------------------------------------------
 
 int op_balance(struct context *c, struct tensor *fraction, struct tensor *mean_prob,
                const struct tensor *index, const struct tensor *probs)

@@ -32,8 +32,7 @@ static bool is_f32_vector(const struct tensor *t, int64_t count)
     return t->dtype == F32 && tensor_count(t) == count;
 }
 
-// ---- rectified flow
-// ---------------------------------------------------------------------------------
+// ---- rectified flow -----------------------------------------------------------------------------
 
 int op_flow_mix(struct context *c, struct tensor *xt, const struct tensor *x,
                 const struct tensor *noise, const struct tensor *t)
@@ -87,8 +86,7 @@ int op_normal(struct context *c, struct tensor *out, uint64_t seed, uint64_t str
                   HALVES(count), HALVES(seed), HALVES(stream));
 }
 
-// ---- optimiser
-// --------------------------------------------------------------------------------------
+// ---- optimiser ----------------------------------------------------------------------------------
 
 int op_norm2(struct context *c, struct tensor *control, const struct tensor *g, bool accumulate)
 {

@@ -77,8 +77,7 @@ static int reserve(void *array, int count, int *capacity, size_t size)
     return 0;
 }
 
-// ---- declaring
-// --------------------------------------------------------------------------------------
+// ---- declaring ----------------------------------------------------------------------------------
 
 int plan_new(struct device *dev, struct plan **out)
 {
@@ -121,8 +120,7 @@ int plan_tensor(struct plan *p, const char *name, enum plan_class class, enum dt
     return 0;
 }
 
-// ---- laying out
-// -------------------------------------------------------------------------------------
+// ---- laying out ---------------------------------------------------------------------------------
 
 static size_t slab_bytes(const struct slabs *s, int i)
 {
@@ -314,8 +312,7 @@ out:
     return code;
 }
 
-// ---- committing
-// -------------------------------------------------------------------------------------
+// ---- committing ---------------------------------------------------------------------------------
 
 static int make_view(struct plan *p, struct mem *parent, size_t offset, struct tensor *t)
 {
@@ -406,8 +403,7 @@ void plan_free(struct plan *p)
     free(p);
 }
 
-// ---- looking
-// ----------------------------------------------------------------------------------------
+// ---- looking ------------------------------------------------------------------------------------
 
 uint64_t plan_class_bytes(const struct plan *p, enum plan_class class)
 {

@@ -38,8 +38,7 @@ float rng_uniform(uint64_t seed, uint64_t stream, uint64_t index)
     return ((float)(rng_u32(seed, stream, index) >> 9) + 0.5f) * 0x1p-23f;
 }
 
-// ---- normal numbers
-// -----------------------------------------------------------------------------------
+// ---- normal numbers -----------------------------------------------------------------------------
 
 static uint32_t bits_of(float f)
 {

@@ -16,8 +16,7 @@ static void row_stats(const double *x, int n, double *mean, double *rstd)
     *rstd = 1 / sqrt(squares / n + 1e-6);
 }
 
-// ---- LayerNorm of q and k
-// ----------------------------------------------------------------------------------
+// ---- LayerNorm of q and k -----------------------------------------------------------------------
 
 struct heads {
     int images, tokens, heads, hd;
@@ -115,8 +114,7 @@ static int test_qk_norm(void)
     return OP_FOR_ALL(qk_norm_case, shapes);
 }
 
-// ---- attention
-// -----------------------------------------------------------------------------------------------
+// ---- attention ----------------------------------------------------------------------------------
 
 static double qkv_at(const struct heads *p, const double *qkv, int n, int t, int part, int h, int d)
 {
@@ -311,8 +309,7 @@ static int test_repeat(void)
     return OP_FOR_ALL(repeat_case, shapes);
 }
 
-// ---- the references' own backward
-// ----------------------------------------------------------------------------
+// ---- the references' own backward ---------------------------------------------------------------
 
 static double weights[4096], analytic[4096], point[4096];
 

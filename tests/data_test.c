@@ -15,8 +15,7 @@
 
 static const char *const fashion = "/usr/share/datasets/fashion-mnist";
 
-// ---- helpers
-// ----------------------------------------------------------------------------------------
+// ---- helpers ------------------------------------------------------------------------------------
 
 static const char *in_directory(const char *name)
 {
@@ -92,8 +91,7 @@ static const char *put_idx(const char *name, const struct idx *idx)
     return path;
 }
 
-// ---- IDX
-// --------------------------------------------------------------------------------------------
+// ---- IDX ----------------------------------------------------------------------------------------
 
 static int test_idx(void)
 {
@@ -233,8 +231,7 @@ static int test_fashion_mnist(void)
     return PASSED;
 }
 
-// ---- folders
-// ----------------------------------------------------------------------------------------
+// ---- folders ------------------------------------------------------------------------------------
 
 // An image whose red is `value`, left half brighter by 100.
 static void put_image(const char *path, int width, int height, int value)
@@ -310,8 +307,7 @@ static int test_folder_errors(void)
     return PASSED;
 }
 
-// ---- order and loader
-// ---------------------------------------------------------------------------------
+// ---- order and loader ---------------------------------------------------------------------------
 
 static int test_order(void)
 {
@@ -425,8 +421,7 @@ static int test_loader(void)
     return PASSED;
 }
 
-// ---- nearest neighbours
-// -------------------------------------------------------------------------------
+// ---- nearest neighbours -------------------------------------------------------------------------
 
 static int test_knn_small(void)
 {
@@ -497,8 +492,7 @@ static int test_knn_fashion(void)
     return PASSED;
 }
 
-// ---- the suite
-// ----------------------------------------------------------------------------------------
+// ---- the suite ----------------------------------------------------------------------------------
 
 const struct test data_tests[] = {
     {"idx", test_idx},

@@ -13,8 +13,7 @@
 #include "model/atomic_file.h"
 #include "model/safetensors.h"
 
-// ---- helpers
-// ----------------------------------------------------------------------------------------
+// ---- helpers ------------------------------------------------------------------------------------
 
 static const char *in_directory(const char *name)
 {
@@ -77,8 +76,7 @@ static const char *craft(const char *header, size_t bytes)
     return path;
 }
 
-// ---- safetensors
-// ------------------------------------------------------------------------------------
+// ---- safetensors --------------------------------------------------------------------------------
 
 static const float weights[6] = {1.0f, -2.5f, 3e-20f, 4e20f, 0.0f, -0.0f};
 static const int64_t numbers[3] = {-1, 5000000000, 7};
@@ -301,8 +299,7 @@ static int test_safetensors_misuse(void)
     return PASSED;
 }
 
-// ---- replacement
-// ------------------------------------------------------------------------------------
+// ---- replacement --------------------------------------------------------------------------------
 
 static float first_weight(const char *path)
 {
@@ -394,8 +391,7 @@ static int test_killed_writer(void)
     return PASSED;
 }
 
-// ---- the suite
-// ----------------------------------------------------------------------------------------
+// ---- the suite ----------------------------------------------------------------------------------
 
 const struct test files_tests[] = {
     {"safetensors_round_trip", test_safetensors_round_trip},

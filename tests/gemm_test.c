@@ -231,8 +231,7 @@ static int test_ragged_tn(void)
     return try_raggeds(GEMM_RAGGED_K, false);
 }
 
-// ---- operations
-// ----------------------------------------------------------------------------------------
+// ---- operations ---------------------------------------------------------------------------------
 
 // A linear layer and its backward: y, dx, dw, dbias.
 static int try_linear(unsigned flags, int m, int n, int k)

@@ -14,8 +14,7 @@
 #include "model/figure.h"
 #include "model/image.h"
 
-// ---- helpers
-// ----------------------------------------------------------------------------------------
+// ---- helpers ------------------------------------------------------------------------------------
 
 static const char *in_directory(const char *name)
 {
@@ -48,8 +47,7 @@ static bool says(const char *path, const char *what)
     return strstr(m, path) == m && strstr(m, what) && !strchr(m, '\n');
 }
 
-// ---- resampling
-// -------------------------------------------------------------------------------------
+// ---- resampling ---------------------------------------------------------------------------------
 
 static void pattern(int width, int height, int channels, struct image *out)
 {
@@ -127,8 +125,7 @@ static int test_floats(void)
     return PASSED;
 }
 
-// ---- PNG
-// --------------------------------------------------------------------------------------------
+// ---- PNG ----------------------------------------------------------------------------------------
 
 // Writes an 8 x 5 PNG of any kind: sample k of pixel (x, y) is v(x,y,k) = 20x + 37y + 60k modulo
 // 2^depth, 16-bit samples have v in both bytes.
@@ -309,8 +306,7 @@ static int test_png_full_disk(void)
     return PASSED;
 }
 
-// ---- JPEG
-// -------------------------------------------------------------------------------------------
+// ---- JPEG ---------------------------------------------------------------------------------------
 
 // A smooth image of 40 x 24 in `space`: sample k rises with x (even k) or y (odd k).
 static int smooth(int x, int y, int k)
@@ -405,8 +401,7 @@ static int test_bad_jpeg(void)
     return PASSED;
 }
 
-// ---- figures
-// ----------------------------------------------------------------------------------------
+// ---- figures ------------------------------------------------------------------------------------
 
 static int test_grid(void)
 {
@@ -476,8 +471,7 @@ static int test_chart(void)
     return PASSED;
 }
 
-// ---- the suite
-// ----------------------------------------------------------------------------------------
+// ---- the suite ----------------------------------------------------------------------------------
 
 const struct test images_tests[] = {
     {"center_crop", test_center_crop},

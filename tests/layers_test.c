@@ -12,8 +12,7 @@ static double sigmoid(double x)
     return 1 / (1 + exp(-x));
 }
 
-// ---- embedding
-// ---------------------------------------------------------------------------------------
+// ---- embedding ----------------------------------------------------------------------------------
 
 // out[n*T + t, column] for each pixel, column order c,p,q or p,q,c
 static void patch_reference(double *rows, double *image, const int *s, bool pqc, bool back)
@@ -135,8 +134,7 @@ static int test_embed(void)
     return OP_FOR_ALL(embed_case, shapes);
 }
 
-// ---- elementwise
-// -------------------------------------------------------------------------------------
+// ---- elementwise --------------------------------------------------------------------------------
 
 static double gelu(double x)
 {
@@ -257,8 +255,7 @@ static int test_not_finite(void)
     return OP_FOR_ALL(nan_case, shapes);
 }
 
-// ---- LayerNorm with modulation, gated residual
-// ---------------------------------------------------------
+// ---- LayerNorm with modulation, gated residual --------------------------------------------------
 
 struct norm {
     int images, tokens, width, mod_width, shift, scale;
@@ -409,8 +406,7 @@ static int test_gate_residual(void)
     return OP_FOR_ALL(gate_case, row_shapes);
 }
 
-// ---- the references' own backward
-// ----------------------------------------------------------------------------
+// ---- the references' own backward ---------------------------------------------------------------
 
 static double weights[4096], analytic[4096], point[4096];
 

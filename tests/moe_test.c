@@ -24,8 +24,7 @@ static const struct shape shapes[] = {
 #define FOR_SHAPES(s) \
     for (const struct shape *s = shapes; s < shapes + sizeof shapes / sizeof *shapes; s++)
 
-// ---- inputs
-// -------------------------------------------------------------------------------------------
+// ---- inputs -------------------------------------------------------------------------------------
 
 static bool chosen_before(const double *index, int count, double e)
 {
@@ -75,8 +74,7 @@ static struct route ref_route(struct op_run *r, const struct shape *s, const dou
     return to;
 }
 
-// ---- SwiGLU
-// -----------------------------------------------------------------------------------------
+// ---- SwiGLU -------------------------------------------------------------------------------------
 
 struct swiglu {
     int R, F;
@@ -150,8 +148,7 @@ static int swiglu_reference(void)
     return op_end(&r);
 }
 
-// ---- router
-// -----------------------------------------------------------------------------------------
+// ---- router -------------------------------------------------------------------------------------
 
 static void ref_softmax(double *p, const double *x, int E)
 {
@@ -400,8 +397,7 @@ static int router_reference(void)
     return op_end(&r);
 }
 
-// ---- routing
-// ----------------------------------------------------------------------------------------
+// ---- routing ------------------------------------------------------------------------------------
 
 static int route_case(unsigned flags, const struct shape *s)
 {
@@ -434,8 +430,7 @@ static int route(void)
     return failed ? FAILED : PASSED;
 }
 
-// ---- dispatch and combine
-// -----------------------------------------------------------------------------
+// ---- dispatch and combine -----------------------------------------------------------------------
 
 static void ref_dispatch_bwd(double *dx, const double *drows, const double *slot,
                              const struct shape *s)
@@ -600,8 +595,7 @@ static int combine_reference(void)
     return op_end(&r);
 }
 
-// ---- balance
-// ----------------------------------------------------------------------------------------
+// ---- balance ------------------------------------------------------------------------------------
 
 static int balance_case(unsigned flags, const struct shape *s)
 {

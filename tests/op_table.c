@@ -21,8 +21,7 @@ struct op_doubles {
     double values[];
 };
 
-// ---- launches are counted by a backend that passes them on
-// ------------------------------------------
+// ---- launches are counted by a backend that passes them on --------------------------------------
 
 static struct backend counting;
 
@@ -42,8 +41,7 @@ static void count_launches(struct device *dev)
     }
 }
 
-// ---- begin and end
-// -----------------------------------------------------------------------------------
+// ---- begin and end ------------------------------------------------------------------------------
 
 int op_begin(struct op_run *r, unsigned flags, uint64_t seed)
 {
@@ -103,8 +101,7 @@ int op_for_all(op_case *body, const int shapes[][6], int count)
     return failed ? FAILED : PASSED;
 }
 
-// ---- random numbers and host memory
-// --------------------------------------------------------------------
+// ---- random numbers and host memory -------------------------------------------------------------
 
 double op_uniform(struct op_run *r, double low, double high)
 {
@@ -130,8 +127,7 @@ double *op_doubles(struct op_run *r, int64_t count)
     return d->values;
 }
 
-// ---- storage
-// ---------------------------------------------------------------------------------------------
+// ---- storage ------------------------------------------------------------------------------------
 
 static uint16_t to_bf16(double value)
 {
@@ -263,8 +259,7 @@ int op_ready(struct op_run *r)
     return 0;
 }
 
-// ---- judging
-// ---------------------------------------------------------------------------------------------
+// ---- judging ------------------------------------------------------------------------------------
 
 double op_tolerance(const struct op_run *r, double f32)
 {
@@ -355,8 +350,7 @@ void op_judge_exact(struct op_run *r, struct operand *o, const double *want, con
            o->v[where], want[where], guards ? ", GUARD BAND WRITTEN" : "");
 }
 
-// ---- finite differences
-// ------------------------------------------------------------------------------------
+// ---- finite differences -------------------------------------------------------------------------
 
 static double weighted(op_reference *f, const void *args, const double *x, const double *weight,
                        double *out, int outputs)

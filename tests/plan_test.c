@@ -5,8 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-// ---- a device without memory
-// ------------------------------------------------------------------------
+// ---- a device without memory --------------------------------------------------------------------
 
 struct mem {
     struct mem *parent; // NULL: an allocation
@@ -111,8 +110,7 @@ static int books_closed(void)
     return PASSED;
 }
 
-// ---- lifetimes
-// ----------------------------------------------------------------------------------------
+// ---- lifetimes ----------------------------------------------------------------------------------
 
 struct life {
     struct tensor t;
@@ -217,8 +215,7 @@ static int chain(void)
     return books_closed();
 }
 
-// ---- parameters
-// ---------------------------------------------------------------------------------------
+// ---- parameters ---------------------------------------------------------------------------------
 
 enum { PARAMETERS = 40 };
 static const enum plan_class alike[] = {PLAN_WEIGHTS, PLAN_GRADIENTS, PLAN_MOMENT1, PLAN_MOMENT2,
@@ -274,8 +271,7 @@ static int parameters(void)
     return books_closed();
 }
 
-// ---- views and counts
-// -----------------------------------------------------------------------------------
+// ---- views and counts ---------------------------------------------------------------------------
 
 static int views(void)
 {
@@ -302,8 +298,7 @@ static int views(void)
     return books_closed();
 }
 
-// ---- failures
-// ---------------------------------------------------------------------------------------------
+// ---- failures -----------------------------------------------------------------------------------
 
 static int too_large(void)
 {

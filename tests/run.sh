@@ -49,8 +49,8 @@ sanitized() { # host code under ASan and UBSan; PoCL's and LLVM's own leaks are 
 
 raced() { # oclgrind finds out-of-bounds accesses and races, but exits 0: its log decides
     local log=build/log/oclgrind-findings.log
-    oclgrind --data-races --uninitialized --max-errors 20 --log "$log" \
-        build/ditmoe_test --device opencl:0 small/ || return 1
+    oclgrind --data-races --max-errors 20 --log "$log" \
+        build/ditmoe_test --device opencl:0 model/smallest || return 1
     [ ! -s "$log" ] || { head -n 40 "$log"; return 1; }
 }
 

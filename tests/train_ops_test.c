@@ -18,8 +18,7 @@ static const struct images images[] = {{1, 1, 1, 1, 1},  {3, 1, 2, 5, 7},   {2, 
     for (const struct images *s = images; s < images + sizeof images / sizeof *images; s++)
 #define NAME(s) (s)->N, (s)->C, (s)->H, (s)->W
 
-// ---- rectified flow
-// ---------------------------------------------------------------------------------
+// ---- rectified flow -----------------------------------------------------------------------------
 
 static int flow_mix_case(unsigned flags, const struct images *s)
 {
@@ -164,8 +163,7 @@ static int flow_euler(void)
     return failed ? FAILED : PASSED;
 }
 
-// ---- random numbers
-// ---------------------------------------------------------------------------------
+// ---- random numbers -----------------------------------------------------------------------------
 
 // The published answers of Philox 4x32-10 (Random123's kat_vectors).
 static int philox(void)
@@ -294,8 +292,7 @@ static int normal_fill(void)
     return PASSED;
 }
 
-// ---- norm
-// ---------------------------------------------------------------------------------------------
+// ---- norm ---------------------------------------------------------------------------------------
 
 static int norm2_case(unsigned flags, int64_t count, double low, double high)
 {
@@ -329,8 +326,7 @@ static int norm2(void)
     return failed ? FAILED : PASSED;
 }
 
-// ---- AdamW
-// --------------------------------------------------------------------------------------------
+// ---- AdamW --------------------------------------------------------------------------------------
 
 // The state of one run in double: torch.optim.AdamW with torch.nn.utils.clip_grad_norm_ before it
 // and an EMA after it.

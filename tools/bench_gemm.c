@@ -33,8 +33,7 @@ struct bench {
     struct mem *offsets_mem;
 };
 
-// ---- OpenBLAS, found when the program runs
-// -----------------------------------------------------------
+// ---- OpenBLAS, found when the program runs ------------------------------------------------------
 
 // cblas_sgemm's signature and numbers, so that no header is needed to build.
 enum { ROW_MAJOR = 101, NO_TRANS = 111, TRANS = 112 };
@@ -106,8 +105,7 @@ static void run_openblas(const struct bench *b)
     }
 }
 
-// ---- operands
-// --------------------------------------------------------------------------------------------
+// ---- operands -----------------------------------------------------------------------------------
 
 static struct gemm product(const struct row *r)
 {
@@ -179,8 +177,7 @@ static void free_operands(struct bench *b)
     free(b->c);
 }
 
-// ---- timing
-// ----------------------------------------------------------------------------------------------
+// ---- timing -------------------------------------------------------------------------------------
 
 static double now(void)
 {
@@ -252,8 +249,7 @@ static int time_ways(struct bench *b, double median[WAYS])
     return 0;
 }
 
-// ---- the table
-// -------------------------------------------------------------------------------------------
+// ---- the table ----------------------------------------------------------------------------------
 
 static void print_figure(FILE *table, double value, const char *format)
 {

@@ -31,8 +31,7 @@ static double now(void)
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-// ---- tensors
-// -------------------------------------------------------------------------------------------
+// ---- tensors ------------------------------------------------------------------------------------
 
 static uint32_t noise(uint32_t i)
 {
@@ -77,8 +76,7 @@ static void free_tensors(struct bench *b)
     b->count = 0;
 }
 
-// ---- timing
-// --------------------------------------------------------------------------------------------
+// ---- timing -------------------------------------------------------------------------------------
 
 typedef int bench_op(struct bench *b, const struct shape *s);
 
@@ -143,8 +141,7 @@ static void report(struct bench *b, const char *op, const struct shape *s, doubl
     json_array_append_new(b->rows, row);
 }
 
-// ---- the operations
-// ------------------------------------------------------------------------------------
+// ---- the operations -----------------------------------------------------------------------------
 //
 // Tensors of a shape: 0..3 activations [M,D]; 4, 5 mod and dmod [N,6D]; 6, 7 qkv and dqkv [M,3D];
 // 8 stats; 9, 10 lse and delta; 11 q/k parameters and their gradients [8, hd] one after the other.

@@ -22,8 +22,7 @@ struct subject {
     int count, skip; // times measured; rounds still to warm up
 };
 
-// ---- random weights and inputs
-// -----------------------------------------------------------------------
+// ---- random weights and inputs ------------------------------------------------------------------
 
 // xorshift64*, uniform in (-1,1): there may be hundreds of millions to draw.
 static float draw(uint64_t *state)
@@ -101,8 +100,7 @@ static int subject_open(struct device *dev, struct stream *stream, struct subjec
     return randomise(subject_dit(s));
 }
 
-// ---- measuring
-// -------------------------------------------------------------------------------------
+// ---- measuring ----------------------------------------------------------------------------------
 
 static void note_time(struct subject *s)
 {
@@ -151,8 +149,7 @@ static double median(struct subject *s)
     return s->count ? s->times[s->count / 2] : NAN;
 }
 
-// ---- the peer
-// --------------------------------------------------------------------------------------
+// ---- the peer -----------------------------------------------------------------------------------
 
 // Runs the peer once; it prints one line of JSON with "ms". NULL, with the reason set, if it does
 // not.
@@ -213,8 +210,7 @@ static int measure_beside_peer(struct subject *s, const struct step_settings *o,
     return 0;
 }
 
-// ---- rows
-// ------------------------------------------------------------------------------------------
+// ---- rows ---------------------------------------------------------------------------------------
 
 static void print_row(FILE *table, const json_t *row, const json_t *peers)
 {

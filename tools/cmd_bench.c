@@ -44,8 +44,7 @@ static const struct option_spec step_options[] = {
 };
 #undef AT
 
-// ---- comparison with an earlier run
-// --------------------------------------------------------------
+// ---- comparison with an earlier run -------------------------------------------------------------
 
 // What is larger when faster, under the names that the parts use.
 static double speed_of(const json_t *row)
@@ -103,8 +102,7 @@ static int compare_rows(const char *path, const json_t *rows, FILE *table)
     return 0;
 }
 
-// ---- the command
-// -----------------------------------------------------------------------------------
+// ---- the command --------------------------------------------------------------------------------
 
 static int run_part(const struct bench_settings *o, const char *part, const struct config *c,
                     json_t *rows, FILE *table)

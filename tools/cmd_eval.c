@@ -65,8 +65,7 @@ static int judged_new(struct judged *j, int count, int channels, int size)
     return fail(ERR_NOMEM, "out of memory for %d images", count);
 }
 
-// ---- where images come from
-// ------------------------------------------------------------------------
+// ---- where images come from ---------------------------------------------------------------------
 
 static int read_samples(const struct safetensors *file, struct judged *out)
 {
@@ -144,8 +143,7 @@ static int get_real(const struct eval_settings *o, const struct judged *like, st
     return code;
 }
 
-// ---- the verdict
-// -----------------------------------------------------------------------------------
+// ---- the verdict --------------------------------------------------------------------------------
 
 struct tally {
     int count, passed;

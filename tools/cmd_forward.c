@@ -55,8 +55,7 @@ static void inputs_free(struct inputs *in)
     free(in->x), free(in->t), free(in->noise), free(in->y);
 }
 
-// ---- reading
-// ---------------------------------------------------------------------------------------
+// ---- reading ------------------------------------------------------------------------------------
 
 static int read_floats(const struct safetensors *file, const char *name, int ndim,
                        const int64_t *shape, float **out)
@@ -116,8 +115,7 @@ static int read_inputs(const char *path, const struct config *c, bool loss, stru
     return code;
 }
 
-// ---- writing
-// ---------------------------------------------------------------------------------------
+// ---- writing ------------------------------------------------------------------------------------
 
 static int declare_forward(struct safetensors_writer *w, const struct dit *d)
 {
@@ -230,8 +228,7 @@ static int write_output(const char *path, struct dit *d, bool with_loss, double 
     return safetensors_commit(w);
 }
 
-// ---- the passes
-// ------------------------------------------------------------------------------------
+// ---- the passes ---------------------------------------------------------------------------------
 
 static int run_forward(const struct forward_options *o, const struct session *s,
                        const struct checkpoint *file, const struct inputs *in)

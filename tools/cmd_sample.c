@@ -52,8 +52,7 @@ struct request {
     char (*labels)[96]; // [list_count]
 };
 
-// ---- classes
-// ---------------------------------------------------------------------------------------
+// ---- classes ------------------------------------------------------------------------------------
 
 static bool add_class(struct request *q, int class)
 {
@@ -129,8 +128,7 @@ static void label_rows(const struct sample_settings *o, const char *ckpt, struct
     json_decref(run);
 }
 
-// ---- noise
-// -----------------------------------------------------------------------------------------
+// ---- noise --------------------------------------------------------------------------------------
 
 static int open_noise(const char *path, const struct config *c, struct safetensors **file,
                       const struct st_tensor **z)
@@ -184,8 +182,7 @@ static int prepare_request(const struct sample_settings *o, const struct config 
     return 0;
 }
 
-// ---- what is written
-// -------------------------------------------------------------------------------
+// ---- what is written ----------------------------------------------------------------------------
 
 enum { TEXTS = 8 };
 struct texts {
@@ -282,8 +279,7 @@ static int write_results(const struct sample_settings *o, const struct checkpoin
     return 0;
 }
 
-// ---- the command
-// -----------------------------------------------------------------------------------
+// ---- the command --------------------------------------------------------------------------------
 
 static int sample_run(const struct sample_settings *o, const struct checkpoint *file,
                       struct request *q)

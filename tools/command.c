@@ -35,8 +35,7 @@ double now_seconds(void)
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-// ---- device
-// --------------------------------------------------------------------------------------
+// ---- device -------------------------------------------------------------------------------------
 
 static const char *const precision_choices[] = {"f32", "bf16", NULL};
 
@@ -79,8 +78,7 @@ void session_close(struct session *s)
     *s = (struct session){0};
 }
 
-// ---- model
-// ---------------------------------------------------------------------------------------
+// ---- model --------------------------------------------------------------------------------------
 
 static const char *const moe_choices[] = {"all", "alternate", "shallow", "deep", "none", NULL};
 
@@ -186,8 +184,7 @@ const char *model_title(const char *preset, const struct config *c, char out[160
     return out;
 }
 
-// ---- checkpoints
-// ---------------------------------------------------------------------------------
+// ---- checkpoints --------------------------------------------------------------------------------
 
 const char *const weights_choices[] = {"auto", "ema", "model", NULL};
 
@@ -217,8 +214,7 @@ int checkpoint_path(const char *path, char *out, size_t size)
     return newest >= 0 ? 0 : fail(ERR_IO, "%s: no checkpoint (step-*.safetensors) in it", path);
 }
 
-// ---- stopping
-// ------------------------------------------------------------------------------------
+// ---- stopping -----------------------------------------------------------------------------------
 
 volatile sig_atomic_t stop_wanted;
 
@@ -237,8 +233,7 @@ void stop_on_signals(void)
     sigaction(SIGTERM, &action, NULL);
 }
 
-// ---- files
-// ---------------------------------------------------------------------------------------
+// ---- files --------------------------------------------------------------------------------------
 
 int write_text_file(const char *path, const char *text, size_t bytes)
 {

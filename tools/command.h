@@ -19,8 +19,7 @@ int report_failure(const char *name);
 // The status to leave with: 1 when stdout could not be written (a full disk, a closed pipe).
 int finish_output(const char *name, int status);
 
-// ---- device
-// --------------------------------------------------------------------------------------
+// ---- device -------------------------------------------------------------------------------------
 
 struct device_options {
     const char *device;
@@ -36,8 +35,7 @@ struct session {
 int session_open(const struct device_options *o, struct session *out);
 void session_close(struct session *s); // also of a zeroed struct
 
-// ---- model
-// ---------------------------------------------------------------------------------------
+// ---- model --------------------------------------------------------------------------------------
 
 // Overrides of a preset; -1 (NAN for numbers with a point): the preset's.
 struct model_options {
@@ -55,8 +53,7 @@ int model_config(const char *preset, const struct model_options *o, struct confi
 // What to call a model: its preset, or, where options changed the preset's network, its sizes.
 const char *model_title(const char *preset, const struct config *c, char out[160]);
 
-// ---- checkpoints
-// ---------------------------------------------------------------------------------
+// ---- checkpoints --------------------------------------------------------------------------------
 
 // A file stays itself; for a run's directory its newest checkpoint. ERR_IO when there is none.
 int checkpoint_path(const char *path, char *out, size_t size);
@@ -64,8 +61,7 @@ int checkpoint_path(const char *path, char *out, size_t size);
 // "ema", "model" or NULL as --weights has it.
 extern const char *const weights_choices[]; // auto, ema, model: in the order of enum weights_choice
 
-// ---- stopping
-// ------------------------------------------------------------------------------------
+// ---- stopping -----------------------------------------------------------------------------------
 
 // SIGINT and SIGTERM set stop_wanted; a second one ends the program at once.
 extern volatile sig_atomic_t stop_wanted;

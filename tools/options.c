@@ -25,8 +25,7 @@ int usage_error(const char *name, const char *format, ...)
     return 2;
 }
 
-// ---- spelling
-// ------------------------------------------------------------------------------------
+// ---- spelling -----------------------------------------------------------------------------------
 
 // Edit distance of two short words (insertions, deletions, substitutions).
 static int distance(const char *a, const char *b)
@@ -67,8 +66,7 @@ const char *nearest_word(const char *word, const char *(*next)(const void *from,
     return best;
 }
 
-// ---- the table
-// -----------------------------------------------------------------------------------
+// ---- the table ----------------------------------------------------------------------------------
 
 // Walks all options of a command: the i-th, and the struct its target lies in.
 static const struct option_spec *option_at(const struct command *c, int i, void **base)
@@ -110,8 +108,7 @@ static const struct option_spec *option_find(const struct command *c, const char
     return NULL;
 }
 
-// ---- values
-// --------------------------------------------------------------------------------------
+// ---- values -------------------------------------------------------------------------------------
 
 static bool parse_bytes(const char *text, uint64_t *out)
 {
@@ -264,8 +261,7 @@ bool options_given(const char *name)
     return false;
 }
 
-// ---- help
-// ----------------------------------------------------------------------------------------
+// ---- help ---------------------------------------------------------------------------------------
 
 // Prints text from column `column` on, wrapped at HELP_WIDTH; the cursor is at column `at`.
 static void print_wrapped(const char *text, int column, int at)
@@ -323,8 +319,7 @@ static void print_help(const struct command *c)
         printf("\nexample:\n  %s\n", c->example);
 }
 
-// ---- the command line
-// ------------------------------------------------------------------------------
+// ---- the command line ---------------------------------------------------------------------------
 
 // One argument that starts with '-'. Returns how many words it took, or 0 after complaining.
 static int parse_option(const struct command *c, int argc, char **argv, int i)
@@ -418,8 +413,7 @@ bool options_parse(const struct command *c, int argc, char **argv, const char **
     return true;
 }
 
-// ---- echo
-// ----------------------------------------------------------------------------------------
+// ---- echo ---------------------------------------------------------------------------------------
 
 static void value_text(const struct option_spec *o, const void *base, char *out, size_t size)
 {

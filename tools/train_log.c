@@ -117,8 +117,7 @@ int train_log_close(struct train_log *log)
     return 0;
 }
 
-// ---- loss.png
-// --------------------------------------------------------------------------------------
+// ---- loss.png -----------------------------------------------------------------------------------
 
 // Columns step and loss of a log; returns the number of rows.
 static int log_losses(const char *text, double *steps, double *losses)

@@ -29,8 +29,7 @@ struct run {
     double began;
 };
 
-// ---- preparations
-// ----------------------------------------------------------------------------------
+// ---- preparations -------------------------------------------------------------------------------
 
 // The model's images are the data's; a dry run without data takes the preset's.
 static int open_data(struct run *r)
@@ -194,8 +193,7 @@ static int write_run_json(const struct run *r)
     return code;
 }
 
-// ---- the steps
-// -------------------------------------------------------------------------------------
+// ---- the steps ----------------------------------------------------------------------------------
 
 static int load_or_init(struct run *r)
 {
@@ -223,6 +221,14 @@ static int save(struct run *r)
     r->saved = t->step;
     run_checkpoint_prune(r->o->out, r->o->keep);
     return 0;
+}
+
+// What sampling needs, without the optimiser's state: half the size of a checkpoint.
+static int save_model(const struct run *r)
+{
+    char path[4200];
+    snprintf(path, sizeof path, "%s/model.safetensors", r->o->out);
+    return checkpoint_save(path, r->trainer->dit, NULL);
 }
 
 static void show_progress(struct run *r, const struct train_report *report)
@@ -327,7 +333,9 @@ static int train(struct run *r)
     print_summary(r);
     TRY(train_log_close(&r->log));
     TRY(train_log_chart(o->out, model_title(o->model, &r->config, title)));
-    if (r->trainer->step < o->steps)
+    if (r->trainer->step == o->steps)
+        TRY(save_model(r));
+    else
         fprintf(stderr, "stopped at step %lld of %lld; continue with --resume\n",
                 (long long)r->trainer->step, (long long)o->steps);
     run_checkpoint_path(o->out, r->saved, path, sizeof path);
@@ -335,8 +343,7 @@ static int train(struct run *r)
     return 0;
 }
 
-// ---- the run
-// ---------------------------------------------------------------------------------------
+// ---- the run ------------------------------------------------------------------------------------
 
 static int prepare_and_train(struct run *r)
 {

@@ -1,7 +1,8 @@
 // A training run: its settings, its directory, its log. See cmd_train.c for what each option means.
 //
 // RUN_DIR holds run.json (options, configuration, data), log.csv (a row a step),
-// step-XXXXXXXX.safetensors (checkpoints, whole or not there), samples/step-XXXXXXXX.png, loss.png.
+// step-XXXXXXXX.safetensors (checkpoints, whole or not there), samples/step-XXXXXXXX.png, and at the
+// end loss.png and model.safetensors (weights and EMA, for sampling).
 #ifndef DITMOE_TRAIN_RUN_H
 #define DITMOE_TRAIN_RUN_H
 
@@ -30,8 +31,7 @@ struct train_settings {
     uint64_t memory;
 };
 
-// ---- log.csv (train_log.c)
-// -----------------------------------------------------------------------
+// ---- log.csv (train_log.c) ----------------------------------------------------------------------
 
 struct train_log {
     FILE *file;
@@ -47,8 +47,7 @@ int train_log_close(struct train_log *log); // also of a zeroed struct
 // Draws DIR/loss.png from DIR/log.csv.
 int train_log_chart(const char *dir, const char *title);
 
-// ---- the run's directory (train_files.c)
-// -----------------------------------------------------------
+// ---- the run's directory (train_files.c) --------------------------------------------------------
 
 // Makes the directory and takes its lock, so that two runs never write into one. Returns the lock
 // in *fd (closed by the caller).
@@ -61,8 +60,7 @@ int run_checkpoint_open(const char *dir, struct checkpoint *out);
 // Removes all checkpoints but the newest `keep` (0: keeps all).
 void run_checkpoint_prune(const char *dir, int keep);
 
-// ---- sample grids (train_samples.c)
-// ----------------------------------------------------------------
+// ---- sample grids (train_samples.c) -------------------------------------------------------------
 
 enum { SAMPLE_ROWS = 10, SAMPLE_COLUMNS = 4, SAMPLE_BATCH = 16 };
 
@@ -82,8 +80,7 @@ void train_samples_free(struct train_samples *s);
 int train_samples_write(struct train_samples *s, struct trainer *t, const struct dataset *d,
                         const char *dir);
 
-// ---- the run (train_run.c)
-// ------------------------------------------------------------------------
+// ---- the run (train_run.c) ----------------------------------------------------------------------
 
 // Trains; `command` is echoed into run.json. Returns 0 or a negative code; ERR_STOPPED never: a
 // stopped run has written its checkpoint and is a success.
