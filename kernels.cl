@@ -87,4 +87,19 @@ inline void act_store16(GLOBAL act *p, float16 v)
     vstore16(v, 0, p);
 }
 #endif
+
+// ---- memory ------------------------------------------------------------------------------------------
+
+// p[i] = pattern for i in [first, first+count), a chunk a work-item. Drivers of CPU devices fill with
+// one thread.
+KERNEL(1, 1)
+void fill_cpu(GLOBAL uint *p, uint first, uint count, uint pattern, uint chunk)
+{
+    size_t i = get_group_id(0) * (size_t)chunk, to = min(i + chunk, (size_t)count);
+    p += first;
+    for (; i + 16 <= to; i += 16)
+        vstore16((uint16)pattern, 0, p + i);
+    for (; i < to; i++)
+        p[i] = pattern;
+}
 #endif // CPU_FORMS
