@@ -345,6 +345,33 @@ static int test_transfers(void)
     return PASSED;
 }
 
+static int test_large_fill(void) // by a kernel on CPU devices: any offset, nothing beyond the end
+{
+    enum { WORDS = (1 << 20) + 37, FIRST = 3, FILLED = WORDS - 10 };
+    struct device *dev = test_device(0);
+    struct stream *s;
+    struct mem *m;
+    if (!dev)
+        return SKIPPED;
+    uint32_t *host = malloc(sizeof *host * WORDS);
+    CHECK(host, "memory");
+    for (int i = 0; i < WORDS; i++)
+        host[i] = (uint32_t)i;
+    OK(dev->api->stream_new(dev, &s));
+    OK(dev->api->alloc(dev, sizeof *host * WORDS, &m));
+    OK(dev->api->write(s, m, 0, host, sizeof *host * WORDS));
+    OK(dev->api->fill(s, m, FIRST * 4, FILLED * 4, 0xabcd1234));
+    OK(dev->api->read(s, m, 0, host, sizeof *host * WORDS));
+    for (int i = 0; i < WORDS; i++) {
+        uint32_t expected = i >= FIRST && i < FIRST + FILLED ? 0xabcd1234 : (uint32_t)i;
+        CHECK(host[i] == expected, "word %d is %x", i, host[i]);
+    }
+    free(host);
+    dev->api->free(m);
+    dev->api->stream_free(s);
+    return PASSED;
+}
+
 static int test_views(void)
 {
     struct device *dev = test_device(0);
@@ -707,6 +734,7 @@ const struct test devices_tests[] = {
     {"open", test_open},
     {"names", test_names},
     {"transfers", test_transfers},
+    {"large_fill", test_large_fill},
     {"views", test_views},
     {"too_large", test_too_large},
     {"launch", test_launch},
