@@ -272,25 +272,22 @@ static const double *colour(int i)
     return colours[i % 6];
 }
 
-// An exponential mean of about `points` points, run forwards and backwards so that it does not lag.
+// A running mean of about `smooth` points around each. Near the ends, and at the start, where a loss
+// falls fast, fewer: the line neither lags nor cuts the corner.
 static double *smoothed(const struct figure_curve *curve)
 {
-    double *y = malloc((size_t)curve->count * sizeof *y);
-    double rate = 2.0 / (fmin(curve->smooth, fmax(curve->count / 4.0, 1)) + 1), sum = 0, weight = 0;
-    for (int i = 0; y && i < curve->count; i++) {
-        if (isfinite(curve->y[i])) {
-            sum += rate * (curve->y[i] - sum);
-            weight += rate * (1 - weight);
-        }
-        y[i] = isfinite(curve->y[i]) ? sum / weight : curve->y[i];
-    }
-    sum = weight = 0;
-    for (int i = curve->count - 1; y && i >= 0; i--) {
-        if (!isfinite(y[i]))
-            continue;
-        sum += rate * (y[i] - sum);
-        weight += rate * (1 - weight);
-        y[i] = sum / weight;
+    const int count = curve->count, widest = (int)(curve->smooth / 2);
+    double *y = malloc((size_t)count * sizeof *y);
+    for (int i = 0; y && i < count; i++) {
+        int half = widest < i / 8 ? widest : i / 8, n = 0;
+        half = half < count - 1 - i ? half : count - 1 - i;
+        double sum = 0;
+        for (int k = i - half; k <= i + half; k++)
+            if (isfinite(curve->y[k])) {
+                sum += curve->y[k];
+                n++;
+            }
+        y[i] = isfinite(curve->y[i]) ? sum / n : curve->y[i];
     }
     return y;
 }
