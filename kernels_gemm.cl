@@ -402,6 +402,11 @@ ALWAYS_INLINE void gemm_multiply_tail(vec *tile, const float *a, int row, int st
 // B is not packed: it is stored [k,n] in f32 and n is whole panels.
 #define GEMM_B_IN_PLACE 64
 
+// SwiGLU within the product (devices/device.h), n and n/2 being whole panels.
+// Forward: half a panel is columns of g, the other half those of u that belong to them.
+#define GEMM_SWIGLU_FORWARD 128
+#define GEMM_SWIGLU_BACKWARD 256
+
 // Where the sums of one step of k go. K is cut into steps, and between two of them the sums lie in
 // `sums`, which is f32: C itself or, where C is bf16, a matrix of C's shape in scratch memory.
 #define GEMM_FIRST 16 // of the steps: add the bias and, if asked, C; else the sums so far
@@ -440,29 +445,104 @@ inline void gemm_write_tile(const vec *tile, GLOBAL void *c, GLOBAL float *sums,
     }
 }
 
+inline void gemm_store_vec(GLOBAL void *p, size_t i, vec v, int bf16)
+{
+    if (bf16)
+        gemm_vec_bf16(v, (GLOBAL ushort *)p + i);
+    else
+        VSTORE(v, (GLOBAL float *)p + i);
+}
+
+inline vec gemm_sigmoid(vec v)
+{
+#if VECTOR_WIDTH >= 16
+    return sigmoid16(v);
+#else
+    return sigmoid16((float16)(v, v)).lo;
+#endif
+}
+
+// The last step of SWIGLU_FORWARD: a tile is g and u of half a panel. ldh = F; `at` is the place in h,
+// row + at that in c.
+inline void gemm_write_swiglu(const vec *tile, GLOBAL void *c, GLOBAL void *h, size_t at, size_t row,
+                              size_t ldh, int rows, int bf16)
+{
+    for (int i = 0; i < rows; i++, at += ldh, row += ldh) {
+        vec g = tile[2 * i], u = tile[2 * i + 1];
+        gemm_store_vec(h, at, g * gemm_sigmoid(g) * u, bf16);
+        if (c) {
+            gemm_store_vec(c, row + at, g, bf16);
+            gemm_store_vec(c, row + at + ldh, u, bf16);
+        }
+    }
+}
+
+// The last step of SWIGLU_BACKWARD: a tile is dh; g at `at` of c and u `ld` further on become dg, du.
+inline void gemm_write_swiglu_bwd(const vec *tile, GLOBAL void *c, size_t at, size_t ld, int rows,
+                                  int bf16)
+{
+    for (int i = 0; i < rows; i++, at += 2 * ld)
+        for (int j = 0; j < 2; j++) {
+            size_t to = at + j * GEMM_VW;
+            vec g = gemm_load_vec(c, to, bf16), u = gemm_load_vec(c, to + ld, bf16);
+            vec s = gemm_sigmoid(g), ds = tile[2 * i + j] * s;
+            gemm_store_vec(c, to, ds * u * fma(g, 1.0f - s, (vec)(1.0f)), bf16);
+            gemm_store_vec(c, to + ld, ds * g, bf16);
+        }
+}
+
+// Writes a tile whose first element is C[row, col] = C[at] (or its place in the sums).
+inline void gemm_finish_tile(vec *tile, GLOBAL void *c, GLOBAL float *sums, GLOBAL void *h, size_t at,
+                             int col, int n, int rows, const GLOBAL float *bias, int flags)
+{
+    int swiglu = flags & (GEMM_SWIGLU_FORWARD | GEMM_SWIGLU_BACKWARD);
+    if (!swiglu || !(flags & GEMM_LAST)) {
+        gemm_write_tile(tile, c, sums, at + col, n, rows, n - col, bias ? bias + col : bias, flags);
+        return;
+    }
+    if (!(flags & GEMM_FIRST))
+        for (int i = 0; i < rows; i++) {
+            tile[2 * i] += VLOAD(sums + at + col + (size_t)i * n);
+            tile[2 * i + 1] += VLOAD(sums + at + col + (size_t)i * n + GEMM_VW);
+        }
+    if (swiglu == GEMM_SWIGLU_FORWARD)
+        gemm_write_swiglu(tile, c, h, at / 2 + col / 2, at / 2, n / 2, rows, flags & GEMM_C_BF16);
+    else
+        gemm_write_swiglu_bwd(tile, c, 2 * at + col, n, rows, flags & GEMM_C_BF16);
+}
+
+// Asks for the old values of a later tile, of C[at]: from far away, they take as long as many steps
+// of k. (For the gate|up and dh of SwiGLU it did not pay.)
+inline void gemm_ask_tile(const GLOBAL float *sums, size_t at, int n, int flags)
+{
+    int swiglu = flags & (GEMM_SWIGLU_FORWARD | GEMM_SWIGLU_BACKWARD);
+    if (swiglu && (flags & (GEMM_FIRST | GEMM_LAST)) == (GEMM_FIRST | GEMM_LAST))
+        return; // there are none
+    for (int i = 0; i < GEMM_MR; i++) {
+        GEMM_PREFETCH(sums + at + (size_t)i * n);
+        GEMM_PREFETCH(sums + at + (size_t)i * n + GEMM_VW);
+    }
+}
+
 // One strip of `rows` rows, through the panels [first, last) of B at its step of k. row and step:
 // distances in the strip (constants at every call).
 ALWAYS_INLINE void gemm_strip(const float *strip, int row, int step, const GLOBAL float *b, int b_step,
                               size_t pitch,
-                       GLOBAL void *c, GLOBAL float *sums, size_t at, int n, int rows, int first,
-                       int last, const GLOBAL float *bias, int k, int flags)
+                              GLOBAL void *c, GLOBAL float *sums, GLOBAL void *h, size_t at, int n,
+                              int rows, int first, int last, const GLOBAL float *bias, int k,
+                              int flags)
 {
     vec tile[GEMM_ROWS * 2];
     for (int p = first; p < last; p++) {
         int col = p * GEMM_NR;
-        // the old values of the next tile of C: from far away, they take as long as many steps of k
-        const GLOBAL float *next =
-            p + 1 < last ? sums + at + col + GEMM_NR : sums + at + first * GEMM_NR + GEMM_MR * n;
-        for (int i = 0; i < GEMM_MR; i++) {
-            GEMM_PREFETCH(next + (size_t)i * n);
-            GEMM_PREFETCH(next + (size_t)i * n + GEMM_VW);
-        }
+        int next = p + 1 < last ? col + GEMM_NR : first * GEMM_NR + GEMM_MR * n;
+        gemm_ask_tile(sums, at + next, n, flags);
         if (rows == GEMM_MR)
             gemm_multiply(tile, strip, row, step, b + p * pitch, b_step, k);
         else
             for (int i = 0; i < rows; i += 4)
                 gemm_multiply_tail(tile + i * 2, strip + i * row, row, step, b + p * pitch, b_step, k);
-        gemm_write_tile(tile, c, sums, at + col, n, rows, n - col, bias ? bias + col : bias, flags);
+        gemm_finish_tile(tile, c, sums, h, at, col, n, rows, bias, flags);
     }
 }
 
@@ -473,8 +553,8 @@ ALWAYS_INLINE void gemm_strip(const float *strip, int row, int step, const GLOBA
 // Groups: (row blocks: m / block + number of groups, panels / wide).
 KERNEL(1, 1)
 void gemm_rows_cpu(const GLOBAL float *a, const GLOBAL float *b, GLOBAL float *c, GLOBAL float *sums,
-                   const GLOBAL float *bias, const GLOBAL int *offsets, int groups, int m, int n,
-                   int k, int skip, int block, int wide, int depth, int flags)
+                   GLOBAL float *h, const GLOBAL float *bias, const GLOBAL int *offsets, int groups,
+                   int m, int n, int k, int skip, int block, int wide, int depth, int flags)
 {
     GEMM_STRIP(strip);
     int group, end, panels = (n + GEMM_NR - 1) / GEMM_NR, k0 = 0;
@@ -494,8 +574,8 @@ void gemm_rows_cpu(const GLOBAL float *a, const GLOBAL float *b, GLOBAL float *c
         for (int i = row0; i < end; i += GEMM_MR) {
             int rows = min((int)GEMM_MR, end - i);
             gemm_take_rows(strip, a, (size_t)i * k + k0, k, rows, steps, flags & GEMM_A_BF16);
-            gemm_strip(strip, GEMM_PITCH, 1, b + (size_t)k0 * b_step, b_step, pitch, c, sums, (size_t)i * n,
-                       n, rows, first, last, bias, steps, flags);
+            gemm_strip(strip, GEMM_PITCH, 1, b + (size_t)k0 * b_step, b_step, pitch, c, sums, h,
+                       (size_t)i * n, n, rows, first, last, bias, steps, flags);
         }
         flags &= ~GEMM_FIRST;
         k0 += steps;
@@ -526,7 +606,7 @@ void gemm_columns_cpu(const GLOBAL float *a, const GLOBAL float *b, GLOBAL float
         for (int i = row0; i < end; i += GEMM_MR) {
             int rows = min((int)GEMM_MR, end - i);
             gemm_take_columns(strip, a, (size_t)k0 * m + i, m, rows, steps, flags & GEMM_A_BF16);
-            gemm_strip(strip, 1, GEMM_MR, b + (size_t)k0 * b_step, b_step, pitch, c, sums,
+            gemm_strip(strip, 1, GEMM_MR, b + (size_t)k0 * b_step, b_step, pitch, c, sums, 0,
                        at + (size_t)i * n, n, rows, first, last, 0, steps, flags);
         }
         flags &= ~GEMM_FIRST;
@@ -574,18 +654,19 @@ inline void gemm_transpose(GLOBAL float *to, const GLOBAL void *from, size_t at,
         VSTORE(v[i], to + i * GEMM_NR);
 }
 
-// Element by element: rows [k0, k_end) of a panel from column `col`, zeros past column n.
+// Element by element: rows [k0, k_end) of half a panel from column `col`, zeros past column n.
 inline void gemm_pack_slow(GLOBAL float *to, const GLOBAL void *b, size_t at, size_t column,
                            size_t step, int col, int n, int k0, int k_end, int bf16)
 {
     for (int k = k0; k < k_end; k++)
-        for (int j = 0; j < GEMM_NR; j++)
+        for (int j = 0; j < GEMM_VW; j++)
             to[(size_t)k * GEMM_NR + j] =
                 col + j < n ? gemm_load(b, at + (col + j) * column + k * step, bf16) : 0.0f;
 }
 
 // Packs B, [groups] of [n,k] (along_k) or [k,n], into panels [groups][panel][k][GEMM_NR] f32,
-// padded with zeros to whole panels.
+// padded with zeros to whole panels. With GEMM_SWIGLU_FORWARD (along_k) the halves of a panel come
+// from the halves of the columns.
 // Groups: (k / depth, panels / wide, number of groups); depth a multiple of GEMM_VW.
 KERNEL(1, 1)
 void gemm_pack_cpu(GLOBAL float *to, const GLOBAL float *b, int along_k, int n, int k,
@@ -605,18 +686,19 @@ void gemm_pack_cpu(GLOBAL float *to, const GLOBAL float *b, int along_k, int n, 
                 for (int j = 0; j < GEMM_NR; j += GEMM_VW)
                     VSTORE(gemm_load_vec(b, at + (size_t)s * n + p * GEMM_NR + j, bf16),
                            to + p * pitch + (size_t)s * GEMM_NR + j);
-    for (int p = first; p < last; p++) {
-        GLOBAL float *panel = to + p * pitch;
-        int slow = p < whole ? k_end : k0;
-        if (p < whole && along_k) {
-            for (int s = k0; s < k_whole; s += GEMM_VW)
-                for (int j = 0; j < GEMM_NR; j += GEMM_VW)
-                    gemm_transpose(panel + (size_t)s * GEMM_NR + j, b,
-                                   at + (size_t)(p * GEMM_NR + j) * k + s, k, bf16);
-            slow = k_whole;
+    for (int p = first; p < last; p++)
+        for (int side = 0; side < 2; side++) {
+            GLOBAL float *panel = to + p * pitch + side * GEMM_VW;
+            int slow = p < whole ? k_end : k0;
+            int col = flags & GEMM_SWIGLU_FORWARD ? p * GEMM_VW + side * (n / 2)
+                                                  : p * GEMM_NR + side * GEMM_VW;
+            if (p < whole && along_k) {
+                for (int s = k0; s < k_whole; s += GEMM_VW)
+                    gemm_transpose(panel + (size_t)s * GEMM_NR, b, at + (size_t)col * k + s, k, bf16);
+                slow = k_whole;
+            }
+            gemm_pack_slow(panel, b, at, column, step, col, n, slow, k_end, bf16);
         }
-        gemm_pack_slow(panel, b, at, column, step, p * GEMM_NR, n, slow, k_end, bf16);
-    }
 }
 
 #endif // CPU_FORMS

@@ -45,7 +45,6 @@ inline float gelu_slope(float x)
 }
 
 #ifdef CPU_FORMS
-#define INLINE inline __attribute__((always_inline))
 
 INLINE float sum16(float16 v)
 {
@@ -68,32 +67,6 @@ INLINE float16 first_lanes(float16 v, int n)
 {
     const int16 lane = (int16)(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     return select((float16)(0.0f), v, lane < (int16)(n));
-}
-
-// e^x to 2 ulp: 2^n * 2^f with a polynomial for f in [-1/2, 1/2]. Saturates at e^-87 and e^88; NaN
-// stays NaN.
-INLINE float16 exp16(float16 x)
-{
-    x = x < -87.0f ? (float16)(-87.0f) : x;
-    x = x > 88.0f ? (float16)(88.0f) : x;
-    const float magic = 12582912.0f; // 1.5 * 2^23: adding it rounds to an integer
-    float16 shifted = fma(x, (float16)(1.44269504f), (float16)(magic));
-    float16 n = shifted - magic;
-    float16 r = fma(n, (float16)(-0.693359375f), x);
-    r = fma(n, (float16)(2.12194440e-4f), r);
-    float16 p = fma((float16)(1.9875691500e-4f), r, (float16)(1.3981999507e-3f));
-    p = fma(p, r, (float16)(8.3334519073e-3f));
-    p = fma(p, r, (float16)(4.1665795894e-2f));
-    p = fma(p, r, (float16)(1.6666665459e-1f));
-    p = fma(p, r, (float16)(5.0000001201e-1f));
-    p = fma(p, r * r, r) + 1.0f;
-    int16 exponent = as_int16(shifted) - 0x4b400000 + 127;
-    return p * as_float16(exponent << 23);
-}
-
-INLINE float16 sigmoid16(float16 x)
-{
-    return 1.0f / (1.0f + exp16(-x));
 }
 
 #ifdef ACT_BF16

@@ -102,6 +102,13 @@ union arg {
 //                  rows gets zero (or keeps C, when accumulating). (expert dW)
 // Rows past offsets[groups] are never read into a result and never written.
 enum gemm_ragged { GEMM_PLAIN, GEMM_RAGGED_M, GEMM_RAGGED_K };
+
+// SwiGLU within a product, for devices and widths F that struct device's swiglu_columns allows;
+// neither bias nor accumulate, ragged over rows or plain, h and C of one type:
+//   SWIGLU_FORWARD:  trans_b, n = 2F: the product is g | u; h[m,F] = silu(g) * u, and C[m,2F] = g | u
+//                    unless c is NULL.
+//   SWIGLU_BACKWARD: not trans_b, n = F: the product is dh; C[m,2F] holds g | u and becomes dg | du.
+enum gemm_swiglu { SWIGLU_NONE, SWIGLU_FORWARD, SWIGLU_BACKWARD };
 struct gemm {
     enum gemm_ragged ragged;
     int m, n, k;
@@ -113,6 +120,8 @@ struct gemm {
     int groups;
     struct mem *offsets;
     struct mem *space; // scratch of at least gemm_space() bytes; may be NULL when that is 0
+    enum gemm_swiglu swiglu;
+    struct mem *h; // SWIGLU_FORWARD
 };
 
 // Whole operations that a backend may take over with its own library or its own launch shape.
@@ -178,6 +187,7 @@ struct device {
     struct device_info info;
     enum dtype act;       // storage type of activations: F32 or BF16
     bool cpu_forms;       // launch `name_cpu` kernels where there are any
+    int swiglu_columns;   // gemm() takes SwiGLU in where F is a multiple of this; 0: never
     unsigned flags;       // as opened
     uint64_t allocations; // alloc() calls so far; tests assert that training makes none
     uint64_t allocated;   // bytes allocated now

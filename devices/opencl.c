@@ -4,6 +4,7 @@
 // offsets. A stream is an in-order queue with profiling, so that events can time anything; the
 // queue's order is the only ordering that a single stream needs.
 #include "devices/opencl.h"
+#include "devices/opencl_gemm.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -49,6 +50,7 @@ static int opencl_open(const struct device_info *info, unsigned flags, struct de
     dev->base.flags = flags;
     dev->base.act = flags & OPEN_BF16 ? BF16 : F32;
     dev->base.cpu_forms = info->kind == DEVICE_CPU && !(flags & OPEN_GPU_FORMS);
+    dev->base.swiglu_columns = dev->base.cpu_forms ? opencl_gemm_cpu_panel(dev) : 0;
     dev->id = ids[info->index];
     dev->platform = owners[info->index];
     TRY_OUT(open_context(dev));

@@ -16,7 +16,7 @@ bool opencl_clblast_wanted(const struct opencl_device *dev, const struct gemm *g
     *forced = asked && !strcmp(asked, "1");
     if (g->ragged != GEMM_PLAIN || g->type_a != F32 || g->type_b != F32 || g->type_c != F32)
         return false;
-    if (g->bias || g->m < 1 || g->n < 1 || g->k < 1 || dev->base.flags & OPEN_PORTABLE)
+    if (g->swiglu != SWIGLU_NONE || g->bias || g->m < 1 || g->n < 1 || g->k < 1 || dev->base.flags & OPEN_PORTABLE)
         return false;
     return *forced || (!asked && dev->base.info.kind != DEVICE_CPU);
 }

@@ -25,13 +25,18 @@ static int gemm_gpu(struct stream *s, const struct gemm *g)
 
 // ---- the verbs ----------------------------------------------------------------------------------
 
-static void check(const struct gemm *g)
+static void check(const struct device *dev, const struct gemm *g)
 {
     BUG_IF(g->m < 0 || g->n < 0 || g->k < 0);
     BUG_IF(g->trans_a && g->trans_b);
     BUG_IF(g->ragged == GEMM_RAGGED_M && g->trans_a);
     BUG_IF(g->ragged == GEMM_RAGGED_K && !g->trans_a);
     BUG_IF(g->bias && g->ragged != GEMM_PLAIN);
+    if (g->swiglu == SWIGLU_NONE)
+        return;
+    int columns = dev->swiglu_columns, F = g->swiglu == SWIGLU_FORWARD ? g->n / 2 : g->n;
+    BUG_IF(columns == 0 || F % columns != 0 || g->trans_b != (g->swiglu == SWIGLU_FORWARD));
+    BUG_IF(g->trans_a || g->bias || g->accumulate);
 }
 
 static size_t own_space(struct opencl_device *dev, const struct gemm *g)
@@ -48,7 +53,7 @@ size_t opencl_gemm_space(struct device *base, const struct gemm *g)
 {
     struct opencl_device *dev = opencl_device_of(base);
     bool forced;
-    check(g);
+    check(base, g);
     size_t own = own_space(dev, g);
     size_t clblast = opencl_clblast_wanted(dev, g, &forced) ? opencl_clblast_space(dev, g) : 0;
     return own > clblast ? own : clblast;
@@ -96,7 +101,7 @@ static int choose(struct stream *s, const struct gemm *g)
 int opencl_gemm(struct stream *s, const struct gemm *g)
 {
     bool forced;
-    check(g);
+    check(&s->dev->base, g);
     if (!opencl_clblast_wanted(s->dev, g, &forced))
         return own_gemm(s, g);
     int way = forced ? CLBLAST : choose(s, g);

@@ -5,12 +5,22 @@
 #include "devices/opencl.h"
 
 // The `flags` argument of the gemm kernels (kernels_gemm.cl has the same numbers).
-enum gemm_flags { GEMM_ACCUMULATE = 1, GEMM_A_BF16 = 2, GEMM_B_BF16 = 4, GEMM_C_BF16 = 8 };
+enum gemm_flags {
+    GEMM_ACCUMULATE = 1,
+    GEMM_A_BF16 = 2,
+    GEMM_B_BF16 = 4,
+    GEMM_C_BF16 = 8,
+    GEMM_B_IN_PLACE = 64,
+    GEMM_SWIGLU_FORWARD = 128,
+    GEMM_SWIGLU_BACKWARD = 256,
+};
 
 static inline int gemm_flags(const struct gemm *g)
 {
     return (g->accumulate ? GEMM_ACCUMULATE : 0) | (g->type_a == BF16 ? GEMM_A_BF16 : 0) |
-           (g->type_b == BF16 ? GEMM_B_BF16 : 0) | (g->type_c == BF16 ? GEMM_C_BF16 : 0);
+           (g->type_b == BF16 ? GEMM_B_BF16 : 0) | (g->type_c == BF16 ? GEMM_C_BF16 : 0) |
+           (g->swiglu == SWIGLU_FORWARD ? GEMM_SWIGLU_FORWARD : 0) |
+           (g->swiglu == SWIGLU_BACKWARD ? GEMM_SWIGLU_BACKWARD : 0);
 }
 
 static inline int gemm_cover(int count, int size)
@@ -27,6 +37,7 @@ static inline int gemm_cover(int count, int size)
 // opencl_gemm_cpu.c: the CPU forms (one work-item a tile, packed panels).
 int opencl_gemm_cpu(struct stream *s, const struct gemm *g);
 size_t opencl_gemm_cpu_space(struct opencl_device *dev, const struct gemm *g);
+int opencl_gemm_cpu_panel(const struct opencl_device *dev); // columns of a packed panel
 
 // opencl_clblast.c: CLBlast. wanted: may it take part in this product; *forced: it must.
 bool opencl_clblast_wanted(const struct opencl_device *dev, const struct gemm *g, bool *forced);

@@ -1,14 +1,11 @@
 // Matrix products on CPU devices: pack B, then multiply tiles in registers (kernels_gemm.cl).
 //
-// Scratch: B in panels; then, where C is bf16 and k takes several steps, the sums between two
-// steps.
+// Scratch: B in panels; then, where k takes several steps and C cannot hold f32 sums between them
+// (it is bf16, or SwiGLU makes it something else), those sums.
 #include "devices/opencl_gemm.h"
 
-// The numbers of kernels_gemm.cl.
-enum {
-    DEPTH = 384,     // GEMM_DEPTH: steps of k at a time
-    B_IN_PLACE = 64, // GEMM_B_IN_PLACE, one of the flags
-};
+// The number of kernels_gemm.cl.
+enum { DEPTH = 384 }; // GEMM_DEPTH: steps of k at a time
 
 // How a product is cut up.
 struct cut {
@@ -74,17 +71,22 @@ static bool reads_in_place(const struct gemm *g, const struct cut *c)
            rows < 1024;
 }
 
+int opencl_gemm_cpu_panel(const struct opencl_device *dev)
+{
+    return dev->base.info.vector_width >= 16 ? 32 : 16;
+}
+
 static struct cut cut_up(const struct opencl_device *dev, const struct gemm *g)
 {
-    bool wide = dev->base.info.vector_width >= 16;
-    struct cut c = {.panel = wide ? 32 : 16, .strip = wide ? 12 : 6, .block = 1, .wide = 1};
+    struct cut c = {.panel = opencl_gemm_cpu_panel(dev), .block = 1, .wide = 1};
+    c.strip = c.panel == 32 ? 12 : 6;
     c.panels = gemm_cover(g->n, c.panel);
     c.copies = g->ragged == GEMM_RAGGED_M ? g->groups : 1;
     size_t pitch = (size_t)g->k * (size_t)c.panel + 16; // gemm_panel_pitch()
     c.in_place = reads_in_place(g, &c);
     if (!c.in_place)
         c.b_floats = round16((size_t)c.copies * (size_t)c.panels * pitch);
-    if (g->type_c == BF16 && g->k > DEPTH)
+    if ((g->type_c == BF16 || g->swiglu != SWIGLU_NONE) && g->k > DEPTH)
         c.sums = (size_t)g->m * (size_t)g->n * (g->ragged == GEMM_RAGGED_K ? (size_t)g->groups : 1);
     cut_blocks(&c, dev, g);
     return c;
@@ -109,7 +111,7 @@ int opencl_gemm_cpu(struct stream *s, const struct gemm *g)
     struct cut c = cut_up(s->dev, g);
     struct mem *offsets = g->ragged == GEMM_PLAIN ? NULL : g->offsets;
     struct mem *b = c.in_place ? g->b : g->space;
-    int flags = gemm_flags(g) | (c.in_place ? B_IN_PLACE : 0);
+    int flags = gemm_flags(g) | (c.in_place ? GEMM_B_IN_PLACE : 0);
     struct mem *sums = c.sums ? g->space : g->c;
     int skip = c.sums ? (int)(c.b_floats / 16) : 0, blocks = gemm_cover(g->m, c.block);
     int across = gemm_cover(c.panels, c.wide);
@@ -122,7 +124,7 @@ int opencl_gemm_cpu(struct stream *s, const struct gemm *g)
                            {.i = g->m}, {.i = g->n}, {.i = g->k}, {.i = skip}, {.i = c.block},
                            {.i = c.wide}, {.i = c.depth}, {.i = flags});
     return GEMM_LAUNCH(s, KERNEL_gemm_rows_cpu, blocks + (offsets ? g->groups : 0), across, 1,
-                       {.b = g->a}, {.b = b}, {.b = g->c}, {.b = sums}, {.b = g->bias},
+                       {.b = g->a}, {.b = b}, {.b = g->c}, {.b = sums}, {.b = g->h}, {.b = g->bias},
                        {.b = offsets}, {.i = g->groups}, {.i = g->m}, {.i = g->n}, {.i = g->k},
                        {.i = skip}, {.i = c.block}, {.i = c.wide}, {.i = c.depth}, {.i = flags});
 }

@@ -42,11 +42,13 @@ static int plan_moe_half(struct dit *d, int l, struct block_act *a)
     ACTIVATION(d, l, "router.slot", I32, 2, 5, 3, &a->slot, M, K);
     ACTIVATION(d, l, "router.token", I32, 2, 3, NEVER, &a->token, R);
     ACTIVATION(d, l, "experts.rows", act, 3, 3, 2, &a->rows, R, D);
-    ACTIVATION(d, l, "experts.gu", act, 3, 4, 2, &a->gu, R, 2 * F);
-    ACTIVATION(d, l, "experts.hidden", act, 4, 4, 1, &a->hidden, R, F);
+    if (d->options.train || !op_swiglu_fuses(&d->ctx, F))
+        ACTIVATION(d, l, "experts.gu", act, 3, 3, 2, &a->gu, R, 2 * F);
+    ACTIVATION(d, l, "experts.hidden", act, 3, 4, 1, &a->hidden, R, F);
     ACTIVATION(d, l, "experts.y", act, 4, 5, 3, &a->y, R, D);
     if (c->shared) {
-        ACTIVATION(d, l, "shared.gu", act, 2, 2, 3, &a->shared_gu, M, 2 * Fs);
+        if (d->options.train || !op_swiglu_fuses(&d->ctx, Fs))
+            ACTIVATION(d, l, "shared.gu", act, 2, 2, 3, &a->shared_gu, M, 2 * Fs);
         ACTIVATION(d, l, "shared.hidden", act, 2, 2, 3, &a->shared_hidden, M, Fs);
         ACTIVATION(d, l, "shared.out", act, 2, 5, NEVER, &a->shared, M, D);
     }
@@ -99,10 +101,11 @@ static int plan_gradients(struct dit *d, int l)
         SCRATCH("mlp.dact", act, 1, 3, &s->dact, M, F);
         return 0;
     }
-    SCRATCH("experts.dhidden", act, 1, 2, &s->dhidden, M * K, F);
+    if (!op_swiglu_fuses(&d->ctx, F))
+        SCRATCH("experts.dhidden", act, 1, 2, &s->dhidden, M * K, F);
     SCRATCH("router.dweight", F32, 0, 3, &s->dweight, M, K);
     SCRATCH("router.dlogits", F32, 3, 3, &s->dlogits, M, c->experts);
-    if (c->shared)
+    if (c->shared && !op_swiglu_fuses(&d->ctx, D * c->shared))
         SCRATCH("shared.dhidden", act, 3, 3, &s->dshared_hidden, M, D * c->shared);
 #undef SCRATCH
     return 0;

@@ -16,13 +16,18 @@ static int router_forward(struct dit *d, int layer)
     return op_balance(c, &r->fraction, &r->mean_prob, &r->index, &a->probs);
 }
 
+// A tensor that is planned only where the device needs it.
+static struct tensor *if_planned(struct tensor *t)
+{
+    return t->ndim ? t : NULL;
+}
+
 static int shared_forward(struct dit *d, int layer)
 {
     struct context *c = &d->ctx;
     struct block_act *a = dit_act(d, layer);
     const struct block_weights *w = &d->w.blocks[layer];
-    TRY(op_linear(c, &a->shared_gu, &a->h2, &w->shared_gu, NULL));
-    TRY(op_swiglu_fwd(c, &a->shared_hidden, &a->shared_gu));
+    TRY(op_linear_swiglu(c, &a->shared_hidden, if_planned(&a->shared_gu), &a->h2, &w->shared_gu));
     return op_linear(c, &a->shared, &a->shared_hidden, &w->shared_down, NULL);
 }
 
@@ -37,8 +42,7 @@ int moe_forward(struct dit *d, int layer)
     if (shared)
         TRY(shared_forward(d, layer));
     TRY(op_dispatch_fwd(c, &a->rows, &a->h2, &a->token));
-    TRY(op_experts(c, &a->gu, &a->rows, &w->experts_gu, offsets));
-    TRY(op_swiglu_fwd(c, &a->hidden, &a->gu));
+    TRY(op_experts_swiglu(c, &a->hidden, if_planned(&a->gu), &a->rows, &w->experts_gu, offsets));
     TRY(op_experts(c, &a->y, &a->hidden, &w->experts_down, offsets));
     return op_combine_fwd(c, &a->out, &a->y, &a->slot, &a->weight, shared ? &a->shared : NULL);
 }
@@ -53,8 +57,7 @@ static int experts_backward(struct dit *d, int layer)
     const struct block_weights *w = &d->w.blocks[layer];
     const struct tensor *offsets = &d->routes[layer].offsets;
     TRY(op_experts_dw(c, &g->experts_down, &a->y, &a->hidden, offsets));
-    TRY(op_experts_dx(c, &s->dhidden, &a->y, &w->experts_down, offsets));
-    TRY(op_swiglu_bwd(c, &a->gu, &s->dhidden, &a->gu));
+    TRY(op_experts_swiglu_dx(c, &a->gu, if_planned(&s->dhidden), &a->y, &w->experts_down, offsets));
     TRY(op_experts_dw(c, &g->experts_gu, &a->gu, &a->rows, offsets));
     return op_experts_dx(c, &a->y, &a->gu, &w->experts_gu, offsets);
 }
@@ -68,8 +71,8 @@ static int shared_backward(struct dit *d, int layer)
     struct block_weights *g = &d->g.blocks[layer];
     const struct block_weights *w = &d->w.blocks[layer];
     TRY(op_linear_dw(c, &g->shared_down, NULL, &a->out, &a->shared_hidden));
-    TRY(op_linear_dx(c, &s->dshared_hidden, &a->out, &w->shared_down, false));
-    TRY(op_swiglu_bwd(c, &a->shared_gu, &s->dshared_hidden, &a->shared_gu));
+    TRY(op_linear_swiglu_dx(c, &a->shared_gu, if_planned(&s->dshared_hidden), &a->out,
+                            &w->shared_down));
     TRY(op_linear_dw(c, &g->shared_gu, NULL, &a->shared_gu, &a->h2));
     return op_linear_dx(c, &s->dh, &a->shared_gu, &w->shared_gu, false);
 }

@@ -35,6 +35,23 @@ int op_experts_dx(struct context *c, struct tensor *dx, const struct tensor *dy,
 int op_experts_dw(struct context *c, struct tensor *dw, const struct tensor *dy,
                   const struct tensor *x, const struct tensor *offsets);
 
+// The gate|up product of a SwiGLU layer with what follows it: h[M,F] = silu(g) * u, where
+// g | u = x[M,I] w[2F,I]^T; and the gradient of gu[M,2F] = g | u in place, from dy[M,O] and the down
+// projection w[O,F]: dh = dy w, then dg | du. Devices that do both in one pass for this F
+// (op_swiglu_fuses) need no memory for gu in the first, which writes it only when it is given, nor
+// for dh[M,F] in the second, which leaves it alone: either may be NULL there. Elsewhere both are
+// written. All ACT.
+bool op_swiglu_fuses(const struct context *c, int64_t columns);
+int op_linear_swiglu(struct context *c, struct tensor *h, struct tensor *gu, const struct tensor *x,
+                     const struct tensor *w);
+int op_linear_swiglu_dx(struct context *c, struct tensor *gu, struct tensor *dh,
+                        const struct tensor *dy, const struct tensor *w);
+int op_experts_swiglu(struct context *c, struct tensor *h, struct tensor *gu,
+                      const struct tensor *x, const struct tensor *w, const struct tensor *offsets);
+int op_experts_swiglu_dx(struct context *c, struct tensor *gu, struct tensor *dh,
+                         const struct tensor *dy, const struct tensor *w,
+                         const struct tensor *offsets);
+
 // ---- embedding -------------------------------------------------------------------------------------
 
 // Cuts images into patches: out[N*T, C*p*p] (ACT) from x[N,C,H,W] (f32).

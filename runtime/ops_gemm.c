@@ -33,23 +33,29 @@ static struct gemm product(const struct tensor *out, const struct tensor *a, con
 
 // ---- linear layers ------------------------------------------------------------------------------
 
-int op_linear(struct context *c, struct tensor *y, const struct tensor *x, const struct tensor *w,
-              const struct tensor *bias)
+static struct gemm linear(const struct tensor *y, const struct tensor *x, const struct tensor *w)
 {
     int64_t m = rows_of(x), k = x->shape[1], n = rows_of(w);
     BUG_IF(!has_shape2(y, m, n) || w->shape[1] != k || w->dtype != F32);
-    BUG_IF(bias && (tensor_count(bias) != n || bias->dtype != F32));
     struct gemm g = product(y, x, w);
     g.m = arg_int(m);
     g.n = arg_int(n);
     g.k = arg_int(k);
     g.trans_b = true;
+    return g;
+}
+
+int op_linear(struct context *c, struct tensor *y, const struct tensor *x, const struct tensor *w,
+              const struct tensor *bias)
+{
+    struct gemm g = linear(y, x, w);
+    BUG_IF(bias && (tensor_count(bias) != g.n || bias->dtype != F32));
     g.bias = bias ? bias->mem : NULL;
     return multiply(c, &g);
 }
 
-int op_linear_dx(struct context *c, struct tensor *dx, const struct tensor *dy,
-                 const struct tensor *w, bool accumulate)
+static struct gemm linear_dx(const struct tensor *dx, const struct tensor *dy,
+                             const struct tensor *w)
 {
     int64_t m = rows_of(dy), k = dy->shape[1], n = dx->shape[1];
     BUG_IF(!has_shape2(dx, m, n) || !has_shape2(w, k, n) || w->dtype != F32);
@@ -57,6 +63,13 @@ int op_linear_dx(struct context *c, struct tensor *dx, const struct tensor *dy,
     g.m = arg_int(m);
     g.n = arg_int(n);
     g.k = arg_int(k);
+    return g;
+}
+
+int op_linear_dx(struct context *c, struct tensor *dx, const struct tensor *dy,
+                 const struct tensor *w, bool accumulate)
+{
+    struct gemm g = linear_dx(dx, dy, w);
     g.accumulate = accumulate;
     return multiply(c, &g);
 }
@@ -98,8 +111,8 @@ static int expert_count(const struct tensor *w, const struct tensor *offsets)
     return arg_int(w->shape[0]);
 }
 
-int op_experts(struct context *c, struct tensor *y, const struct tensor *x, const struct tensor *w,
-               const struct tensor *offsets)
+static struct gemm experts(const struct tensor *y, const struct tensor *x, const struct tensor *w,
+                           const struct tensor *offsets)
 {
     struct gemm g = product(y, x, w);
     g.ragged = GEMM_RAGGED_M;
@@ -110,11 +123,18 @@ int op_experts(struct context *c, struct tensor *y, const struct tensor *x, cons
     g.n = arg_int(w->shape[1]);
     g.k = arg_int(w->shape[2]);
     g.trans_b = true;
+    return g;
+}
+
+int op_experts(struct context *c, struct tensor *y, const struct tensor *x, const struct tensor *w,
+               const struct tensor *offsets)
+{
+    struct gemm g = experts(y, x, w, offsets);
     return multiply(c, &g);
 }
 
-int op_experts_dx(struct context *c, struct tensor *dx, const struct tensor *dy,
-                  const struct tensor *w, const struct tensor *offsets)
+static struct gemm experts_dx(const struct tensor *dx, const struct tensor *dy,
+                              const struct tensor *w, const struct tensor *offsets)
 {
     struct gemm g = product(dx, dy, w);
     g.ragged = GEMM_RAGGED_M;
@@ -124,6 +144,13 @@ int op_experts_dx(struct context *c, struct tensor *dx, const struct tensor *dy,
     g.m = arg_int(rows_of(dy));
     g.n = arg_int(w->shape[2]);
     g.k = arg_int(w->shape[1]);
+    return g;
+}
+
+int op_experts_dx(struct context *c, struct tensor *dx, const struct tensor *dy,
+                  const struct tensor *w, const struct tensor *offsets)
+{
+    struct gemm g = experts_dx(dx, dy, w, offsets);
     return multiply(c, &g);
 }
 
@@ -142,4 +169,79 @@ int op_experts_dw(struct context *c, struct tensor *dw, const struct tensor *dy,
     g.trans_a = true;
     g.accumulate = true;
     return multiply(c, &g);
+}
+
+// ---- products and SwiGLU ------------------------------------------------------------------------
+
+bool op_swiglu_fuses(const struct context *c, int64_t columns)
+{
+    return c->dev->swiglu_columns > 0 && columns % c->dev->swiglu_columns == 0;
+}
+
+// The tensor [rows, columns] without memory: shapes are checked against it.
+static struct tensor matrix(const struct context *c, int64_t rows, int64_t columns)
+{
+    return (struct tensor){.dtype = c->dev->act, .ndim = 2, .shape = {rows, columns}};
+}
+
+// g: the product gu = x w^T.
+static int swiglu_fwd(struct context *c, struct tensor *h, struct tensor *gu, struct gemm *g)
+{
+    BUG_IF(!has_shape2(h, g->m, g->n / 2) || g->n % 2 != 0 || !is_act(c, h));
+    if (op_swiglu_fuses(c, g->n / 2)) {
+        g->swiglu = SWIGLU_FORWARD;
+        g->h = h->mem;
+        return multiply(c, g);
+    }
+    BUG_IF(!gu);
+    TRY(multiply(c, g));
+    return op_swiglu_fwd(c, h, gu);
+}
+
+// g: the product dh = dy w, whose C is not set.
+static int swiglu_bwd(struct context *c, struct tensor *gu, struct tensor *dh, struct gemm *g)
+{
+    BUG_IF(!has_shape2(gu, g->m, 2 * g->n) || !is_act(c, gu));
+    if (op_swiglu_fuses(c, g->n)) {
+        g->swiglu = SWIGLU_BACKWARD;
+        g->c = gu->mem;
+        return multiply(c, g);
+    }
+    BUG_IF(!dh || !has_shape2(dh, g->m, g->n) || !is_act(c, dh));
+    g->c = dh->mem;
+    TRY(multiply(c, g));
+    return op_swiglu_bwd(c, gu, dh, gu);
+}
+
+int op_linear_swiglu(struct context *c, struct tensor *h, struct tensor *gu, const struct tensor *x,
+                     const struct tensor *w)
+{
+    struct tensor shape = matrix(c, rows_of(x), rows_of(w));
+    struct gemm g = linear(gu ? gu : &shape, x, w);
+    return swiglu_fwd(c, h, gu, &g);
+}
+
+int op_linear_swiglu_dx(struct context *c, struct tensor *gu, struct tensor *dh,
+                        const struct tensor *dy, const struct tensor *w)
+{
+    struct tensor shape = matrix(c, rows_of(dy), w->shape[1]);
+    struct gemm g = linear_dx(&shape, dy, w);
+    return swiglu_bwd(c, gu, dh, &g);
+}
+
+int op_experts_swiglu(struct context *c, struct tensor *h, struct tensor *gu,
+                      const struct tensor *x, const struct tensor *w, const struct tensor *offsets)
+{
+    struct tensor shape = matrix(c, rows_of(x), w->shape[1]);
+    struct gemm g = experts(gu ? gu : &shape, x, w, offsets);
+    return swiglu_fwd(c, h, gu, &g);
+}
+
+int op_experts_swiglu_dx(struct context *c, struct tensor *gu, struct tensor *dh,
+                         const struct tensor *dy, const struct tensor *w,
+                         const struct tensor *offsets)
+{
+    struct tensor shape = matrix(c, rows_of(dy), w->shape[2]);
+    struct gemm g = experts_dx(&shape, dy, w, offsets);
+    return swiglu_bwd(c, gu, dh, &g);
 }

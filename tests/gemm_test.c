@@ -120,15 +120,22 @@ static int try_product(unsigned flags, const struct product *given)
     if (keeps)
         memcpy(want, c->v, (size_t)c->count * sizeof *want);
     expect(&p, want, a, b, bias, offsets);
-    struct gemm g = {p.ragged,     p.m,
-                     p.n,          p.k,
-                     p.trans_a,    p.trans_b,
-                     p.accumulate, a->t.mem,
-                     b->t.mem,     c->t.mem,
-                     p.a,          p.b,
-                     p.c,          bias ? bias->t.mem : NULL,
-                     p.groups,     p.ragged == GEMM_PLAIN ? NULL : o->t.mem,
-                     NULL};
+    struct gemm g = {.ragged = p.ragged,
+                     .m = p.m,
+                     .n = p.n,
+                     .k = p.k,
+                     .trans_a = p.trans_a,
+                     .trans_b = p.trans_b,
+                     .accumulate = p.accumulate,
+                     .a = a->t.mem,
+                     .b = b->t.mem,
+                     .c = c->t.mem,
+                     .type_a = p.a,
+                     .type_b = p.b,
+                     .type_c = p.c,
+                     .bias = bias ? bias->t.mem : NULL,
+                     .groups = p.groups,
+                     .offsets = p.ragged == GEMM_PLAIN ? NULL : o->t.mem};
     OK(run_gemm(&r, &g));
     op_judge(&r, c, want, p.c == BF16 ? 4e-3 : 1e-6, "%s", describe(&p));
     return op_end(&r);
@@ -338,6 +345,113 @@ static int test_experts(void)
     return failures ? FAILED : PASSED;
 }
 
+// ---- products and SwiGLU ------------------------------------------------------------------------
+
+// want_gu = x w^T and want_h = silu(g) * u; then the gradient of gu (as stored: `gu`) from dy and the
+// down projection. Rows from..to, expert e.
+struct swiglu_case {
+    int F, inner, outer; // inner: columns of x; outer: columns of dy
+    const double *x, *w, *down, *dy, *gu;
+    double *want_gu, *want_h, *want_dgu;
+};
+
+static void swiglu_rows(const struct swiglu_case *s, int e, int from, int to)
+{
+    const int F = s->F;
+    const double *w = s->w + (int64_t)e * 2 * F * s->inner;
+    const double *down = s->down + (int64_t)e * s->outer * F;
+    for (int i = from; i < to; i++) {
+        for (int j = 0; j < 2 * F; j++)
+            for (int k = 0; k < s->inner; k++)
+                s->want_gu[i * 2 * F + j] += s->x[i * s->inner + k] * w[j * s->inner + k];
+        for (int f = 0; f < F; f++) {
+            const double g = s->want_gu[i * 2 * F + f], u = s->want_gu[i * 2 * F + F + f];
+            s->want_h[i * F + f] = g / (1 + exp(-g)) * u;
+            double dh = 0;
+            for (int o = 0; o < s->outer; o++)
+                dh += s->dy[i * s->outer + o] * down[o * F + f];
+            const double gs = s->gu[i * 2 * F + f], us = s->gu[i * 2 * F + F + f];
+            const double q = 1 / (1 + exp(-gs));
+            s->want_dgu[i * 2 * F + f] = dh * us * (q + gs * q * (1 - q));
+            s->want_dgu[i * 2 * F + F + f] = dh * gs * q;
+        }
+    }
+}
+
+// p: n is F, k both other widths; without groups the plain operations.
+static int try_swiglu(unsigned flags, const struct product *p)
+{
+    struct op_run r;
+    const int F = p->n, k = p->k, groups = p->groups, matrices = groups ? groups : 1;
+    double first[GROUPS_MAX + 1];
+    offsets_of(p, first);
+    const int rows = groups ? (int)first[groups] : p->m;
+    OK(op_begin(&r, flags, 13));
+    const bool fuses = op_swiglu_fuses(&r.c, F);
+    struct operand *offsets = groups ? op_values(&r, I32, first, DIMS(groups + 1)) : NULL;
+    struct operand *x = op_random(&r, r.act, -1, 1, DIMS(rows, k));
+    struct operand *dy = op_random(&r, r.act, -1, 1, DIMS(rows, k));
+    struct operand *w = groups ? op_random(&r, F32, -1, 1, DIMS(matrices, 2 * F, k))
+                               : op_random(&r, F32, -1, 1, DIMS(2 * F, k));
+    struct operand *down = groups ? op_random(&r, F32, -1, 1, DIMS(matrices, k, F))
+                                  : op_random(&r, F32, -1, 1, DIMS(k, F));
+    struct operand *old = op_random(&r, r.act, -3, 3, DIMS(rows, 2 * F));
+    struct operand *gu = op_output(&r, r.act, DIMS(rows, 2 * F));
+    struct operand *h = op_output(&r, r.act, DIMS(rows, F));
+    struct operand *h_alone = op_output(&r, r.act, DIMS(rows, F));
+    struct operand *dh = op_output(&r, r.act, DIMS(rows, F));
+    struct swiglu_case s = {F,
+                            k,
+                            k,
+                            x->v,
+                            w->v,
+                            down->v,
+                            dy->v,
+                            old->v,
+                            op_doubles(&r, gu->count),
+                            op_doubles(&r, h->count),
+                            op_doubles(&r, gu->count)};
+    for (int e = 0; e < matrices; e++)
+        swiglu_rows(&s, e, groups ? (int)first[e] : 0, groups ? (int)first[e + 1] : rows);
+    struct tensor *scratch = fuses ? NULL : &dh->t;
+    if (groups) {
+        OK(OP_RUN(&r, op_experts_swiglu(&r.c, &h->t, &gu->t, &x->t, &w->t, &offsets->t)));
+        if (fuses)
+            OK(OP_RUN(&r, op_experts_swiglu(&r.c, &h_alone->t, NULL, &x->t, &w->t, &offsets->t)));
+        OK(OP_RUN(&r, op_experts_swiglu_dx(&r.c, &old->t, scratch, &dy->t, &down->t, &offsets->t)));
+    } else {
+        OK(OP_RUN(&r, op_linear_swiglu(&r.c, &h->t, &gu->t, &x->t, &w->t)));
+        if (fuses)
+            OK(OP_RUN(&r, op_linear_swiglu(&r.c, &h_alone->t, NULL, &x->t, &w->t)));
+        OK(OP_RUN(&r, op_linear_swiglu_dx(&r.c, &old->t, scratch, &dy->t, &down->t)));
+    }
+    const double tolerance = op_tolerance(&r, 1e-6);
+    op_judge(&r, gu, s.want_gu, tolerance, "swiglu product gu %d %d %d", rows, F, k);
+    op_judge(&r, h, s.want_h, 2 * tolerance, "swiglu product h %d %d %d", rows, F, k);
+    if (fuses)
+        op_judge(&r, h_alone, s.want_h, 2 * tolerance, "swiglu h alone %d %d %d", rows, F, k);
+    op_judge(&r, old, s.want_dgu, 2 * tolerance, "swiglu product dgu %d %d %d", rows, F, k);
+    return op_end(&r);
+}
+
+static int test_swiglu(void)
+{
+    static const struct product cases[] = {
+        {.m = 37, .n = 64, .k = 48},
+        {.m = 13, .n = 32, .k = 801}, // several steps of k
+        {.m = 8, .n = 20, .k = 33},
+        {.m = 5, .n = 37, .k = 12},
+        {.n = 32, .k = 21, .groups = 4, .counts = {13, 0, 1, 25}},
+        {.n = 96, .k = 400, .groups = 3, .counts = {12, 24, 30}},
+        {.n = 37, .k = 16, .groups = 3, .counts = {3, 0, 14}},
+    };
+    int failures = 0;
+    for (int f = 0; f < 4; f++)
+        for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
+            failures += try_swiglu(op_flags[f], &cases[i]) != PASSED;
+    return failures ? FAILED : PASSED;
+}
+
 // Every form once on a handful of elements: what a simulator of devices can run in a minute.
 static int test_tiny(void)
 {
@@ -368,5 +482,6 @@ const struct test gemm_tests[] = {
     {"ragged_tn", test_ragged_tn},
     {"linear", test_linear},
     {"experts", test_experts},
+    {"swiglu", test_swiglu},
     {0},
 };
