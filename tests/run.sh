@@ -41,10 +41,17 @@ build() { # build DIRECTORY CMAKE_ARGUMENTS...
     cmake -S . -B "$dir" -G Ninja "$@" && cmake --build "$dir"
 }
 
-sanitized() { # host code under ASan and UBSan; PoCL's and LLVM's own leaks are not ours
+asan() { # everything again under ASan and UBSan; leaks are looked for where no driver adds its own
     build build-asan -DCMAKE_BUILD_TYPE=RelWithDebInfo -DDITMOE_SANITIZE=ON || return 1
+    export UBSAN_OPTIONS=halt_on_error=1
+    ASAN_OPTIONS=detect_leaks=1 build-asan/ditmoe_test files images data plan
+}
+asan_device() {
     ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
-        build-asan/ditmoe_test files data plan model golden/s_qkv golden/alternate
+        build-asan/ditmoe_test devices gemm layers attention moe train_ops golden model
+}
+asan_cli() {
+    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 tests/cli.sh build-asan
 }
 
 raced() { # oclgrind finds out-of-bounds accesses and races, but exits 0: its log decides
@@ -66,7 +73,9 @@ if [ "$quick" != quick ]; then
     step cli tests/cli.sh build
     step kernels-nvcc kernels_cuda
     step build-clang build build-clang -DCMAKE_C_COMPILER=clang-14
-    step sanitizers sanitized
+    step asan asan
+    step asan-device asan_device
+    step asan-cli asan_cli
     step oclgrind raced
 fi
 echo "$passed passed, $failed failed, $skipped skipped"
