@@ -121,7 +121,8 @@ struct gemm {
     struct mem *offsets;
     struct mem *space; // scratch of at least gemm_space() bytes; may be NULL when that is 0
     enum gemm_swiglu swiglu;
-    struct mem *h; // SWIGLU_FORWARD
+    struct mem *h;      // SWIGLU_FORWARD
+    struct mem *packed; // B as gemm_pack() left it, for the same B and swiglu; or NULL
 };
 
 // Whole operations that a backend may take over with its own library or its own launch shape.
@@ -168,6 +169,10 @@ struct backend {
                   int count);
     size_t (*gemm_space)(struct device *dev, const struct gemm *g); // scratch bytes that gemm wants
     int (*gemm)(struct stream *s, const struct gemm *g);
+    // Optional, for a B [n,k] that many products meet: the bytes of the form in which gemm wants it (0:
+    // as it is), which does not depend on m nor on swiglu; and making it, in g->packed from g->b.
+    size_t (*gemm_packed)(struct device *dev, const struct gemm *g);
+    int (*gemm_pack)(struct stream *s, const struct gemm *g);
     int (*accelerate)(struct stream *s, enum accelerated op, const void *args); // optional
 
     // events (for timing and for ordering streams) and the host's wait

@@ -85,6 +85,8 @@ bool opencl_binary_save(struct opencl_device *dev, const char *identity);
 // opencl_gemm.c: see struct gemm and gemm_space in device.h.
 int opencl_gemm(struct stream *s, const struct gemm *g);
 size_t opencl_gemm_space(struct device *dev, const struct gemm *g);
+size_t opencl_gemm_packed(struct device *dev, const struct gemm *g);
+int opencl_gemm_pack(struct stream *s, const struct gemm *g);
 void opencl_gemm_close(struct opencl_device *dev); // frees dev->gemm; called once by close()
 
 #endif

@@ -109,6 +109,21 @@ int opencl_gemm(struct stream *s, const struct gemm *g)
     return way == CLBLAST ? opencl_clblast(s, g) : own_gemm(s, g);
 }
 
+size_t opencl_gemm_packed(struct device *base, const struct gemm *g)
+{
+    bool forced, own = !opencl_clblast_wanted(opencl_device_of(base), g, &forced);
+    check(base, g);
+    return own && base->cpu_forms && g->trans_b ? opencl_gemm_cpu_packed(opencl_device_of(base), g)
+                                                : 0;
+}
+
+int opencl_gemm_pack(struct stream *s, const struct gemm *g)
+{
+    check(&s->dev->base, g);
+    BUG_IF(!s->dev->base.cpu_forms || !g->trans_b);
+    return opencl_gemm_cpu_pack(s, g);
+}
+
 void opencl_gemm_close(struct opencl_device *dev)
 {
     (void)dev;

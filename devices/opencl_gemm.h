@@ -37,6 +37,8 @@ static inline int gemm_cover(int count, int size)
 // opencl_gemm_cpu.c: the CPU forms (one work-item a tile, packed panels).
 int opencl_gemm_cpu(struct stream *s, const struct gemm *g);
 size_t opencl_gemm_cpu_space(struct opencl_device *dev, const struct gemm *g);
+size_t opencl_gemm_cpu_packed(struct opencl_device *dev, const struct gemm *g);
+int opencl_gemm_cpu_pack(struct stream *s, const struct gemm *g);
 int opencl_gemm_cpu_panel(const struct opencl_device *dev); // columns of a packed panel
 
 // opencl_clblast.c: CLBlast. wanted: may it take part in this product; *forced: it must.

@@ -98,26 +98,38 @@ size_t opencl_gemm_cpu_space(struct opencl_device *dev, const struct gemm *g)
     return (c.b_floats + c.sums) * sizeof(float);
 }
 
-static int pack_b(struct stream *s, const struct gemm *g, const struct cut *c)
+size_t opencl_gemm_cpu_packed(struct opencl_device *dev, const struct gemm *g)
+{
+    struct cut c = cut_up(dev, g);
+    return c.b_floats * sizeof(float);
+}
+
+static int pack_b(struct stream *s, const struct gemm *g, const struct cut *c, struct mem *to)
 {
     enum { ROWS = 256, WIDE = 1 }; // long runs of k: each line of B is read once, in order
     return GEMM_LAUNCH(s, KERNEL_gemm_pack_cpu, gemm_cover(g->k, ROWS), gemm_cover(c->panels, WIDE),
-                       c->copies, {.b = g->space}, {.b = g->b}, {.i = g->trans_b}, {.i = g->n},
+                       c->copies, {.b = to}, {.b = g->b}, {.i = g->trans_b}, {.i = g->n},
                        {.i = g->k}, {.i = ROWS}, {.i = WIDE}, {.i = gemm_flags(g)});
+}
+
+int opencl_gemm_cpu_pack(struct stream *s, const struct gemm *g)
+{
+    struct cut c = cut_up(s->dev, g);
+    return pack_b(s, g, &c, g->packed);
 }
 
 int opencl_gemm_cpu(struct stream *s, const struct gemm *g)
 {
     struct cut c = cut_up(s->dev, g);
     struct mem *offsets = g->ragged == GEMM_PLAIN ? NULL : g->offsets;
-    struct mem *b = c.in_place ? g->b : g->space;
+    struct mem *b = c.in_place ? g->b : g->packed ? g->packed : g->space;
     int flags = gemm_flags(g) | (c.in_place ? GEMM_B_IN_PLACE : 0);
     struct mem *sums = c.sums ? g->space : g->c;
     int skip = c.sums ? (int)(c.b_floats / 16) : 0, blocks = gemm_cover(g->m, c.block);
     int across = gemm_cover(c.panels, c.wide);
     BUG_IF(c.b_floats + c.sums > 0 && !g->space);
-    if (!c.in_place)
-        TRY(pack_b(s, g, &c));
+    if (!c.in_place && !g->packed)
+        TRY(pack_b(s, g, &c, g->space));
     if (g->trans_a)
         return GEMM_LAUNCH(s, KERNEL_gemm_columns_cpu, blocks, across, offsets ? g->groups : 1,
                            {.b = g->a}, {.b = b}, {.b = g->c}, {.b = sums}, {.b = offsets},

@@ -99,6 +99,7 @@ int dit_new(struct device *dev, struct stream *stream, const struct config *c,
     TRY(config_check(c));
     if (options->batch < 1)
         return fail(ERR_INPUT, "batch %d: must be 1 or more", options->batch);
+    BUG_IF(options->pack && options->train);
     struct dit *d = calloc(1, sizeof *d);
     if (!d)
         return fail(ERR_NOMEM, "no host memory for a model");
@@ -130,7 +131,8 @@ int dit_layout(struct dit *d)
     if (c->space_wanted && !c->space.ndim)
         TRY(PLAN_TENSOR(d->plan, "scratch", PLAN_ACTIVATIONS, F32, 0, PLAN_FOREVER, &c->space,
                         (int64_t)((c->space_wanted + 3) / 4)));
-    return plan_layout(d->plan, d->options.limit);
+    TRY(plan_layout(d->plan, d->options.limit));
+    return d->options.pack ? packed_plan(d) : 0;
 }
 
 int dit_commit(struct dit *d)
@@ -149,7 +151,7 @@ void dit_free(struct dit *d)
     weights_free(&d->w), weights_free(&d->g), weights_free(&d->m), weights_free(&d->v);
     weights_free(&d->ema);
     params_free(&d->params);
-    free(d->x), free(d->acts), free(d->routes), free(d->grads);
+    free(d->x), free(d->acts), free(d->routes), free(d->grads), free(d->packed);
     free(d);
 }
 

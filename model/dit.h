@@ -61,6 +61,7 @@ struct dit_options {
     bool train;     // plan gradients and everything a backward pass needs
     bool optimiser; // Adam moments
     bool ema;
+    bool pack;      // not with train: keep packed copies of weights, where there is memory for them
     bool recompute; // keep only each block's input; run its forward again in the backward pass
     uint64_t limit; // bytes of device memory to plan with; 0: what the device has
 };
@@ -83,6 +84,8 @@ struct dit {
     struct block_act *acts;      // [L], or [1] shared by all blocks with recompute
     struct block_route *routes;  // [L]
     struct block_grad *grads;    // [L]
+    struct packed *packed;       // of the weights, or NULL
+    int packed_count;
     struct final_act final;
 };
 
@@ -126,6 +129,9 @@ int moe_forward(struct dit *d, int layer);  // h2 -> out
 int moe_backward(struct dit *d, int layer); // out (now d out) -> grad.dh (d h2)
 int mlp_forward(struct dit *d, int layer);  // the same for a plain block
 int mlp_backward(struct dit *d, int layer);
+
+// Declares packed copies of the weights (packed.c), if the plan, laid out before, has room for them.
+int packed_plan(struct dit *d);
 
 int final_plan(struct dit *d);
 int final_forward(struct dit *d);

@@ -254,6 +254,7 @@ void weights_free(struct weights *w)
 
 int param_write(struct context *c, struct weights *w, const struct param *p, const float *host)
 {
+    tensor_changed(param_tensor(w, p));
     return c->dev->api->write(c->stream, param_tensor(w, p)->mem, (size_t)p->start * sizeof(float),
                               host, (size_t)param_count(p) * sizeof(float));
 }

@@ -20,7 +20,7 @@ int sampler_new(struct device *dev, struct stream *stream, const struct config *
     s->options = *o;
     s->batch = batch;
     const int rows = o->cfg != 1 ? 2 * batch : batch;
-    const struct dit_options d = {.batch = rows, .limit = o->limit};
+    const struct dit_options d = {.batch = rows, .limit = o->limit, .pack = o->pack};
     int code = dit_new(dev, stream, c, &d, &s->dit);
     if (code >= 0)
         code = PLAN_TENSOR(s->dit->plan, "z", PLAN_INPUT, F32, 0, PLAN_FOREVER, &s->z, batch,

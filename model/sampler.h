@@ -10,6 +10,7 @@ struct sample_options {
     float cfg;        // guidance scale; 1: none (one forward pass an image instead of two)
     uint64_t seed;
     uint64_t limit;   // device memory to plan with, bytes; 0: all
+    bool pack;        // faster steps for the weights' memory once more (where there is that much)
 };
 
 struct sampler {

@@ -52,6 +52,10 @@ int op_experts_swiglu_dx(struct context *c, struct tensor *gu, struct tensor *dh
                          const struct tensor *dy, const struct tensor *w,
                          const struct tensor *offsets);
 
+// Bytes of a packed copy (struct packed) of the weight w[O,I] or w[E,O,I] for the products y = x w^T
+// above; 0 where the device reads weights as they are. A weight with a copy belongs to one operation.
+size_t op_packed_bytes(const struct context *c, const struct tensor *w);
+
 // ---- embedding -------------------------------------------------------------------------------------
 
 // Cuts images into patches: out[N*T, C*p*p] (ACT) from x[N,C,H,W] (f32).

@@ -21,6 +21,31 @@ static int multiply(struct context *c, struct gemm *g)
     return c->dev->api->gemm(c->stream, g);
 }
 
+// The product of g, whose B is the weight w: with w's packed copy where there is one.
+static int multiply_weight(struct context *c, struct gemm *g, const struct tensor *w)
+{
+    if (!w->packed || c->dry)
+        return multiply(c, g);
+    g->packed = w->packed->copy.mem;
+    if (!w->packed->fresh)
+        TRY(c->dev->api->gemm_pack(c->stream, g));
+    w->packed->fresh = true;
+    return multiply(c, g);
+}
+
+size_t op_packed_bytes(const struct context *c, const struct tensor *w)
+{
+    const bool ragged = w->ndim == 3;
+    struct gemm g = {.ragged = ragged ? GEMM_RAGGED_M : GEMM_PLAIN,
+                     .m = 1,
+                     .n = arg_int(w->shape[ragged]),
+                     .k = arg_int(w->shape[ragged + 1]),
+                     .trans_b = true,
+                     .groups = ragged ? arg_int(w->shape[0]) : 0};
+    BUG_IF(w->ndim < 2 || w->dtype != F32);
+    return c->dev->api->gemm_packed ? c->dev->api->gemm_packed(c->dev, &g) : 0;
+}
+
 static struct gemm product(const struct tensor *out, const struct tensor *a, const struct tensor *b)
 {
     return (struct gemm){.a = a->mem,
@@ -51,7 +76,7 @@ int op_linear(struct context *c, struct tensor *y, const struct tensor *x, const
     struct gemm g = linear(y, x, w);
     BUG_IF(bias && (tensor_count(bias) != g.n || bias->dtype != F32));
     g.bias = bias ? bias->mem : NULL;
-    return multiply(c, &g);
+    return multiply_weight(c, &g, w);
 }
 
 static struct gemm linear_dx(const struct tensor *dx, const struct tensor *dy,
@@ -130,7 +155,7 @@ int op_experts(struct context *c, struct tensor *y, const struct tensor *x, cons
                const struct tensor *offsets)
 {
     struct gemm g = experts(y, x, w, offsets);
-    return multiply(c, &g);
+    return multiply_weight(c, &g, w);
 }
 
 static struct gemm experts_dx(const struct tensor *dx, const struct tensor *dy,
@@ -185,16 +210,17 @@ static struct tensor matrix(const struct context *c, int64_t rows, int64_t colum
 }
 
 // g: the product gu = x w^T.
-static int swiglu_fwd(struct context *c, struct tensor *h, struct tensor *gu, struct gemm *g)
+static int swiglu_fwd(struct context *c, struct tensor *h, struct tensor *gu, struct gemm *g,
+                      const struct tensor *w)
 {
     BUG_IF(!has_shape2(h, g->m, g->n / 2) || g->n % 2 != 0 || !is_act(c, h));
     if (op_swiglu_fuses(c, g->n / 2)) {
         g->swiglu = SWIGLU_FORWARD;
         g->h = h->mem;
-        return multiply(c, g);
+        return multiply_weight(c, g, w);
     }
     BUG_IF(!gu);
-    TRY(multiply(c, g));
+    TRY(multiply_weight(c, g, w));
     return op_swiglu_fwd(c, h, gu);
 }
 
@@ -218,7 +244,7 @@ int op_linear_swiglu(struct context *c, struct tensor *h, struct tensor *gu, con
 {
     struct tensor shape = matrix(c, rows_of(x), rows_of(w));
     struct gemm g = linear(gu ? gu : &shape, x, w);
-    return swiglu_fwd(c, h, gu, &g);
+    return swiglu_fwd(c, h, gu, &g, w);
 }
 
 int op_linear_swiglu_dx(struct context *c, struct tensor *gu, struct tensor *dh,
@@ -234,7 +260,7 @@ int op_experts_swiglu(struct context *c, struct tensor *h, struct tensor *gu,
 {
     struct tensor shape = matrix(c, rows_of(x), w->shape[1]);
     struct gemm g = experts(gu ? gu : &shape, x, w, offsets);
-    return swiglu_fwd(c, h, gu, &g);
+    return swiglu_fwd(c, h, gu, &g, w);
 }
 
 int op_experts_swiglu_dx(struct context *c, struct tensor *gu, struct tensor *dh,

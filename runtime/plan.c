@@ -48,7 +48,7 @@ static const char *const class_names[PLAN_CLASSES] = {
     [PLAN_WEIGHTS] = "weights",         [PLAN_GRADIENTS] = "gradients",
     [PLAN_MOMENT1] = "first moments",   [PLAN_MOMENT2] = "second moments",
     [PLAN_EMA] = "EMA weights",         [PLAN_ACTIVATIONS] = "activations",
-    [PLAN_INPUT] = "input and results",
+    [PLAN_INPUT] = "input and results", [PLAN_PACKED] = "packed weights",
 };
 
 const char *plan_class_name(enum plan_class class)
@@ -295,6 +295,12 @@ static int check_fit(const struct plan *p, uint64_t limit)
     return 0;
 }
 
+bool plan_has_room(const struct plan *p, uint64_t limit, uint64_t bytes)
+{
+    const uint64_t most = limit ? limit : memory_left(p), total = plan_total(p);
+    return total <= most && bytes <= most - total;
+}
+
 int plan_layout(struct plan *p, uint64_t limit)
 {
     BUG_IF(p->committed);
@@ -330,7 +336,7 @@ static int make_part(struct plan *p, const struct view *v)
 
 static bool holds_parameters(int k)
 {
-    return k != PLAN_ACTIVATIONS && k != PLAN_INPUT;
+    return k != PLAN_ACTIVATIONS && k != PLAN_INPUT && k != PLAN_PACKED;
 }
 
 static int allocate_slabs(struct plan *p, struct stream *stream)

@@ -17,6 +17,7 @@ enum plan_class {
     PLAN_MOMENT1, // Adam's first moment
     PLAN_MOMENT2, // Adam's second moment
     PLAN_EMA,
+    PLAN_PACKED, // weights once more, in the form that products read
     PLAN_ACTIVATIONS,
     PLAN_INPUT, // batch, noise, results
     PLAN_CLASSES
@@ -49,6 +50,8 @@ int plan_layout(struct plan *p, uint64_t limit);
 // are zeroed, so that operations on whole slabs find nothing in the gaps between tensors.
 int plan_commit(struct plan *p);
 
+// Whether `bytes` more would fit in the plan as it was laid out last, under the same limit.
+bool plan_has_room(const struct plan *p, uint64_t limit, uint64_t bytes);
 uint64_t plan_total(const struct plan *p);
 uint64_t plan_class_bytes(const struct plan *p, enum plan_class class);
 void plan_print(const struct plan *p, FILE *out, bool every_tensor);

@@ -17,6 +17,7 @@ int tensor_write(struct context *c, const struct tensor *t, const void *host)
 {
     if (c->dry || tensor_bytes(t) == 0)
         return 0;
+    tensor_changed(t);
     return c->dev->api->write(c->stream, t->mem, 0, host, tensor_bytes(t));
 }
 
@@ -32,6 +33,7 @@ int tensor_zero(struct context *c, const struct tensor *t)
     size_t bytes = tensor_bytes(t);
     if (c->dry || bytes == 0)
         return 0;
+    tensor_changed(t);
     // fill() works in 4-byte words; an odd number of bf16 values leaves two bytes over
     TRY(c->dev->api->fill(c->stream, t->mem, 0, bytes & ~(size_t)3, 0));
     const uint16_t zero = 0;
@@ -45,5 +47,6 @@ int tensor_copy(struct context *c, const struct tensor *to, const struct tensor 
     BUG_IF(tensor_bytes(to) != tensor_bytes(from) || to->dtype != from->dtype);
     if (c->dry || tensor_bytes(to) == 0)
         return 0;
+    tensor_changed(to);
     return c->dev->api->copy(c->stream, to->mem, 0, from->mem, 0, tensor_bytes(to));
 }

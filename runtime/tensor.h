@@ -8,12 +8,29 @@
 
 enum { TENSOR_DIMS = 5 };
 
+struct packed;
+
 struct tensor {
     struct mem *mem; // a view; NULL until the plan is committed
     enum dtype dtype;
     int ndim;
     int64_t shape[TENSOR_DIMS];
+    struct packed *packed; // a weight's copy for products, or NULL
 };
+
+// A copy of a weight in the form that the device's products read (op_packed_bytes). Products make it
+// when they meet the weight first and after it was written, so it is never stale; who writes a
+// weight other than by the functions below calls tensor_changed().
+struct packed {
+    struct tensor copy; // [bytes / 4] F32
+    bool fresh;
+};
+
+static inline void tensor_changed(const struct tensor *t)
+{
+    if (t->packed)
+        t->packed->fresh = false;
+}
 
 int64_t tensor_count(const struct tensor *t);  // elements
 size_t tensor_bytes(const struct tensor *t);

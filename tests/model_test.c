@@ -431,6 +431,62 @@ static int batch_size_does_not_matter(void)
     return PASSED;
 }
 
+static int open_sampler(struct device *dev, struct stream *stream, bool pack, uint64_t limit,
+                        struct sampler **out)
+{
+    const struct sample_options o = {.steps = 2, .cfg = 1.5f, .seed = 11, .limit = limit, .pack = pack};
+    OK(sampler_new(dev, stream, &tiny, 2, &o, out));
+    OK(dit_init((*out)->dit, 7));
+    return PASSED;
+}
+
+static int copy_weights(struct dit *to, struct dit *from)
+{
+    for (int i = 0; i < from->params.count; i++) {
+        const struct param *p = &from->params.list[i];
+        if (p->start == 0)
+            OK(tensor_copy(&to->ctx, param_tensor(&to->w, p), param_tensor(&from->w, p)));
+    }
+    return PASSED;
+}
+
+// Packed copies change no bit, follow the weights however these are written, and stay away where
+// there is no memory for them.
+static int packed_weights(void)
+{
+    static const int32_t classes[2] = {3, 9};
+    float first[2 * IMAGE], plain[2 * IMAGE], packed[2 * IMAGE];
+    struct device *dev = test_device(0);
+    struct stream *stream;
+    struct sampler *a, *b, *poor;
+    if (!dev || !dev->cpu_forms)
+        return SKIPPED;
+    OK(dev->api->stream_new(dev, &stream));
+    CHECK(open_sampler(dev, stream, false, 0, &a) == PASSED, "without copies");
+    CHECK(open_sampler(dev, stream, true, 0, &b) == PASSED, "with copies");
+    const uint64_t least = plan_total(a->dit->plan), extra = plan_class_bytes(b->dit->plan, PLAN_PACKED);
+    CHECK(extra > 0 && plan_total(b->dit->plan) == least + extra, "no copies are planned");
+    CHECK(open_sampler(dev, stream, true, least + extra - 1, &poor) == PASSED, "little memory");
+    CHECK(plan_total(poor->dit->plan) == least, "copies without memory for them");
+    sampler_free(poor);
+
+    OK(sampler_run(b, 2, classes, NULL, first, NULL, NULL)); // packs the initial weights
+    CHECK(randomise(a->dit) == PASSED && randomise(b->dit) == PASSED, "weights");
+    OK(sampler_run(a, 2, classes, NULL, plain, NULL, NULL));
+    OK(sampler_run(b, 2, classes, NULL, packed, NULL, NULL));
+    CHECK(memcmp(first, plain, sizeof plain) != 0, "these weights do nothing");
+    CHECK(memcmp(packed, plain, sizeof plain) == 0, "after param_write: not the same bits");
+    OK(dit_init(b->dit, 8));
+    OK(sampler_run(b, 2, classes, NULL, packed, NULL, NULL));
+    CHECK(memcmp(packed, plain, sizeof plain) != 0, "after dit_init: the old weights");
+    CHECK(copy_weights(b->dit, a->dit) == PASSED, "copying");
+    OK(sampler_run(b, 2, classes, NULL, packed, NULL, NULL));
+    CHECK(memcmp(packed, plain, sizeof plain) == 0, "after tensor_copy: not the same bits");
+    sampler_free(a), sampler_free(b);
+    dev->api->stream_free(stream);
+    return PASSED;
+}
+
 // One step and one sample of the smallest model with every kind of block: what oclgrind can simulate
 // in a minute, for races and accesses out of bounds.
 static int smallest(unsigned flags)
@@ -447,7 +503,7 @@ static int smallest(unsigned flags)
     struct sampler *s;
     struct train_report report;
     struct train_options o = train_defaults();
-    const struct sample_options draw = {.steps = 1, .cfg = 2, .seed = 3};
+    const struct sample_options draw = {.steps = 1, .cfg = 2, .seed = 3, .pack = true};
     bool done;
     if (!dev)
         return SKIPPED;
@@ -496,6 +552,7 @@ const struct test model_tests[] = {
     {"bf16_tracks_f32", bf16_tracks_f32},
     {"config_is_inferred", config_is_inferred},
     {"batch_size_does_not_matter", batch_size_does_not_matter},
+    {"packed_weights", packed_weights},
     {"smallest_step", smallest_step},
     {"smallest_step_gpu_forms", smallest_step_gpu_forms},
     {0},

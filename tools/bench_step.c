@@ -94,7 +94,7 @@ static int subject_open(struct device *dev, struct stream *stream, struct subjec
         TRY(trainer_new(dev, stream, s->config, &t, &s->trainer));
         TRY(trainer_commit(s->trainer));
     } else { // without guidance: one forward pass of `batch` images
-        struct sample_options o = {.steps = 1, .cfg = 1};
+        struct sample_options o = {.steps = 1, .cfg = 1, .pack = true};
         TRY(sampler_new(dev, stream, s->config, s->batch, &o, &s->sampler));
     }
     return randomise(subject_dit(s));

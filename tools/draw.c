@@ -66,7 +66,7 @@ int draw_samples(const struct draw_options *o, const struct checkpoint *file, in
     struct sampler *sampler = NULL;
     int batch = o->batch < count ? o->batch : count;
     struct sample_options options = {
-        .steps = o->steps, .cfg = draw_cfg(o, &file->config), .seed = o->seed};
+        .steps = o->steps, .cfg = draw_cfg(o, &file->config), .seed = o->seed, .pack = true};
     struct progress progress;
     TRY(session_open(&o->device, &session));
     stop_on_signals();
