@@ -6,38 +6,7 @@
 
 #include "devices/tune.h"
 
-// ---- the GPU form -------------------------------------------------------------------------------
-
-enum { TILE_M = 128, TILE_N = 64 }; // GEMM_TM, GEMM_TN in kernels_gemm.cl
-
-static int gemm_gpu(struct stream *s, const struct gemm *g)
-{
-    enum kernel kernel = g->trans_a ? KERNEL_gemm_tn : g->trans_b ? KERNEL_gemm_nt : KERNEL_gemm_nn;
-    int rows = gemm_cover(g->m, TILE_M);
-    if (g->ragged == GEMM_RAGGED_M)
-        rows += g->groups; // every expert may end with a part of a tile
-    return GEMM_LAUNCH(s, kernel, gemm_cover(g->n, TILE_N), rows,
-                       g->ragged == GEMM_RAGGED_K ? g->groups : 1, {.b = g->a}, {.b = g->b},
-                       {.b = g->c}, {.b = g->bias},
-                       {.b = g->ragged == GEMM_PLAIN ? NULL : g->offsets}, {.i = g->groups},
-                       {.i = g->m}, {.i = g->n}, {.i = g->k}, {.i = gemm_flags(g)});
-}
-
 // ---- the verbs ----------------------------------------------------------------------------------
-
-static void check(const struct device *dev, const struct gemm *g)
-{
-    BUG_IF(g->m < 0 || g->n < 0 || g->k < 0);
-    BUG_IF(g->trans_a && g->trans_b);
-    BUG_IF(g->ragged == GEMM_RAGGED_M && g->trans_a);
-    BUG_IF(g->ragged == GEMM_RAGGED_K && !g->trans_a);
-    BUG_IF(g->bias && g->ragged != GEMM_PLAIN);
-    if (g->swiglu == SWIGLU_NONE)
-        return;
-    int columns = dev->swiglu_columns, F = g->swiglu == SWIGLU_FORWARD ? g->n / 2 : g->n;
-    BUG_IF(columns == 0 || F % columns != 0 || g->trans_b != (g->swiglu == SWIGLU_FORWARD));
-    BUG_IF(g->trans_a || g->bias || g->accumulate);
-}
 
 static size_t own_space(struct opencl_device *dev, const struct gemm *g)
 {
@@ -46,14 +15,14 @@ static size_t own_space(struct opencl_device *dev, const struct gemm *g)
 
 static int own_gemm(struct stream *s, const struct gemm *g)
 {
-    return s->dev->base.cpu_forms ? opencl_gemm_cpu(s, g) : gemm_gpu(s, g);
+    return s->dev->base.cpu_forms ? opencl_gemm_cpu(s, g) : gemm_gpu(s->dev->base.api, s, g);
 }
 
 size_t opencl_gemm_space(struct device *base, const struct gemm *g)
 {
     struct opencl_device *dev = opencl_device_of(base);
     bool forced;
-    check(base, g);
+    gemm_check(base, g);
     size_t own = own_space(dev, g);
     size_t clblast = opencl_clblast_wanted(dev, g, &forced) ? opencl_clblast_space(dev, g) : 0;
     return own > clblast ? own : clblast;
@@ -101,7 +70,7 @@ static int choose(struct stream *s, const struct gemm *g)
 int opencl_gemm(struct stream *s, const struct gemm *g)
 {
     bool forced;
-    check(&s->dev->base, g);
+    gemm_check(&s->dev->base, g);
     if (!opencl_clblast_wanted(s->dev, g, &forced))
         return own_gemm(s, g);
     int way = forced ? CLBLAST : choose(s, g);

@@ -2,31 +2,8 @@
 #ifndef DITMOE_OPENCL_GEMM_H
 #define DITMOE_OPENCL_GEMM_H
 
+#include "devices/gemm_gpu.h"
 #include "devices/opencl.h"
-
-// The `flags` argument of the gemm kernels (kernels_gemm.cl has the same numbers).
-enum gemm_flags {
-    GEMM_ACCUMULATE = 1,
-    GEMM_A_BF16 = 2,
-    GEMM_B_BF16 = 4,
-    GEMM_C_BF16 = 8,
-    GEMM_B_IN_PLACE = 64,
-    GEMM_SWIGLU_FORWARD = 128,
-    GEMM_SWIGLU_BACKWARD = 256,
-};
-
-static inline int gemm_flags(const struct gemm *g)
-{
-    return (g->accumulate ? GEMM_ACCUMULATE : 0) | (g->type_a == BF16 ? GEMM_A_BF16 : 0) |
-           (g->type_b == BF16 ? GEMM_B_BF16 : 0) | (g->type_c == BF16 ? GEMM_C_BF16 : 0) |
-           (g->swiglu == SWIGLU_FORWARD ? GEMM_SWIGLU_FORWARD : 0) |
-           (g->swiglu == SWIGLU_BACKWARD ? GEMM_SWIGLU_BACKWARD : 0);
-}
-
-static inline int gemm_cover(int count, int size)
-{
-    return (int)(((int64_t)count + size - 1) / size);
-}
 
 // Launches kernel `name` over gx * gy * gz groups with the arguments that follow.
 #define GEMM_LAUNCH(s, kernel, gx, gy, gz, ...)                                            \
