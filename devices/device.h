@@ -55,13 +55,19 @@ struct device_info {
     char pci[20];          // "0000:3b:00.0", or "" for devices without a PCI place (PoCL)
     int numa;              // NUMA node from hwloc, or -1: at the machine's root
     char place[64];        // hwloc's words for it: "NUMANode 0 / PCI 0000:3b:00.0" or "Machine"
+    char twin[24];         // key of the same device (PCI id) through another backend, or ""
 };
 
 // Every device of every backend, in the order of their keys. Returns the count (<= max), 0 when there
 // is none, or a negative code. A platform that fails to answer is skipped.
 int devices_list(struct device_info *out, int max);
 
-// Finds `key` ("opencl:1"; "auto" or NULL: the best device, GPUs first). ERR_NODEVICE names what there is.
+// Why the last devices_list() left devices out that seem to be there, in one line ("cuda: the NVIDIA
+// driver is too old: ..."); "" when it did not.
+const char *devices_note(void);
+
+// Finds `key` ("opencl:1"; "auto" or NULL: the best device, GPUs first, CUDA before OpenCL where a
+// device has both). ERR_NODEVICE names what there is.
 int devices_find(const char *key, struct device_info *out);
 
 // Kernel numbers: one per line of kernels.def.
@@ -144,6 +150,7 @@ struct backend {
 
     // devices
     int (*list)(struct device_info *out, int max);
+    const char *(*note)(void); // optional: why the last list() left devices out, one line, or ""
     int (*open)(const struct device_info *info, unsigned flags, struct device **out);
     void (*close)(struct device *dev);
 
@@ -184,7 +191,7 @@ struct backend {
     int (*sync)(struct stream *s);
 };
 
-extern const struct backend backend_opencl;
+extern const struct backend backend_cuda, backend_opencl;
 
 // Every backend's device starts with this.
 struct device {

@@ -14,7 +14,7 @@ const struct kernel_spec kernel_specs[KERNEL_COUNT] = {
 
 enum { LIST_MAX = 64 };
 
-static const struct backend *const backends[] = {&backend_opencl};
+static const struct backend *const backends[] = {&backend_cuda, &backend_opencl};
 
 size_t dtype_size(enum dtype type)
 {
@@ -41,6 +41,24 @@ const char *device_kind_name(enum device_kind kind)
 
 // ---- the list ----------------------------------------------------------------------------------
 
+// Devices that are the same one, through two backends, learn of each other.
+static void join_twins(struct device_info *list, int count)
+{
+    for (int i = 0; i < count; i++)
+        for (int j = 0; j < count; j++)
+            if (list[i].backend != list[j].backend && list[i].pci[0] &&
+                !strcmp(list[i].pci, list[j].pci))
+                memcpy(list[i].twin, list[j].key, sizeof list[i].twin);
+}
+
+const char *devices_note(void)
+{
+    for (size_t b = 0; b < sizeof backends / sizeof backends[0]; b++)
+        if (backends[b]->note && backends[b]->note()[0])
+            return backends[b]->note();
+    return "";
+}
+
 int devices_list(struct device_info *out, int max)
 {
     int count = 0;
@@ -50,10 +68,12 @@ int devices_list(struct device_info *out, int max)
         count += found;
     }
     host_complete(out, count);
+    join_twins(out, count);
     return count;
 }
 
-// GPUs before accelerators before CPUs; among equals more compute units, then the first.
+// GPUs before accelerators before CPUs; among equals more compute units, then the first: of twins
+// the one through CUDA.
 static bool better(const struct device_info *a, const struct device_info *b)
 {
     static const int rank[] = {[DEVICE_CPU] = 0, [DEVICE_ACCELERATOR] = 1, [DEVICE_GPU] = 2};
@@ -69,7 +89,9 @@ static int no_such_device(const char *key, const struct device_info *list, int c
     for (int i = 0; i < count && length < sizeof keys; i++)
         length += (size_t)snprintf(keys + length, sizeof keys - length, "%s%s", i ? ", " : "",
                                    list[i].key);
-    return fail(ERR_NODEVICE, "no device '%s'; there is: auto, %s", key, keys);
+    const char *note = devices_note();
+    return fail(ERR_NODEVICE, "no device '%s'; there is: auto, %s%s%s%s", key, keys,
+                note[0] ? " (" : "", note, note[0] ? ")" : "");
 }
 
 int devices_find(const char *key, struct device_info *out)

@@ -24,21 +24,24 @@ struct op_doubles {
 // ---- launches are counted by a backend that passes them on --------------------------------------
 
 static struct backend counting;
+static const struct backend *counted; // all devices of a run are of this one
 
 static int counting_launch(struct stream *s, enum kernel kernel, const int groups[3],
                            const union arg *args, int count)
 {
     op_launches[kernel]++;
-    return backend_opencl.launch(s, kernel, groups, args, count);
+    return counted->launch(s, kernel, groups, args, count);
 }
 
 static void count_launches(struct device *dev)
 {
-    if (dev->api == &backend_opencl) {
-        counting = backend_opencl;
-        counting.launch = counting_launch;
-        dev->api = &counting;
-    }
+    if (dev->api == &counting)
+        return;
+    BUG_IF(counted && counted != dev->api);
+    counted = dev->api;
+    counting = *counted;
+    counting.launch = counting_launch;
+    dev->api = &counting;
 }
 
 // ---- begin and end ------------------------------------------------------------------------------

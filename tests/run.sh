@@ -61,9 +61,14 @@ raced() { # oclgrind finds out-of-bounds accesses and races, but exits 0: its lo
     [ ! -s "$log" ] || { head -n 40 "$log"; return 1; }
 }
 
-kernels_cuda() { # kernels.cl must also be CUDA
-    command -v nvcc >/dev/null || [ -x /usr/local/cuda/bin/nvcc ] || { echo "no nvcc here"; return 77; }
-    cmake --build build --target kernels_nvcc
+cuda_declarations() { # what devices/cuda_api.h declares, against NVIDIA's headers
+    cmake --build build --target help | grep -q cuda_declarations || { echo "no CUDA headers here"; return 77; }
+    cmake --build build --target cuda_declarations
+}
+
+cuda_tests() { # every test on the first NVIDIA GPU
+    build/ditmoe devices | grep -q '^ *cuda:0 ' || { echo "no CUDA device here"; return 77; }
+    build/ditmoe_test --device cuda:0
 }
 
 step build-gcc build build -DCMAKE_C_COMPILER=gcc
@@ -71,7 +76,8 @@ step tests build/ditmoe_test
 if [ "$quick" != quick ]; then
     step layers tests/layers.sh
     step cli tests/cli.sh build
-    step kernels-nvcc kernels_cuda
+    step cuda-headers cuda_declarations
+    step cuda cuda_tests
     step build-clang build build-clang -DCMAKE_C_COMPILER=clang-14
     step asan asan
     step asan-device asan_device

@@ -47,6 +47,8 @@ static void print_device(int depth, const struct device_info *d, bool is_auto)
     printf("%sfloats    vectors of %d; fp16 %s, fp64 %s\n", margin, d->vector_width,
            d->fp16 ? "yes" : "no", d->fp64 ? "yes" : "no");
     printf("%splace     %s%s\n", margin, d->place, d->pci[0] ? "" : " (no PCI id)");
+    if (d->twin[0])
+        printf("%stwin      %s is the same device\n", margin, d->twin);
     printf("%sdriver    %s %s, %s, by %s\n", margin, d->platform, d->driver, d->language,
            d->vendor);
 }
@@ -74,6 +76,8 @@ static void print_tree(const struct device_info *list, int count, const char *be
             printf("  NUMANode %d\n", node = d->numa);
         print_device(node < 0 ? 1 : 2, d, !strcmp(d->key, best));
     }
+    if (devices_note()[0])
+        printf("  %s\n", devices_note());
 }
 
 // ---- JSON --------------------------------------------------------------------------------------
@@ -82,7 +86,7 @@ static json_t *device_json(const struct device_info *d, bool is_auto)
 {
     return json_pack("{s:s, s:s, s:b, s:s, s:s, s:s, s:s, s:s, s:s, s:I, s:I, s:I, s:I, s:b, s:i, "
                      "s:i, s:i, s:b, "
-                     "s:b, s:o, s:o, s:s}",
+                     "s:b, s:o, s:o, s:s, s:o}",
                      "key", d->key, "backend", d->backend->name, "auto", is_auto, "kind",
                      device_kind_name(d->kind), "name", d->name, "platform", d->platform, "vendor",
                      d->vendor, "driver", d->driver, "language", d->language, "memory",
@@ -91,7 +95,8 @@ static json_t *device_json(const struct device_info *d, bool is_auto)
                      "unified", d->unified, "compute_units", d->compute_units, "clock_mhz",
                      d->clock_mhz, "vector_width", d->vector_width, "fp16", d->fp16, "fp64",
                      d->fp64, "pci", d->pci[0] ? json_string(d->pci) : json_null(), "numa",
-                     d->numa >= 0 ? json_integer(d->numa) : json_null(), "place", d->place);
+                     d->numa >= 0 ? json_integer(d->numa) : json_null(), "place", d->place, "twin",
+                     d->twin[0] ? json_string(d->twin) : json_null());
 }
 
 static void print_json(const struct device_info *list, int count, const char *best)

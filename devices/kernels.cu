@@ -1,5 +1,6 @@
-// Compiled after kernels.cl by nvcc where there is one: do the CUDA kernels have the arguments that
-// kernels.def says? A build test; nothing here runs.
+// kernels.cl as CUDA: what nvcc compiles, after including devices/cl_cuda.h and all kernels*.cl, into
+// the fat binaries of the CUDA backend (devices/cuda.h). Its own lines only check that the kernels
+// have the arguments that kernels.def says.
 #undef inline
 #undef restrict
 #undef KERNEL

@@ -1,0 +1,409 @@
+// The CUDA backend: the verbs of device.h on NVIDIA's driver API.
+//
+// Memory is an address, so a view costs nothing. A stream is a CUDA stream that does not wait for
+// the default one. Every verb makes the device's context current first: the program may use several
+// devices from one thread, and one device from several.
+#include "devices/cuda.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+static int enter(const struct cuda_device *dev)
+{
+    CU(dev->api, dev->api->context_set(dev->context), "cuCtxSetCurrent");
+    return 0;
+}
+
+// ---- open and close ----------------------------------------------------------------------------
+
+static void cuda_close(struct device *base)
+{
+    struct cuda_device *dev = cuda_device_of(base);
+    if (!dev)
+        return;
+    if (dev->context && enter(dev) == 0) {
+        cuda_gemm_close(dev);
+        if (dev->module)
+            dev->api->module_unload(dev->module);
+    }
+    if (dev->context)
+        dev->api->context_release(dev->id);
+    free(dev);
+}
+
+static int open_context(struct cuda_device *dev)
+{
+    const char *why;
+    int count = 0, index = dev->base.info.index;
+    dev->api = cuda_driver(&why);
+    if (!dev->api)
+        return fail(ERR_NODEVICE, "no CUDA device: %s", why);
+    CU(dev->api, dev->api->device_count(&count), "cuDeviceGetCount");
+    if (index < 0 || index >= count)
+        return fail(ERR_NODEVICE, "the device is gone");
+    CU(dev->api, dev->api->device_get(&dev->id, index), "cuDeviceGet");
+    CU(dev->api, dev->api->context_retain(&dev->context, dev->id), "cuDevicePrimaryCtxRetain");
+    return enter(dev);
+}
+
+// The number of arguments of a kernel, or -1 where the driver cannot tell.
+static int arguments(const struct cuda_device *dev, cuda_function function)
+{
+    size_t offset, size;
+    int count = 0;
+    if (!dev->api->parameter)
+        return -1;
+    while (dev->api->parameter(function, (size_t)count, &offset, &size) == CUDA_OK)
+        count++;
+    return count;
+}
+
+// Finds kernel `i`; appends what is wrong with it to `wrong`.
+static void find_kernel(struct cuda_device *dev, int i, char *wrong, size_t size)
+{
+    const struct kernel_spec *spec = &kernel_specs[i];
+    size_t length = strlen(wrong);
+    int want = (int)strlen(spec->args), count = want;
+    if (spec->form == FORM_CPU)
+        return;
+    bool found = dev->api->module_function(&dev->kernels[i], dev->module, spec->name) == CUDA_OK;
+    if (found)
+        count = arguments(dev, dev->kernels[i]);
+    if (!found)
+        snprintf(wrong + length, size - length, "%s%s (missing)", length ? ", " : "", spec->name);
+    else if (count >= 0 && count != want)
+        snprintf(wrong + length, size - length, "%s%s (%d arguments, not %d)", length ? ", " : "",
+                 spec->name, count, want);
+}
+
+static int open_kernels(struct cuda_device *dev)
+{
+    char wrong[900] = "";
+    const void *image = dev->base.act == BF16 ? cuda_kernels_bf16 : cuda_kernels_f32;
+    CU(dev->api, dev->api->module_load(&dev->module, image), "loading the kernels");
+    for (int i = 0; i < KERNEL_COUNT; i++)
+        find_kernel(dev, i, wrong, sizeof wrong);
+    if (wrong[0])
+        return fail(ERR_DRIVER, "kernels.cl does not match kernels.def: %s", wrong);
+    return 0;
+}
+
+static int cuda_open(const struct device_info *info, unsigned flags, struct device **out)
+{
+    int code;
+    *out = NULL;
+    struct cuda_device *dev = calloc(1, sizeof *dev);
+    if (!dev)
+        return fail(ERR_NOMEM, "out of host memory while opening %s", info->key);
+    dev->base.api = &backend_cuda;
+    dev->base.info = *info;
+    dev->base.flags = flags;
+    dev->base.act = flags & OPEN_BF16 ? BF16 : F32;
+    TRY_OUT(open_context(dev));
+    TRY_OUT(open_kernels(dev));
+    *out = &dev->base;
+    return 0;
+out:
+    cuda_close(&dev->base);
+    return fail_in(code, "%s", info->key);
+}
+
+// ---- memory ------------------------------------------------------------------------------------
+
+static double mib(uint64_t bytes)
+{
+    return (double)bytes / (1 << 20);
+}
+
+static int check_fits(const struct device *dev, size_t bytes)
+{
+    const struct device_info *info = &dev->info;
+    if (bytes > info->max_alloc)
+        return fail(ERR_NOMEM,
+                    "%s: %.1f MiB in one buffer is more than this device allows (%.1f MiB)",
+                    info->key, mib(bytes), mib(info->max_alloc));
+    if (dev->allocated + bytes > info->memory)
+        return fail(ERR_NOMEM, "%s: %.1f MiB more does not fit: %.1f of %.1f MiB are in use",
+                    info->key, mib(bytes), mib(dev->allocated), mib(info->memory));
+    return 0;
+}
+
+static int cuda_alloc(struct device *base, size_t bytes, struct mem **out)
+{
+    struct cuda_device *dev = cuda_device_of(base);
+    *out = NULL;
+    BUG_IF(bytes == 0);
+    TRY(check_fits(base, bytes));
+    TRY(enter(dev));
+    struct mem *mem = calloc(1, sizeof *mem);
+    if (!mem)
+        return fail(ERR_NOMEM, "out of host memory");
+    cuda_result code = dev->api->alloc(&mem->address, bytes);
+    if (code != CUDA_OK) {
+        free(mem);
+        int failed = cuda_fail(dev->api, code, "cuMemAlloc");
+        return fail_in(failed, "%s: %.1f MiB", base->info.key, mib(bytes));
+    }
+    mem->dev = dev;
+    mem->bytes = bytes;
+    base->allocations++;
+    base->allocated += bytes;
+    *out = mem;
+    return 0;
+}
+
+static int cuda_view(struct mem *parent, size_t offset, size_t bytes, struct mem **out)
+{
+    *out = NULL;
+    BUG_IF(bytes == 0 || offset > parent->bytes || bytes > parent->bytes - offset);
+    BUG_IF(offset % parent->dev->base.info.align != 0);
+    struct mem *mem = calloc(1, sizeof *mem);
+    if (!mem)
+        return fail(ERR_NOMEM, "out of host memory");
+    *mem = (struct mem){parent->dev, parent->address + offset, bytes, true};
+    *out = mem;
+    return 0;
+}
+
+static void cuda_free(struct mem *mem)
+{
+    if (!mem)
+        return;
+    if (!mem->is_view) {
+        mem->dev->base.allocated -= mem->bytes;
+        if (enter(mem->dev) == 0)
+            mem->dev->api->free(mem->address);
+    }
+    free(mem);
+}
+
+// ---- streams and transfers ---------------------------------------------------------------------
+
+static int cuda_stream_new(struct device *base, struct stream **out)
+{
+    struct cuda_device *dev = cuda_device_of(base);
+    *out = NULL;
+    TRY(enter(dev));
+    struct stream *s = calloc(1, sizeof *s);
+    if (!s)
+        return fail(ERR_NOMEM, "out of host memory");
+    s->dev = dev;
+    cuda_result code = dev->api->stream_create(&s->cu, CUDA_STREAM_NON_BLOCKING);
+    if (code != CUDA_OK) {
+        free(s);
+        return cuda_fail(dev->api, code, "cuStreamCreate");
+    }
+    *out = s;
+    return 0;
+}
+
+static int cuda_sync(struct stream *s)
+{
+    TRY(enter(s->dev));
+    CU(s->dev->api, s->dev->api->stream_sync(s->cu), "cuStreamSynchronize");
+    return 0;
+}
+
+static void cuda_stream_free(struct stream *s)
+{
+    if (!s)
+        return;
+    if (cuda_sync(s) == 0)
+        s->dev->api->stream_destroy(s->cu);
+    free(s);
+}
+
+static bool inside(const struct mem *mem, size_t offset, size_t bytes)
+{
+    return offset <= mem->bytes && bytes <= mem->bytes - offset;
+}
+
+// Waits, because the driver does not promise on every machine that it is done with `src` earlier:
+// where the GPU reads pageable host memory itself, it copies later.
+static int cuda_write(struct stream *s, struct mem *dst, size_t offset, const void *src,
+                      size_t bytes)
+{
+    BUG_IF(!inside(dst, offset, bytes));
+    if (bytes == 0)
+        return 0;
+    TRY(enter(s->dev));
+    CU(s->dev->api, s->dev->api->write(dst->address + offset, src, bytes, s->cu),
+       "cuMemcpyHtoDAsync");
+    return cuda_sync(s);
+}
+
+static int cuda_read(struct stream *s, const struct mem *src, size_t offset, void *dst,
+                     size_t bytes)
+{
+    BUG_IF(!inside(src, offset, bytes));
+    if (bytes == 0)
+        return 0;
+    TRY(enter(s->dev));
+    CU(s->dev->api, s->dev->api->read(dst, src->address + offset, bytes, s->cu),
+       "cuMemcpyDtoHAsync");
+    return cuda_sync(s);
+}
+
+static int cuda_copy(struct stream *s, struct mem *dst, size_t dst_offset, const struct mem *src,
+                     size_t src_offset, size_t bytes)
+{
+    BUG_IF(!inside(dst, dst_offset, bytes) || !inside(src, src_offset, bytes));
+    if (bytes == 0)
+        return 0;
+    TRY(enter(s->dev));
+    CU(s->dev->api,
+       s->dev->api->copy(dst->address + dst_offset, src->address + src_offset, bytes, s->cu),
+       "cuMemcpyDtoDAsync");
+    return 0;
+}
+
+static int cuda_peer(struct stream *s, struct mem *dst, size_t dst_offset, const struct mem *src,
+                     size_t src_offset, size_t bytes)
+{
+    BUG_IF(!inside(dst, dst_offset, bytes) || !inside(src, src_offset, bytes));
+    if (bytes == 0)
+        return 0;
+    TRY(enter(s->dev));
+    CU(s->dev->api,
+       s->dev->api->peer(dst->address + dst_offset, dst->dev->context, src->address + src_offset,
+                         src->dev->context, bytes, s->cu),
+       "cuMemcpyPeerAsync");
+    return 0;
+}
+
+static int cuda_fill(struct stream *s, struct mem *dst, size_t offset, size_t bytes,
+                     uint32_t pattern)
+{
+    BUG_IF(!inside(dst, offset, bytes) || offset % 4 || bytes % 4);
+    if (bytes == 0)
+        return 0;
+    TRY(enter(s->dev));
+    CU(s->dev->api, s->dev->api->fill(dst->address + offset, pattern, bytes / 4, s->cu),
+       "cuMemsetD32Async");
+    return 0;
+}
+
+// ---- work --------------------------------------------------------------------------------------
+
+enum {
+    ARGUMENTS_MAX = 32,
+    GROUPS_MAX_YZ = 65535, // CUDA's limit of a grid in y and z
+};
+
+static int cuda_launch(struct stream *s, enum kernel number, const int groups[3],
+                       const union arg *args, int count)
+{
+    BUG_IF((unsigned)number >= KERNEL_COUNT);
+    const struct kernel_spec *spec = &kernel_specs[number];
+    const struct cuda_device *dev = s->dev;
+    BUG_IF(!dev->kernels[number] || count != (int)strlen(spec->args) || count > ARGUMENTS_MAX);
+    BUG_IF(groups[0] < 0 || groups[1] < 0 || groups[2] < 0);
+    if (groups[0] == 0 || groups[1] == 0 || groups[2] == 0)
+        return 0;
+    if (groups[1] > GROUPS_MAX_YZ || groups[2] > GROUPS_MAX_YZ)
+        return fail(ERR_INPUT, "CUDA: %s: %dx%dx%d groups are too many; a smaller batch is needed",
+                    spec->name, groups[0], groups[1], groups[2]);
+    cuda_address buffers[ARGUMENTS_MAX];
+    union arg values[ARGUMENTS_MAX];
+    void *pointers[ARGUMENTS_MAX];
+    for (int i = 0; i < count; i++) {
+        values[i] = args[i];
+        pointers[i] = &values[i];
+        if (spec->args[i] == 'b') {
+            buffers[i] = args[i].b ? args[i].b->address : 0;
+            pointers[i] = &buffers[i];
+        }
+    }
+    TRY(enter(dev));
+    CU(dev->api,
+       dev->api->launch(dev->kernels[number], (unsigned)groups[0], (unsigned)groups[1],
+                        (unsigned)groups[2], (unsigned)spec->group[0], (unsigned)spec->group[1], 1,
+                        0, s->cu, pointers, NULL),
+       spec->name);
+    return 0;
+}
+
+// ---- events ------------------------------------------------------------------------------------
+
+static int cuda_event_new(struct device *base, struct event **out)
+{
+    struct cuda_device *dev = cuda_device_of(base);
+    *out = NULL;
+    TRY(enter(dev));
+    struct event *event = calloc(1, sizeof *event);
+    if (!event)
+        return fail(ERR_NOMEM, "out of host memory");
+    event->dev = dev;
+    cuda_result code = dev->api->event_create(&event->cu, CUDA_EVENT_DEFAULT);
+    if (code != CUDA_OK) {
+        free(event);
+        return cuda_fail(dev->api, code, "cuEventCreate");
+    }
+    *out = event;
+    return 0;
+}
+
+static void cuda_event_free(struct event *event)
+{
+    if (!event)
+        return;
+    if (enter(event->dev) == 0)
+        event->dev->api->event_destroy(event->cu);
+    free(event);
+}
+
+static int cuda_record(struct stream *s, struct event *event)
+{
+    TRY(enter(s->dev));
+    CU(s->dev->api, s->dev->api->event_record(event->cu, s->cu), "cuEventRecord");
+    event->recorded = true;
+    return 0;
+}
+
+static int cuda_wait(struct stream *s, struct event *event)
+{
+    if (!event->recorded)
+        return 0;
+    TRY(enter(s->dev));
+    CU(s->dev->api, s->dev->api->stream_wait(s->cu, event->cu, 0), "cuStreamWaitEvent");
+    return 0;
+}
+
+static int cuda_elapsed(struct event *from, struct event *to, double *seconds)
+{
+    float milliseconds = 0;
+    BUG_IF(!from->recorded || !to->recorded);
+    TRY(enter(from->dev));
+    CU(from->dev->api, from->dev->api->event_elapsed(&milliseconds, from->cu, to->cu),
+       "cuEventElapsedTime");
+    *seconds = 1e-3 * (double)milliseconds;
+    return 0;
+}
+
+const struct backend backend_cuda = {
+    .name = "cuda",
+    .list = cuda_list,
+    .note = cuda_note,
+    .open = cuda_open,
+    .close = cuda_close,
+    .alloc = cuda_alloc,
+    .view = cuda_view,
+    .free = cuda_free,
+    .stream_new = cuda_stream_new,
+    .stream_free = cuda_stream_free,
+    .write = cuda_write,
+    .read = cuda_read,
+    .copy = cuda_copy,
+    .peer = cuda_peer,
+    .fill = cuda_fill,
+    .launch = cuda_launch,
+    .gemm_space = cuda_gemm_space,
+    .gemm = cuda_gemm,
+    .event_new = cuda_event_new,
+    .event_free = cuda_event_free,
+    .record = cuda_record,
+    .wait = cuda_wait,
+    .elapsed = cuda_elapsed,
+    .sync = cuda_sync,
+};

@@ -1,0 +1,72 @@
+// Inside the CUDA backend: what its handles hold. Only devices/cuda*.c include this.
+//
+// cuda_api.c opens NVIDIA's libraries; cuda_list.c finds devices; cuda.c has the verbs;
+// cuda_gemm.c multiplies matrices. Every driver call goes through CU(), which turns a code into a
+// message that names it.
+#ifndef DITMOE_CUDA_H
+#define DITMOE_CUDA_H
+
+#include "devices/cuda_api.h"
+#include "devices/device.h"
+
+// kernels.cl compiled as CUDA, with activations as f32 and as bf16: fat binaries of all
+// architectures the build was asked for. Size 0: built without nvcc.
+extern const unsigned char cuda_kernels_f32[], cuda_kernels_bf16[];
+extern const size_t cuda_kernels_f32_size, cuda_kernels_bf16_size;
+
+// A device opened. `base` is first: a struct device * of this backend is one of these.
+struct cuda_device {
+    struct device base;
+    const struct cuda_api *api;
+    cuda_device_id id;
+    cuda_context context; // the device's primary context, shared with other users in this process
+    cuda_module module;
+    cuda_function kernels[KERNEL_COUNT]; // NULL: CPU forms
+    struct cuda_gemm *gemm;              // cuda_gemm.c's own state
+};
+
+// An allocation, or a view of one.
+struct mem {
+    struct cuda_device *dev;
+    cuda_address address;
+    size_t bytes;
+    bool is_view;
+};
+
+struct stream {
+    struct cuda_device *dev;
+    cuda_stream cu;
+};
+
+struct event {
+    struct cuda_device *dev;
+    cuda_event cu;
+    bool recorded;
+};
+
+static inline struct cuda_device *cuda_device_of(struct device *dev)
+{
+    return (struct cuda_device *)(void *)dev;
+}
+
+// Sets the message "CUDA: WHAT failed: NAME (code)" and returns ERR_NOMEM or ERR_DRIVER.
+int cuda_fail(const struct cuda_api *api, cuda_result code, const char *what);
+
+// Passes a failed driver call up: CU(api, api->stream_sync(s), "cuStreamSynchronize").
+#define CU(api, call, what)                       \
+    do {                                          \
+        cuda_result cu_code = (call);             \
+        if (cu_code != CUDA_OK)                   \
+            return cuda_fail(api, cu_code, what); \
+    } while (0)
+
+// cuda_list.c: see list and note in device.h.
+int cuda_list(struct device_info *out, int max);
+const char *cuda_note(void);
+
+// cuda_gemm.c: see struct gemm and gemm_space in device.h.
+int cuda_gemm(struct stream *s, const struct gemm *g);
+size_t cuda_gemm_space(struct device *dev, const struct gemm *g);
+void cuda_gemm_close(struct cuda_device *dev);
+
+#endif

@@ -1,0 +1,160 @@
+// What this program uses of NVIDIA's driver API and of cuBLASLt, declared here and opened at run
+// time, so that it builds without NVIDIA's headers and runs on machines without its libraries.
+//
+// tests/cuda/declarations.c compares every line with NVIDIA's own headers where they are installed.
+#ifndef DITMOE_CUDA_API_H
+#define DITMOE_CUDA_API_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+typedef unsigned cuda_result; // CUresult
+typedef int cuda_device_id;   // CUdevice
+typedef unsigned long long cuda_address;
+typedef struct CUctx_st *cuda_context;
+typedef struct CUmod_st *cuda_module;
+typedef struct CUfunc_st *cuda_function;
+typedef struct CUstream_st *cuda_stream;
+typedef struct CUevent_st *cuda_event;
+
+enum {
+    CUDA_OK = 0,
+    CUDA_OUT_OF_MEMORY = 2,
+    CUDA_NO_DEVICE = 100,
+
+    CUDA_CLOCK_RATE = 13, // attributes of a device
+    CUDA_MULTIPROCESSORS = 16,
+    CUDA_INTEGRATED = 18,
+    CUDA_CAPABILITY_MAJOR = 75,
+    CUDA_CAPABILITY_MINOR = 76,
+
+    CUDA_STREAM_NON_BLOCKING = 1, // does not wait for the default stream
+    CUDA_EVENT_DEFAULT = 0,       // can be timed
+};
+
+// F(field of struct cuda_api, function of cuda.h, symbol in the library, parameters)
+#define CUDA_FUNCTIONS(F)                                                                        \
+    F(init, cuInit, "cuInit", (unsigned))                                                        \
+    F(driver_version, cuDriverGetVersion, "cuDriverGetVersion", (int *))                         \
+    F(error_name, cuGetErrorName, "cuGetErrorName", (cuda_result, const char **))                \
+    F(device_count, cuDeviceGetCount, "cuDeviceGetCount", (int *))                               \
+    F(device_get, cuDeviceGet, "cuDeviceGet", (cuda_device_id *, int))                           \
+    F(device_name, cuDeviceGetName, "cuDeviceGetName", (char *, int, cuda_device_id))            \
+    F(device_memory, cuDeviceTotalMem, "cuDeviceTotalMem_v2", (size_t *, cuda_device_id))        \
+    F(device_attribute, cuDeviceGetAttribute, "cuDeviceGetAttribute",                            \
+      (int *, unsigned, cuda_device_id))                                                         \
+    F(device_pci, cuDeviceGetPCIBusId, "cuDeviceGetPCIBusId", (char *, int, cuda_device_id))     \
+    F(context_retain, cuDevicePrimaryCtxRetain, "cuDevicePrimaryCtxRetain",                      \
+      (cuda_context *, cuda_device_id))                                                          \
+    F(context_release, cuDevicePrimaryCtxRelease, "cuDevicePrimaryCtxRelease_v2",                \
+      (cuda_device_id))                                                                          \
+    F(context_set, cuCtxSetCurrent, "cuCtxSetCurrent", (cuda_context))                           \
+    F(module_load, cuModuleLoadData, "cuModuleLoadData", (cuda_module *, const void *))          \
+    F(module_unload, cuModuleUnload, "cuModuleUnload", (cuda_module))                            \
+    F(module_function, cuModuleGetFunction, "cuModuleGetFunction",                               \
+      (cuda_function *, cuda_module, const char *))                                              \
+    F(alloc, cuMemAlloc, "cuMemAlloc_v2", (cuda_address *, size_t))                              \
+    F(free, cuMemFree, "cuMemFree_v2", (cuda_address))                                           \
+    F(write, cuMemcpyHtoDAsync, "cuMemcpyHtoDAsync_v2",                                          \
+      (cuda_address, const void *, size_t, cuda_stream))                                         \
+    F(read, cuMemcpyDtoHAsync, "cuMemcpyDtoHAsync_v2",                                           \
+      (void *, cuda_address, size_t, cuda_stream))                                               \
+    F(copy, cuMemcpyDtoDAsync, "cuMemcpyDtoDAsync_v2",                                           \
+      (cuda_address, cuda_address, size_t, cuda_stream))                                         \
+    F(peer, cuMemcpyPeerAsync, "cuMemcpyPeerAsync",                                              \
+      (cuda_address, cuda_context, cuda_address, cuda_context, size_t, cuda_stream))             \
+    F(fill, cuMemsetD32Async, "cuMemsetD32Async", (cuda_address, unsigned, size_t, cuda_stream)) \
+    F(stream_create, cuStreamCreate, "cuStreamCreate", (cuda_stream *, unsigned))                \
+    F(stream_destroy, cuStreamDestroy, "cuStreamDestroy_v2", (cuda_stream))                      \
+    F(stream_sync, cuStreamSynchronize, "cuStreamSynchronize", (cuda_stream))                    \
+    F(stream_wait, cuStreamWaitEvent, "cuStreamWaitEvent", (cuda_stream, cuda_event, unsigned))  \
+    F(launch, cuLaunchKernel, "cuLaunchKernel",                                                  \
+      (cuda_function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned,      \
+       cuda_stream, void **, void **))                                                           \
+    F(event_create, cuEventCreate, "cuEventCreate", (cuda_event *, unsigned))                    \
+    F(event_destroy, cuEventDestroy, "cuEventDestroy_v2", (cuda_event))                          \
+    F(event_record, cuEventRecord, "cuEventRecord", (cuda_event, cuda_stream))                   \
+    F(event_elapsed, cuEventElapsedTime, "cuEventElapsedTime", (float *, cuda_event, cuda_event))
+
+// Those that a driver may lack; the field is then NULL.
+#define CUDA_OPTIONAL_FUNCTIONS(F)                                         \
+    F(parameter, cuFuncGetParamInfo, "cuFuncGetParamInfo", /* CUDA 12.4 */ \
+      (cuda_function, size_t, size_t *, size_t *))
+
+struct cuda_api {
+#define CUDA_FIELD(field, function, symbol, parameters) cuda_result(*field) parameters;
+    CUDA_FUNCTIONS(CUDA_FIELD)
+    CUDA_OPTIONAL_FUNCTIONS(CUDA_FIELD)
+#undef CUDA_FIELD
+};
+
+// The driver, opened and initialised once in a process, or NULL: then *why says in one line what is
+// wrong with it, or is "" on a machine without an NVIDIA driver or GPU.
+const struct cuda_api *cuda_driver(const char **why);
+
+// ---- cuBLASLt -----------------------------------------------------------------------------------
+
+typedef struct cublasLtContext *cublaslt_handle;
+
+// What cublasLt...Create() returns.
+typedef void *cublaslt_desc, *cublaslt_layout, *cublaslt_preference;
+
+// cublasLtMatmulAlgo_t and cublasLtMatmulHeuristicResult_t
+typedef struct {
+    uint64_t data[8];
+} cublaslt_algorithm;
+typedef struct {
+    cublaslt_algorithm algorithm;
+    size_t workspace;
+    unsigned state;
+    float waves;
+    int reserved[4];
+} cublaslt_heuristic;
+
+enum {
+    CUBLASLT_R_32F = 0, // cudaDataType
+    CUBLASLT_R_16BF = 14,
+    CUBLASLT_COMPUTE_32F = 68, // true f32, never TF32
+    CUBLASLT_OP_T = 1,
+    CUBLASLT_DESC_TRANSA = 3,
+    CUBLASLT_DESC_TRANSB = 4,
+    CUBLASLT_DESC_EPILOGUE = 7,
+    CUBLASLT_DESC_BIAS_POINTER = 8,
+    CUBLASLT_ADD_BIAS = 4, // epilogue
+    CUBLASLT_PREF_WORKSPACE = 1,
+    CUBLASLT_PREF_REDUCTION = 3,
+    CUBLASLT_REDUCE_IN_F32 = 2,
+};
+
+// F(field, function of cublasLt.h, parameters)
+#define CUBLASLT_FUNCTIONS(F)                                                                     \
+    F(create, cublasLtCreate, (cublaslt_handle *))                                                \
+    F(destroy, cublasLtDestroy, (cublaslt_handle))                                                \
+    F(desc_create, cublasLtMatmulDescCreate, (cublaslt_desc *, unsigned, unsigned))               \
+    F(desc_destroy, cublasLtMatmulDescDestroy, (cublaslt_desc))                                   \
+    F(desc_set, cublasLtMatmulDescSetAttribute, (cublaslt_desc, unsigned, const void *, size_t))  \
+    F(layout_create, cublasLtMatrixLayoutCreate,                                                  \
+      (cublaslt_layout *, unsigned, uint64_t, uint64_t, int64_t))                                 \
+    F(layout_destroy, cublasLtMatrixLayoutDestroy, (cublaslt_layout))                             \
+    F(pref_create, cublasLtMatmulPreferenceCreate, (cublaslt_preference *))                       \
+    F(pref_destroy, cublasLtMatmulPreferenceDestroy, (cublaslt_preference))                       \
+    F(pref_set, cublasLtMatmulPreferenceSetAttribute,                                             \
+      (cublaslt_preference, unsigned, const void *, size_t))                                      \
+    F(heuristic, cublasLtMatmulAlgoGetHeuristic,                                                  \
+      (cublaslt_handle, cublaslt_desc, cublaslt_layout, cublaslt_layout, cublaslt_layout,         \
+       cublaslt_layout, cublaslt_preference, int, cublaslt_heuristic *, int *))                   \
+    F(matmul, cublasLtMatmul,                                                                     \
+      (cublaslt_handle, cublaslt_desc, const void *, const void *, cublaslt_layout, const void *, \
+       cublaslt_layout, const void *, const void *, cublaslt_layout, void *, cublaslt_layout,     \
+       const cublaslt_algorithm *, void *, size_t, cuda_stream))
+
+struct cublaslt_api {
+#define CUBLASLT_FIELD(field, function, parameters) unsigned(*field) parameters;
+    CUBLASLT_FUNCTIONS(CUBLASLT_FIELD)
+#undef CUBLASLT_FIELD
+};
+
+// cuBLASLt 13 or 12, or NULL on a machine without it.
+const struct cublaslt_api *cublaslt_library(void);
+
+#endif

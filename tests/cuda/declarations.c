@@ -1,0 +1,79 @@
+// Compiled where NVIDIA's headers are: does devices/cuda_api.h declare what they do? A build test;
+// nothing here is linked or runs.
+#include <cublasLt.h>
+#include <cuda.h>
+
+#include "devices/cuda_api.h"
+
+#define SAME(type, ...)                                                                     \
+    _Static_assert(__builtin_types_compatible_p(__typeof__(type), __typeof__(__VA_ARGS__)), \
+                   #type " is not " #__VA_ARGS__)
+#define EQUAL(a, b) _Static_assert((long long)(a) == (long long)(b), #a " is not " #b)
+
+// ---- the driver API -----------------------------------------------------------------------------
+
+SAME(cuda_result, CUresult);
+SAME(cuda_device_id, CUdevice);
+SAME(cuda_address, CUdeviceptr);
+SAME(cuda_context, CUcontext);
+SAME(cuda_module, CUmodule);
+SAME(cuda_function, CUfunction);
+SAME(cuda_stream, CUstream);
+SAME(cuda_event, CUevent);
+
+EQUAL(CUDA_OK, CUDA_SUCCESS);
+EQUAL(CUDA_OUT_OF_MEMORY, CUDA_ERROR_OUT_OF_MEMORY);
+EQUAL(CUDA_NO_DEVICE, CUDA_ERROR_NO_DEVICE);
+EQUAL(CUDA_CLOCK_RATE, CU_DEVICE_ATTRIBUTE_CLOCK_RATE);
+EQUAL(CUDA_MULTIPROCESSORS, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT);
+EQUAL(CUDA_INTEGRATED, CU_DEVICE_ATTRIBUTE_INTEGRATED);
+EQUAL(CUDA_CAPABILITY_MAJOR, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR);
+EQUAL(CUDA_CAPABILITY_MINOR, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR);
+EQUAL(CUDA_STREAM_NON_BLOCKING, CU_STREAM_NON_BLOCKING);
+EQUAL(CUDA_EVENT_DEFAULT, CU_EVENT_DEFAULT);
+
+// cuda.h names the current version of a function by a macro; the symbol we look up must be the one
+// whose type is compared. cuEventElapsedTime is left out: its two versions have the same type.
+#define TEXT_OF(name) #name
+#define TEXT(name) TEXT_OF(name)
+#define CHECK(field, function, symbol, parameters)                      \
+    SAME(&function, cuda_result(*) parameters);                         \
+    _Static_assert(!__builtin_strcmp(TEXT(function), symbol) ||         \
+                       !__builtin_strcmp(symbol, "cuEventElapsedTime"), \
+                   symbol " is not the version that cuda.h declares");
+CUDA_FUNCTIONS(CHECK)
+CUDA_OPTIONAL_FUNCTIONS(CHECK)
+#undef CHECK
+
+// ---- cuBLASLt -----------------------------------------------------------------------------------
+
+SAME(cublaslt_handle, cublasLtHandle_t);
+EQUAL(sizeof(cublaslt_algorithm), sizeof(cublasLtMatmulAlgo_t));
+EQUAL(sizeof(cublaslt_heuristic), sizeof(cublasLtMatmulHeuristicResult_t));
+EQUAL(offsetof(cublaslt_heuristic, algorithm), offsetof(cublasLtMatmulHeuristicResult_t, algo));
+EQUAL(offsetof(cublaslt_heuristic, workspace),
+      offsetof(cublasLtMatmulHeuristicResult_t, workspaceSize));
+EQUAL(offsetof(cublaslt_heuristic, state), offsetof(cublasLtMatmulHeuristicResult_t, state));
+
+EQUAL(CUBLASLT_R_32F, CUDA_R_32F);
+EQUAL(CUBLASLT_R_16BF, CUDA_R_16BF);
+EQUAL(CUBLASLT_COMPUTE_32F, CUBLAS_COMPUTE_32F);
+EQUAL(CUBLASLT_OP_T, CUBLAS_OP_T);
+EQUAL(CUBLASLT_DESC_TRANSA, CUBLASLT_MATMUL_DESC_TRANSA);
+EQUAL(CUBLASLT_DESC_TRANSB, CUBLASLT_MATMUL_DESC_TRANSB);
+EQUAL(CUBLASLT_DESC_EPILOGUE, CUBLASLT_MATMUL_DESC_EPILOGUE);
+EQUAL(CUBLASLT_DESC_BIAS_POINTER, CUBLASLT_MATMUL_DESC_BIAS_POINTER);
+EQUAL(CUBLASLT_ADD_BIAS, CUBLASLT_EPILOGUE_BIAS);
+EQUAL(CUBLASLT_PREF_WORKSPACE, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES);
+EQUAL(CUBLASLT_PREF_REDUCTION, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK);
+EQUAL(CUBLASLT_REDUCE_IN_F32, CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE);
+
+// Our names of the library's pointers become the library's own before the types are compared.
+#define cublaslt_desc cublasLtMatmulDesc_t
+#define cublaslt_layout cublasLtMatrixLayout_t
+#define cublaslt_preference cublasLtMatmulPreference_t
+#define cublaslt_algorithm cublasLtMatmulAlgo_t
+#define cublaslt_heuristic cublasLtMatmulHeuristicResult_t
+#define CHECK(field, function, parameters) SAME(&function, unsigned(*) parameters);
+CUBLASLT_FUNCTIONS(CHECK)
+#undef CHECK
