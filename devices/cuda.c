@@ -47,34 +47,23 @@ static int open_context(struct cuda_device *dev)
     return enter(dev);
 }
 
-// The number of arguments of a kernel, or -1 where the driver cannot tell.
-static int arguments(const struct cuda_device *dev, cuda_function function)
-{
-    size_t offset, size;
-    int count = 0;
-    if (!dev->api->parameter)
-        return -1;
-    while (dev->api->parameter(function, (size_t)count, &offset, &size) == CUDA_OK)
-        count++;
-    return count;
-}
-
-// Finds kernel `i`; appends what is wrong with it to `wrong`.
+// Finds kernel `i`; appends what is wrong with it to `wrong`. That it has no more arguments than
+// kernels.def says, and of which types, was checked when it was compiled (kernels.cu).
 static void find_kernel(struct cuda_device *dev, int i, char *wrong, size_t size)
 {
     const struct kernel_spec *spec = &kernel_specs[i];
-    size_t length = strlen(wrong);
-    int want = (int)strlen(spec->args), count = want;
+    size_t length = strlen(wrong), last = strlen(spec->args) - 1, offset, bytes;
+    const char *reason = NULL;
     if (spec->form == FORM_CPU)
         return;
-    bool found = dev->api->module_function(&dev->kernels[i], dev->module, spec->name) == CUDA_OK;
-    if (found)
-        count = arguments(dev, dev->kernels[i]);
-    if (!found)
-        snprintf(wrong + length, size - length, "%s%s (missing)", length ? ", " : "", spec->name);
-    else if (count >= 0 && count != want)
-        snprintf(wrong + length, size - length, "%s%s (%d arguments, not %d)", length ? ", " : "",
-                 spec->name, count, want);
+    if (dev->api->module_function(&dev->kernels[i], dev->module, spec->name) != CUDA_OK)
+        reason = "missing";
+    else if (dev->api->parameter &&
+             dev->api->parameter(dev->kernels[i], last, &offset, &bytes) != CUDA_OK)
+        reason = "too few arguments";
+    if (reason)
+        snprintf(wrong + length, size - length, "%s%s (%s)", length ? ", " : "", spec->name,
+                 reason);
 }
 
 static int open_kernels(struct cuda_device *dev)
