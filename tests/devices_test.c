@@ -376,6 +376,35 @@ static int test_large_fill(void) // by a kernel on CPU devices: any offset, noth
     return PASSED;
 }
 
+// From the memory of one opened device to another's; here both are the same piece of hardware.
+static int test_peer(void)
+{
+    struct device *here = test_device(0), *there = test_device(OPEN_BF16);
+    struct mem *a, *b;
+    struct stream *s, *t;
+    uint32_t host[64], back[64];
+    CHECK(here && there, "no device");
+    if (!here->api->peer)
+        return SKIPPED;
+    OK(here->api->alloc(here, sizeof host, &a));
+    OK(there->api->alloc(there, sizeof host, &b));
+    OK(here->api->stream_new(here, &s));
+    OK(there->api->stream_new(there, &t));
+    for (uint32_t i = 0; i < 64; i++)
+        host[i] = i * 2654435761u;
+    OK(here->api->write(s, a, 0, host, sizeof host));
+    OK(there->api->fill(t, b, 0, sizeof host, 7));
+    OK(there->api->peer(t, b, 8, a, 16, 40));
+    OK(there->api->read(t, b, 0, back, sizeof back));
+    for (uint32_t i = 0; i < 64; i++)
+        CHECK(back[i] == (i >= 2 && i < 12 ? host[i + 2] : 7), "word %u is %x", i, back[i]);
+    here->api->stream_free(s);
+    there->api->stream_free(t);
+    here->api->free(a);
+    there->api->free(b);
+    return PASSED;
+}
+
 static int test_views(void)
 {
     struct device *dev = test_device(0);
@@ -747,6 +776,7 @@ const struct test devices_tests[] = {
     {"names", test_names},
     {"transfers", test_transfers},
     {"large_fill", test_large_fill},
+    {"peer", test_peer},
     {"views", test_views},
     {"too_large", test_too_large},
     {"launch", test_launch},
