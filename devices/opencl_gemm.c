@@ -81,7 +81,7 @@ int opencl_gemm(struct stream *s, const struct gemm *g)
 size_t opencl_gemm_packed(struct device *base, const struct gemm *g)
 {
     bool forced, own = !opencl_clblast_wanted(opencl_device_of(base), g, &forced);
-    check(base, g);
+    gemm_check(base, g);
     return own && base->cpu_forms && g->trans_b ? opencl_gemm_cpu_packed(opencl_device_of(base), g)
                                                 : 0;
 }
