@@ -16,7 +16,6 @@ static void opencl_close(struct device *base)
     struct opencl_device *dev = opencl_device_of(base);
     if (!dev)
         return;
-    opencl_gemm_close(dev);
     opencl_program_close(dev);
     if (dev->context)
         clReleaseContext(dev->context);

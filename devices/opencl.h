@@ -18,7 +18,6 @@ struct opencl_device {
     cl_context context;
     cl_program program;
     cl_kernel kernels[KERNEL_COUNT]; // NULL: a CPU form on a device that is no CPU
-    void *gemm;                      // opencl_gemm.c's own state, freed by opencl_gemm_close()
 };
 
 // An allocation (cl == root, offset 0) or a view of one (cl is a sub-buffer of root).
@@ -87,6 +86,5 @@ int opencl_gemm(struct stream *s, const struct gemm *g);
 size_t opencl_gemm_space(struct device *dev, const struct gemm *g);
 size_t opencl_gemm_packed(struct device *dev, const struct gemm *g);
 int opencl_gemm_pack(struct stream *s, const struct gemm *g);
-void opencl_gemm_close(struct opencl_device *dev); // frees dev->gemm; called once by close()
 
 #endif

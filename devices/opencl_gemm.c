@@ -88,12 +88,7 @@ size_t opencl_gemm_packed(struct device *base, const struct gemm *g)
 
 int opencl_gemm_pack(struct stream *s, const struct gemm *g)
 {
-    check(&s->dev->base, g);
+    gemm_check(&s->dev->base, g);
     BUG_IF(!s->dev->base.cpu_forms || !g->trans_b);
     return opencl_gemm_cpu_pack(s, g);
-}
-
-void opencl_gemm_close(struct opencl_device *dev)
-{
-    (void)dev;
 }
