@@ -511,16 +511,28 @@ inline void gemm_finish_tile(vec *tile, GLOBAL void *c, GLOBAL float *sums, GLOB
         gemm_write_swiglu_bwd(tile, c, 2 * at + col, n, rows, flags & GEMM_C_BF16);
 }
 
-// Asks for the old values of a later tile, of C[at]: from far away, they take as long as many steps
-// of k. (For the gate|up and dh of SwiGLU it did not pay.)
-inline void gemm_ask_tile(const GLOBAL float *sums, size_t at, int n, int flags)
+// Asks for what a later tile, `next` elements on from C[at], will be added to or made from: from far
+// away, it takes as long as many steps of k.
+inline void gemm_ask_tile(const GLOBAL float *c, const GLOBAL float *sums, size_t at, size_t next,
+                          size_t n, int flags)
 {
-    int swiglu = flags & (GEMM_SWIGLU_FORWARD | GEMM_SWIGLU_BACKWARD);
-    if (swiglu && (flags & (GEMM_FIRST | GEMM_LAST)) == (GEMM_FIRST | GEMM_LAST))
-        return; // there are none
-    for (int i = 0; i < GEMM_MR; i++) {
-        GEMM_PREFETCH(sums + at + (size_t)i * n);
-        GEMM_PREFETCH(sums + at + (size_t)i * n + GEMM_VW);
+    size_t step = n;
+    if ((flags & (GEMM_FIRST | GEMM_LAST)) == (GEMM_FIRST | GEMM_LAST)) {
+        if (flags & GEMM_SWIGLU_FORWARD)
+            return; // nothing
+        if (flags & GEMM_SWIGLU_BACKWARD) {
+            sums = c + at;
+            next += next < n ? 0 : GEMM_MR * n;
+            step = 2 * n;
+            for (size_t i = 0; i < GEMM_MR; i++) {
+                GEMM_PREFETCH(sums + at + next + n + i * step);
+                GEMM_PREFETCH(sums + at + next + n + i * step + GEMM_VW);
+            }
+        }
+    }
+    for (size_t i = 0; i < GEMM_MR; i++) {
+        GEMM_PREFETCH(sums + at + next + i * step);
+        GEMM_PREFETCH(sums + at + next + i * step + GEMM_VW);
     }
 }
 
@@ -536,7 +548,7 @@ ALWAYS_INLINE void gemm_strip(const float *strip, int row, int step, const GLOBA
     for (int p = first; p < last; p++) {
         int col = p * GEMM_NR;
         int next = p + 1 < last ? col + GEMM_NR : first * GEMM_NR + GEMM_MR * n;
-        gemm_ask_tile(sums, at + next, n, flags);
+        gemm_ask_tile(c, sums, at, next, n, flags);
         if (rows == GEMM_MR)
             gemm_multiply(tile, strip, row, step, b + p * pitch, b_step, k);
         else
