@@ -1,6 +1,7 @@
 #include "model/dit.h"
 
 #include <math.h>
+#include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -166,9 +167,22 @@ static int zero_class(struct dit *d, enum plan_class class)
     return 0;
 }
 
+// Is the gradient one matrix product of the backward pass, which can write it?
+static bool is_product(const struct param *p)
+{
+    bool labels = p->block < 0 && p->member == offsetof(struct weights, labels);
+    return p->ndim > 1 && !labels;
+}
+
 int dit_zero_gradients(struct dit *d)
 {
-    return zero_class(d, PLAN_GRADIENTS);
+    for (int i = 0; i < d->params.count; i++) {
+        const struct param *p = &d->params.list[i];
+        if (!p->frozen && !is_product(p))
+            TRY(tensor_zero(&d->ctx, param_tensor(&d->g, p)));
+    }
+    d->ctx.fresh_gradients = true;
+    return 0;
 }
 
 int dit_copy_ema(struct dit *d)
@@ -220,7 +234,9 @@ int dit_backward(struct dit *d)
     TRY(final_backward(d));
     for (int l = d->config.layers - 1; l >= 0; l--)
         TRY(block_backward(d, l));
-    return embed_backward(d);
+    TRY(embed_backward(d));
+    d->ctx.fresh_gradients = false;
+    return 0;
 }
 
 // ---- what the host may look at -------------------------------------------------------------------------------

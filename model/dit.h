@@ -104,6 +104,8 @@ int dit_copy_ema(struct dit *d);            // EMA = weights
 int dit_forward(struct dit *d);
 // doutput -> gradients, added to d->g. After a dit_forward with the same input.
 int dit_backward(struct dit *d);
+// Before the first dit_backward of a step: gradients start from zero. Those of weight matrices are not
+// touched but written by the next backward pass; it ends with the gradients as if all had been zeroed.
 int dit_zero_gradients(struct dit *d);
 
 // Host copies for the parity door and for logs: sizes [N*T*K] and [E] (tokens that each expert got).

@@ -23,7 +23,7 @@ int op_linear(struct context *c, struct tensor *y, const struct tensor *x, const
 // dx[M,I] (+)= dy[M,O] w[O,I]
 int op_linear_dx(struct context *c, struct tensor *dx, const struct tensor *dy,
                  const struct tensor *w, bool accumulate);
-// dw[O,I] += dy[M,O]^T x[M,I];  dbias[O] += sum over rows of dy (dbias may be NULL)
+// dw[O,I] += dy[M,O]^T x[M,I] (= with c->fresh_gradients, which saves reading and zeroing dw);  dbias[O] += sum over rows of dy (dbias may be NULL)
 int op_linear_dw(struct context *c, struct tensor *dw, struct tensor *dbias,
                  const struct tensor *dy, const struct tensor *x);
 

@@ -122,7 +122,7 @@ int op_linear_dw(struct context *c, struct tensor *dw, struct tensor *dbias,
     g.n = arg_int(n);
     g.k = arg_int(k);
     g.trans_a = true;
-    g.accumulate = true;
+    g.accumulate = !c->fresh_gradients;
     TRY(multiply(c, &g));
     return dbias ? add_column_sums(c, dbias, dy) : 0;
 }
@@ -192,7 +192,7 @@ int op_experts_dw(struct context *c, struct tensor *dw, const struct tensor *dy,
     g.n = arg_int(x->shape[1]);
     g.k = arg_int(rows_of(dy));
     g.trans_a = true;
-    g.accumulate = true;
+    g.accumulate = !c->fresh_gradients;
     return multiply(c, &g);
 }
 

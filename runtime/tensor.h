@@ -41,6 +41,7 @@ struct context {
     struct device *dev;
     struct stream *stream;
     bool dry;
+    bool fresh_gradients; // products write weight gradients instead of adding to them
     size_t space_wanted;  // dry: the largest scratch any operation asked for, bytes
     struct tensor space;  // the scratch; planned from space_wanted
 };
