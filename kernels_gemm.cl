@@ -558,20 +558,36 @@ ALWAYS_INLINE void gemm_strip(const float *strip, int row, int step, const GLOBA
     }
 }
 
+// Work-items are as many as cores and take the blocks of a product by turns. A runtime hands out
+// work-groups in large shares (PoCL: half of what is left), and blocks differ: an expert's last one is
+// small, a core is slow for a while; with shares one core would wait for the other.
+// turns[0]: the next block; turns[1]: work-items that are through. The last sets both back to 0.
+inline int gemm_next_block(volatile GLOBAL int *turns)
+{
+    return atomic_inc(turns);
+}
+
+inline void gemm_no_more_blocks(volatile GLOBAL int *turns)
+{
+    if (atomic_inc(turns + 1) == (int)get_num_groups(0) - 1) {
+        atomic_xchg(turns, 0);
+        atomic_xchg(turns + 1, 0);
+    }
+}
+
 // C = A B over blocks of `block` rows and `wide` panels: the parts of the panels that a step of k
 // needs stay in the cache while all strips pass. A [m,k]; B packed, [groups] of them; ragged over
 // rows where there are offsets; `sums` as above, from element 16*skip of its buffer on.
 // depth <= GEMM_DEPTH.
-// Groups: (row blocks: m / block + number of groups, panels / wide).
-KERNEL(1, 1)
-void gemm_rows_cpu(const GLOBAL float *a, const GLOBAL float *b, GLOBAL float *c, GLOBAL float *sums,
-                   GLOBAL float *h, const GLOBAL float *bias, const GLOBAL int *offsets, int groups,
-                   int m, int n, int k, int skip, int block, int wide, int depth, int flags)
+// Blocks: x, rows: m / block + number of groups; y, panels / wide.
+inline void gemm_rows_block(float *strip, const GLOBAL float *a, const GLOBAL float *b, GLOBAL float *c,
+                            GLOBAL float *sums, GLOBAL float *h, const GLOBAL float *bias,
+                            const GLOBAL int *offsets, int groups, int x, int y, int m, int n, int k,
+                            int skip, int block, int wide, int depth, int flags)
 {
-    GEMM_STRIP(strip);
     int group, end, panels = (n + GEMM_NR - 1) / GEMM_NR, k0 = 0;
-    int row0 = gemm_block(offsets, groups, (int)get_group_id(0), block, m, &group, &end);
-    int first = (int)get_group_id(1) * wide, last = min(first + wide, panels);
+    int row0 = gemm_block(offsets, groups, x, block, m, &group, &end);
+    int first = y * wide, last = min(first + wide, panels);
     int b_step = flags & GEMM_B_IN_PLACE ? n : (int)GEMM_NR;
     size_t pitch = flags & GEMM_B_IN_PLACE ? (size_t)GEMM_NR : gemm_panel_pitch(k);
     if (row0 >= end)
@@ -594,18 +610,31 @@ void gemm_rows_cpu(const GLOBAL float *a, const GLOBAL float *b, GLOBAL float *c
     } while (k0 < k);
 }
 
-// C[group] = A^T B: A stored [k,m], summed over the group's rows of A and B; the rest as
-// gemm_rows_cpu. Groups: (m / block, panels / wide, number of groups).
+// Groups: any number; there are across * down blocks.
 KERNEL(1, 1)
-void gemm_columns_cpu(const GLOBAL float *a, const GLOBAL float *b, GLOBAL float *c,
-                      GLOBAL float *sums, const GLOBAL int *offsets, int m, int n, int k, int skip,
-                      int block, int wide, int depth, int flags)
+void gemm_rows_cpu(volatile GLOBAL int *turns, const GLOBAL float *a, const GLOBAL float *b,
+                   GLOBAL float *c, GLOBAL float *sums, GLOBAL float *h, const GLOBAL float *bias,
+                   const GLOBAL int *offsets, int groups, int down, int across, int m, int n, int k,
+                   int skip, int block, int wide, int depth, int flags)
 {
     GEMM_STRIP(strip);
-    int group = (int)get_group_id(2), panels = (n + GEMM_NR - 1) / GEMM_NR;
-    int row0 = (int)get_group_id(0) * block, end = min(row0 + block, m);
+    for (int i = gemm_next_block(turns); i < down * across; i = gemm_next_block(turns))
+        gemm_rows_block(strip, a, b, c, sums, h, bias, offsets, groups, i % down, i / down, m, n, k,
+                        skip, block, wide, depth, flags);
+    gemm_no_more_blocks(turns);
+}
+
+// C[group] = A^T B: A stored [k,m], summed over the group's rows of A and B; the rest as
+// gemm_rows_block. Blocks: x, rows: m / block; y, panels / wide.
+inline void gemm_columns_block(float *strip, const GLOBAL float *a, const GLOBAL float *b,
+                               GLOBAL float *c, GLOBAL float *sums, const GLOBAL int *offsets,
+                               int group, int x, int y, int m, int n, int k, int skip, int block,
+                               int wide, int depth, int flags)
+{
+    int panels = (n + GEMM_NR - 1) / GEMM_NR;
+    int row0 = x * block, end = min(row0 + block, m);
     int k0 = offsets ? offsets[group] : 0, k_end = offsets ? offsets[group + 1] : k;
-    int first = (int)get_group_id(1) * wide, last = min(first + wide, panels);
+    int first = y * wide, last = min(first + wide, panels);
     int b_step = flags & GEMM_B_IN_PLACE ? n : (int)GEMM_NR;
     size_t at = (size_t)group * m * n,
            pitch = flags & GEMM_B_IN_PLACE ? (size_t)GEMM_NR : gemm_panel_pitch(k);
@@ -624,6 +653,21 @@ void gemm_columns_cpu(const GLOBAL float *a, const GLOBAL float *b, GLOBAL float
         flags &= ~GEMM_FIRST;
         k0 += steps;
     } while (k0 < k_end);
+}
+
+// Groups: any number; there are down * across * groups blocks.
+KERNEL(1, 1)
+void gemm_columns_cpu(volatile GLOBAL int *turns, const GLOBAL float *a, const GLOBAL float *b,
+                      GLOBAL float *c, GLOBAL float *sums, const GLOBAL int *offsets, int groups,
+                      int down, int across, int m, int n, int k, int skip, int block, int wide,
+                      int depth, int flags)
+{
+    GEMM_STRIP(strip);
+    int all = down * across * groups;
+    for (int i = gemm_next_block(turns); i < all; i = gemm_next_block(turns))
+        gemm_columns_block(strip, a, b, c, sums, offsets, i / (down * across), i % down,
+                           i / down % across, m, n, k, skip, block, wide, depth, flags);
+    gemm_no_more_blocks(turns);
 }
 
 // ---- matrix products: packing for the CPU form

@@ -144,6 +144,26 @@ static void opencl_free(struct mem *mem)
 
 // ---- streams and transfers ---------------------------------------------------------------------
 
+static void opencl_stream_free(struct stream *s)
+{
+    if (!s)
+        return;
+    clFinish(s->queue);
+    clReleaseCommandQueue(s->queue);
+    if (s->turns)
+        opencl_free(s->turns);
+    free(s);
+}
+
+static int make_turns(struct stream *s)
+{
+    static const cl_int zeros[2];
+    TRY(opencl_alloc(&s->dev->base, sizeof zeros, &s->turns));
+    CL(clEnqueueWriteBuffer(s->queue, s->turns->cl, CL_TRUE, 0, sizeof zeros, zeros, 0, NULL, NULL),
+       "clEnqueueWriteBuffer");
+    return 0;
+}
+
 static int opencl_stream_new(struct device *base, struct stream **out)
 {
     struct opencl_device *dev = opencl_device_of(base);
@@ -158,17 +178,13 @@ static int opencl_stream_new(struct device *base, struct stream **out)
         free(s);
         return opencl_fail(code, "clCreateCommandQueue");
     }
+    int made = dev->base.cpu_forms ? make_turns(s) : 0;
+    if (made < 0) {
+        opencl_stream_free(s);
+        return made;
+    }
     *out = s;
     return 0;
-}
-
-static void opencl_stream_free(struct stream *s)
-{
-    if (!s)
-        return;
-    clFinish(s->queue);
-    clReleaseCommandQueue(s->queue);
-    free(s);
 }
 
 static bool inside(const struct mem *mem, size_t offset, size_t bytes)

@@ -34,6 +34,7 @@ struct mem {
 struct stream {
     struct opencl_device *dev;
     cl_command_queue queue;
+    struct mem *turns; // CPU devices: two counters by which a product's work-items share its blocks
 };
 
 struct event {

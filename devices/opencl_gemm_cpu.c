@@ -125,18 +125,21 @@ int opencl_gemm_cpu(struct stream *s, const struct gemm *g)
     struct mem *b = c.in_place ? g->b : g->packed ? g->packed : g->space;
     int flags = gemm_flags(g) | (c.in_place ? GEMM_B_IN_PLACE : 0);
     struct mem *sums = c.sums ? g->space : g->c;
-    int skip = c.sums ? (int)(c.b_floats / 16) : 0, blocks = gemm_cover(g->m, c.block);
-    int across = gemm_cover(c.panels, c.wide);
+    int skip = c.sums ? (int)(c.b_floats / 16) : 0, down = gemm_cover(g->m, c.block);
+    int across = gemm_cover(c.panels, c.wide), workers = s->dev->base.info.compute_units;
     BUG_IF(c.b_floats + c.sums > 0 && !g->space);
     if (!c.in_place && !g->packed)
         TRY(pack_b(s, g, &c, g->space));
     if (g->trans_a)
-        return GEMM_LAUNCH(s, KERNEL_gemm_columns_cpu, blocks, across, offsets ? g->groups : 1,
+        return GEMM_LAUNCH(s, KERNEL_gemm_columns_cpu, workers, 1, 1, {.b = s->turns},
                            {.b = g->a}, {.b = b}, {.b = g->c}, {.b = sums}, {.b = offsets},
-                           {.i = g->m}, {.i = g->n}, {.i = g->k}, {.i = skip}, {.i = c.block},
-                           {.i = c.wide}, {.i = c.depth}, {.i = flags});
-    return GEMM_LAUNCH(s, KERNEL_gemm_rows_cpu, blocks + (offsets ? g->groups : 0), across, 1,
-                       {.b = g->a}, {.b = b}, {.b = g->c}, {.b = sums}, {.b = g->h}, {.b = g->bias},
-                       {.b = offsets}, {.i = g->groups}, {.i = g->m}, {.i = g->n}, {.i = g->k},
-                       {.i = skip}, {.i = c.block}, {.i = c.wide}, {.i = c.depth}, {.i = flags});
+                           {.i = offsets ? g->groups : 1}, {.i = down}, {.i = across}, {.i = g->m},
+                           {.i = g->n}, {.i = g->k}, {.i = skip}, {.i = c.block}, {.i = c.wide},
+                           {.i = c.depth}, {.i = flags});
+    down += offsets ? g->groups : 0; // every expert may end with a part of a block
+    return GEMM_LAUNCH(s, KERNEL_gemm_rows_cpu, workers, 1, 1, {.b = s->turns}, {.b = g->a},
+                       {.b = b}, {.b = g->c}, {.b = sums}, {.b = g->h}, {.b = g->bias},
+                       {.b = offsets}, {.i = g->groups}, {.i = down}, {.i = across}, {.i = g->m},
+                       {.i = g->n}, {.i = g->k}, {.i = skip}, {.i = c.block}, {.i = c.wide},
+                       {.i = c.depth}, {.i = flags});
 }
