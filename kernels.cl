@@ -1,5 +1,9 @@
 // Every device kernel, once. OpenCL C 1.2 that nvcc also reads (devices/cl_cuda.h).
 //
+// In this order: storage types and helpers; matrix products; embedding, elementwise, norms, gated
+// residual, attention; mixture of experts, rectified flow, optimiser. GPU forms come before CPU forms
+// within each part. devices/kernels.def lists them with their arguments.
+//
 // Defined by the backend when it compiles this:
 //   ACT_BF16   activations are stored as bf16 (upper half of an f32, in a ushort); else as f32
 //   CPU_FORMS  the device is a CPU: also compile the `name_cpu` forms (one work-item a tile, float16
@@ -129,5 +133,3177 @@ INLINE float16 exp16(float16 x)
 INLINE float16 sigmoid16(float16 x)
 {
     return 1.0f / (1.0f + exp16(-x));
+}
+#endif // CPU_FORMS
+
+// ---- matrix products -----------------------------------------------------------------------------------
+//
+// Every form of struct gemm (devices/device.h): C[m,n] (+)= op(A) op(B) (+ bias), plain or ragged.
+// `flags` says the storage of the operands and whether to add to C (devices/opencl_gemm.c sets them):
+#define GEMM_ACCUMULATE 1
+#define GEMM_A_BF16 2
+#define GEMM_B_BF16 4
+#define GEMM_C_BF16 8
+
+inline float gemm_load(const GLOBAL void *p, size_t i, int bf16)
+{
+    return bf16 ? bf16_to_float(((const GLOBAL ushort *)p)[i]) : ((const GLOBAL float *)p)[i];
+}
+
+inline void gemm_store(GLOBAL void *c, size_t i, float v, int flags)
+{
+    if (flags & GEMM_ACCUMULATE)
+        v += gemm_load(c, i, flags & GEMM_C_BF16);
+    if (flags & GEMM_C_BF16)
+        ((GLOBAL ushort *)c)[i] = float_to_bf16(v);
+    else
+        ((GLOBAL float *)c)[i] = v;
+}
+
+// The rows [return, *end) of block `block`, when the rows of every group are cut into blocks of
+// `size` rows; *group is set. Past the last block the range is empty. Without offsets: one group.
+inline int gemm_block(const GLOBAL int *offsets, int groups, int block, int size, int m, int *group,
+                      int *end)
+{
+    *group = 0;
+    if (!offsets) {
+        int first = block * size;
+        *end = first + size < m ? first + size : m;
+        return first;
+    }
+    for (int g = 0; g < groups; g++) {
+        int first = offsets[g] + block * size, last = offsets[g + 1];
+        if (first < last) {
+            *group = g;
+            *end = first + size < last ? first + size : last;
+            return first;
+        }
+        block -= (last - offsets[g] + size - 1) / size;
+    }
+    *end = 0;
+    return 0;
+}
+
+// ---- matrix products: the GPU form
+//
+// A work-group of 16x16 items makes a tile of 128x64, an item 8x4 of it: rows y, y+16..., columns x,
+// x+16..., so that neighbours read neighbouring words of local memory and write neighbouring words
+// of C. K goes in steps of 16 through local memory, whose rows are padded by 2 words: the loads that
+// run along K then hit 32 different banks.
+enum { GEMM_TM = 128, GEMM_TN = 64, GEMM_TK = 16, GEMM_PM = 130, GEMM_PN = 66 };
+
+// Brings the step [k0, k0+16) of `width` rows (or columns) from `first` of an operand into `tile`
+// [16][pitch]. along_k: the operand is stored with k running fastest, `ld` elements a row.
+// Elements outside [.., last) x [.., k_end) become zero.
+inline void gemm_fetch(LOCAL_PTR float *tile, const GLOBAL void *p, int bf16, int along_k, size_t ld,
+                       int first, int last, int width, int pitch, int k0, int k_end, int item)
+{
+    for (int i = item; i < width * GEMM_TK; i += 256) {
+        int k = along_k ? i % GEMM_TK : i / width, r = along_k ? i / GEMM_TK : i % width;
+        int row = first + r, col = k0 + k;
+        float v = 0.0f;
+        if (row < last && col < k_end)
+            v = gemm_load(p, along_k ? (size_t)row * ld + col : (size_t)col * ld + row, bf16);
+        tile[k * pitch + r] = v;
+    }
+}
+
+// Tile of rows [row0, row_end), columns from col0, summed over [k0, k_end). A and B are stored with k
+// running fastest where a_along_k, b_along_k (constants at every call).
+inline void gemm_tile(LOCAL_PTR float *ta, LOCAL_PTR float *tb, const GLOBAL void *a, int a_along_k,
+                      size_t lda, const GLOBAL void *b, int b_along_k, size_t ldb, GLOBAL void *c,
+                      const GLOBAL float *bias, int row0, int row_end, int col0, int n, int k0,
+                      int k_end, int flags)
+{
+    int x = (int)get_local_id(0), y = (int)get_local_id(1), item = y * 16 + x;
+    float acc[8][4];
+    for (int i = 0; i < 8; i++)
+        for (int j = 0; j < 4; j++)
+            acc[i][j] = 0.0f;
+    for (int k = k0; k < k_end; k += GEMM_TK) {
+        gemm_fetch(ta, a, flags & GEMM_A_BF16, a_along_k, lda, row0, row_end, GEMM_TM, GEMM_PM, k,
+                   k_end, item);
+        gemm_fetch(tb, b, flags & GEMM_B_BF16, b_along_k, ldb, col0, n, GEMM_TN, GEMM_PN, k, k_end,
+                   item);
+        barrier(CLK_LOCAL_MEM_FENCE);
+        for (int s = 0; s < GEMM_TK; s++) {
+            float av[8], bv[4];
+            for (int i = 0; i < 8; i++)
+                av[i] = ta[s * GEMM_PM + y + 16 * i];
+            for (int j = 0; j < 4; j++)
+                bv[j] = tb[s * GEMM_PN + x + 16 * j];
+            for (int i = 0; i < 8; i++)
+                for (int j = 0; j < 4; j++)
+                    acc[i][j] = fma(av[i], bv[j], acc[i][j]);
+        }
+        barrier(CLK_LOCAL_MEM_FENCE);
+    }
+    for (int i = 0; i < 8; i++) {
+        int row = row0 + y + 16 * i;
+        for (int j = 0; j < 4; j++) {
+            int col = col0 + x + 16 * j;
+            if (row < row_end && col < n)
+                gemm_store(c, (size_t)row * n + col, acc[i][j] + (bias ? bias[col] : 0.0f), flags);
+        }
+    }
+}
+
+// C = A B^T: A [m,k], B [groups][n,k]; ragged over the rows of A where there are offsets.
+// Groups: (columns / 64, row blocks of 128: m / 128 + number of groups).
+KERNEL(16, 16)
+void gemm_nt(const GLOBAL float *a, const GLOBAL float *b, GLOBAL float *c, const GLOBAL float *bias,
+             const GLOBAL int *offsets, int groups, int m, int n, int k, int flags)
+{
+    LOCAL float ta[GEMM_TK * GEMM_PM], tb[GEMM_TK * GEMM_PN];
+    int group, end;
+    int row0 = gemm_block(offsets, groups, (int)get_group_id(1), GEMM_TM, m, &group, &end);
+    if (row0 >= end)
+        return;
+    size_t skip = (size_t)group * n * k;
+    const GLOBAL void *bg = flags & GEMM_B_BF16 ? (const GLOBAL void *)((const GLOBAL ushort *)b + skip)
+                                                : (const GLOBAL void *)(b + skip);
+    gemm_tile(ta, tb, a, 1, k, bg, 1, k, c, bias, row0, end, (int)get_group_id(0) * GEMM_TN, n, 0, k,
+              flags);
+}
+
+// C = A B: A [m,k], B [groups][k,n]. Groups as gemm_nt.
+KERNEL(16, 16)
+void gemm_nn(const GLOBAL float *a, const GLOBAL float *b, GLOBAL float *c, const GLOBAL float *bias,
+             const GLOBAL int *offsets, int groups, int m, int n, int k, int flags)
+{
+    LOCAL float ta[GEMM_TK * GEMM_PM], tb[GEMM_TK * GEMM_PN];
+    int group, end;
+    int row0 = gemm_block(offsets, groups, (int)get_group_id(1), GEMM_TM, m, &group, &end);
+    if (row0 >= end)
+        return;
+    size_t skip = (size_t)group * n * k;
+    const GLOBAL void *bg = flags & GEMM_B_BF16 ? (const GLOBAL void *)((const GLOBAL ushort *)b + skip)
+                                                : (const GLOBAL void *)(b + skip);
+    gemm_tile(ta, tb, a, 1, k, bg, 0, n, c, bias, row0, end, (int)get_group_id(0) * GEMM_TN, n, 0, k,
+              flags);
+}
+
+// C[group] = A^T B: A [k,m], B [k,n], summed over the group's rows (all k rows without offsets).
+// Groups: (columns / 64, rows / 128, number of groups).
+KERNEL(16, 16)
+void gemm_tn(const GLOBAL float *a, const GLOBAL float *b, GLOBAL float *c, const GLOBAL float *bias,
+             const GLOBAL int *offsets, int groups, int m, int n, int k, int flags)
+{
+    LOCAL float ta[GEMM_TK * GEMM_PM], tb[GEMM_TK * GEMM_PN];
+    int group = (int)get_group_id(2);
+    int k0 = offsets ? offsets[group] : 0, k_end = offsets ? offsets[group + 1] : k;
+    size_t skip = (size_t)group * m * n;
+    GLOBAL void *cg = flags & GEMM_C_BF16 ? (GLOBAL void *)((GLOBAL ushort *)c + skip)
+                                          : (GLOBAL void *)(c + skip);
+    gemm_tile(ta, tb, a, 0, m, b, 0, n, cg, bias, (int)get_group_id(1) * GEMM_TM, m,
+              (int)get_group_id(0) * GEMM_TN, n, k0, k_end, flags);
+}
+
+// ---- matrix products: column sums (the gradient of a bias)
+//
+// part[chunk, n] = sum of rows [chunk*rows, (chunk+1)*rows) of a[m,n]; then column_sums adds up the
+// parts in a fixed order. Groups: (n / 64, chunks); (n / 64).
+KERNEL(64, 1)
+void column_sums_part(GLOBAL float *part, const GLOBAL float *a, int bf16, int m, int n, int rows)
+{
+    int col = (int)get_global_id(0), chunk = (int)get_group_id(1);
+    if (col >= n)
+        return;
+    int first = chunk * rows, last = first + rows < m ? first + rows : m;
+    float sum = 0.0f;
+    for (int i = first; i < last; i++)
+        sum += gemm_load(a, (size_t)i * n + col, bf16);
+    part[(size_t)chunk * n + col] = sum;
+}
+
+#ifdef CPU_FORMS
+// Groups: (1, chunks).
+KERNEL(1, 1)
+void column_sums_part_cpu(GLOBAL float *part, const GLOBAL float *a, int bf16, int m, int n, int rows)
+{
+    int chunk = (int)get_group_id(1), col = 0;
+    int first = chunk * rows, last = first + rows < m ? first + rows : m;
+    part += (size_t)chunk * n;
+    for (; col + 64 <= n; col += 64) {
+        float16 sum0 = 0, sum1 = 0, sum2 = 0, sum3 = 0;
+        for (int i = first; i < last; i++) {
+            size_t at = (size_t)i * n + col;
+            if (bf16) {
+                const GLOBAL ushort *p = (const GLOBAL ushort *)a + at;
+                sum0 += bf16_to_float16(vload16(0, p));
+                sum1 += bf16_to_float16(vload16(1, p));
+                sum2 += bf16_to_float16(vload16(2, p));
+                sum3 += bf16_to_float16(vload16(3, p));
+            } else {
+                sum0 += vload16(0, a + at);
+                sum1 += vload16(1, a + at);
+                sum2 += vload16(2, a + at);
+                sum3 += vload16(3, a + at);
+            }
+        }
+        vstore16(sum0, 0, part + col);
+        vstore16(sum1, 1, part + col);
+        vstore16(sum2, 2, part + col);
+        vstore16(sum3, 3, part + col);
+    }
+    for (; col < n; col++) {
+        float sum = 0.0f;
+        for (int i = first; i < last; i++)
+            sum += gemm_load(a, (size_t)i * n + col, bf16);
+        part[col] = sum;
+    }
+}
+#endif
+
+// out[n] += sum over chunks of part[chunks, n]
+KERNEL(64, 1)
+void column_sums(GLOBAL float *out, const GLOBAL float *part, int chunks, int n)
+{
+    int col = (int)get_global_id(0);
+    if (col >= n)
+        return;
+    float sum = 0.0f;
+    for (int i = 0; i < chunks; i++)
+        sum += part[(size_t)i * n + col];
+    out[col] += sum;
+}
+
+#ifdef CPU_FORMS
+// ---- matrix products: the CPU form
+//
+// One work-item is one work-group. B is packed into panels of GEMM_NR columns, [panel][k][GEMM_NR]
+// f32, so that a step of k is two vector loads; a tile of GEMM_MR rows by one panel lives in
+// registers (12 x 2 of the 32 AVX-512 registers; 6 x 2 of the 16 AVX2 ones). A work-item copies each
+// strip of GEMM_MR rows of A, GEMM_DEPTH of k at a time, into private memory, which stays in the
+// first-level cache, and takes it through all panels of its block of C.
+#ifndef VECTOR_WIDTH
+#define VECTOR_WIDTH 16
+#endif
+#if VECTOR_WIDTH >= 16
+typedef float16 vec;
+#define VLOAD(p) vload16(0, p)
+#define VSTORE(v, p) vstore16(v, 0, p)
+enum { GEMM_VW = 16, GEMM_MR = 12, GEMM_NR = 32 };
+inline vec gemm_bf16_vec(const GLOBAL ushort *p)
+{
+    return as_float16(convert_uint16(vload16(0, p)) << 16);
+}
+inline void gemm_vec_bf16(vec v, GLOBAL ushort *p)
+{
+    vstore16(float16_to_bf16(v), 0, p);
+}
+#else
+typedef float8 vec;
+#define VLOAD(p) vload8(0, p)
+#define VSTORE(v, p) vstore8(v, 0, p)
+enum { GEMM_VW = 8, GEMM_MR = 6, GEMM_NR = 16 };
+inline vec gemm_bf16_vec(const GLOBAL ushort *p)
+{
+    return as_float8(convert_uint8(vload8(0, p)) << 16);
+}
+inline void gemm_vec_bf16(vec v, GLOBAL ushort *p)
+{
+    float16 wide = (float16)(v, v);
+    vstore8(float16_to_bf16(wide).lo, 0, p);
+}
+#endif
+
+// GEMM_PITCH: elements from row to row of a strip; a power of two would use few sets of the cache.
+// GEMM_ROWS: GEMM_MR as the tails count it, in fours.
+enum { GEMM_DEPTH = 384, GEMM_PITCH = GEMM_DEPTH + 16, GEMM_ROWS = (GEMM_MR + 3) / 4 * 4 };
+#define GEMM_STRIP(name) float name[GEMM_ROWS * GEMM_PITCH] __attribute__((aligned(64)))
+
+// A call with constant distances must become code with constant addresses.
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+
+inline vec gemm_load_vec(const GLOBAL void *p, size_t i, int bf16)
+{
+    return bf16 ? gemm_bf16_vec((const GLOBAL ushort *)p + i) : VLOAD((const GLOBAL float *)p + i);
+}
+
+// Asks for a cache line ahead of its use. The built-in takes no __global pointer; on a CPU device all
+// memory is the host's.
+#ifdef __clang__
+#define GEMM_PREFETCH(p) __builtin_prefetch((const void *)(size_t)(p))
+#else
+#define GEMM_PREFETCH(p)
+#endif
+
+// Elements from panel to panel: an odd number of cache lines, for the same reason.
+inline size_t gemm_panel_pitch(int k)
+{
+    return (size_t)k * GEMM_NR + 16;
+}
+
+// strip[i][GEMM_PITCH] = `rows` rows of `k` elements of A; zeros up to a multiple of 4 rows.
+inline void gemm_take_rows(float *strip, const GLOBAL void *a, size_t at, size_t lda, int rows, int k,
+                           int bf16)
+{
+    for (int i = 0; i < rows; i++, at += lda, strip += GEMM_PITCH) {
+        int s = 0;
+        for (; s + GEMM_VW <= k; s += GEMM_VW)
+            VSTORE(gemm_load_vec(a, at + s, bf16), strip + s);
+        for (; s < k; s++)
+            strip[s] = gemm_load(a, at + s, bf16);
+    }
+    for (int i = rows; i % 4; i++, strip += GEMM_PITCH)
+        for (int s = 0; s < k; s++)
+            strip[s] = 0.0f;
+}
+
+// strip[s][GEMM_MR] = `k` rows of `rows` elements of A, stored [k,m]; zeros up to GEMM_MR.
+inline void gemm_take_columns(float *strip, const GLOBAL void *a, size_t at, size_t m, int rows, int k,
+                              int bf16)
+{
+    for (int s = 0; s < k; s++, at += m, strip += GEMM_MR) {
+        if (rows == GEMM_MR && !bf16) {
+            const GLOBAL float *p = (const GLOBAL float *)a + at;
+#if VECTOR_WIDTH >= 16
+            vstore8(vload8(0, p), 0, strip);
+            vstore4(vload4(0, p + 8), 0, strip + 8);
+#else
+            vstore4(vload4(0, p), 0, strip);
+            vstore2(vload2(0, p + 4), 0, strip + 4);
+#endif
+        } else if (rows == GEMM_MR) {
+            const GLOBAL ushort *p = (const GLOBAL ushort *)a + at;
+#if VECTOR_WIDTH >= 16
+            vstore8(as_float8(convert_uint8(vload8(0, p)) << 16), 0, strip);
+            vstore4(as_float4(convert_uint4(vload4(0, p + 8)) << 16), 0, strip + 8);
+#else
+            vstore4(as_float4(convert_uint4(vload4(0, p)) << 16), 0, strip);
+            vstore2(as_float2(convert_uint2(vload2(0, p + 4)) << 16), 0, strip + 4);
+#endif
+        } else {
+            for (int i = 0; i < GEMM_MR; i++)
+                strip[i] = i < rows ? gemm_load(a, at + i, bf16) : 0.0f;
+        }
+    }
+}
+
+// tile[GEMM_MR][2] (vectors) = sum over k of a[i*row + k*step] * b[k*b_step][GEMM_NR]
+ALWAYS_INLINE void gemm_multiply(vec *tile, const float *a, int row, int step, const GLOBAL float *b,
+                                 int b_step, int k)
+{
+    vec acc[GEMM_MR][2];
+#pragma unroll
+    for (int i = 0; i < GEMM_MR; i++)
+        acc[i][0] = acc[i][1] = 0.0f;
+    const GLOBAL float *ahead = b + 16 * (size_t)b_step;
+    for (int s = 0; s < k; s++) {
+        vec b0 = VLOAD(b), b1 = VLOAD(b + GEMM_VW);
+#pragma unroll
+        for (int i = 0; i < GEMM_MR; i++) {
+            vec v = a[i * row];
+            acc[i][0] = fma(v, b0, acc[i][0]);
+            acc[i][1] = fma(v, b1, acc[i][1]);
+        }
+        a += step;
+        GEMM_PREFETCH(ahead);
+        GEMM_PREFETCH(ahead + GEMM_VW);
+        ahead += b_step;
+        b += b_step;
+    }
+#pragma unroll
+    for (int i = 0; i < GEMM_MR; i++) {
+        tile[2 * i] = acc[i][0];
+        tile[2 * i + 1] = acc[i][1];
+    }
+}
+
+// The same for 4 rows: the ends of blocks.
+ALWAYS_INLINE void gemm_multiply_tail(vec *tile, const float *a, int row, int step, const GLOBAL float *b,
+                                      int b_step, int k)
+{
+    vec acc[4][2];
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        acc[i][0] = acc[i][1] = 0.0f;
+    for (int s = 0; s < k; s++) {
+        vec b0 = VLOAD(b), b1 = VLOAD(b + GEMM_VW);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            vec v = a[i * row];
+            acc[i][0] = fma(v, b0, acc[i][0]);
+            acc[i][1] = fma(v, b1, acc[i][1]);
+        }
+        a += step;
+        b += b_step;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        tile[2 * i] = acc[i][0];
+        tile[2 * i + 1] = acc[i][1];
+    }
+}
+
+// B is not packed: it is stored [k,n] in f32 and n is whole panels.
+#define GEMM_B_IN_PLACE 64
+
+// SwiGLU within the product (devices/device.h), n and n/2 being whole panels.
+// Forward: half a panel is columns of g, the other half those of u that belong to them.
+#define GEMM_SWIGLU_FORWARD 128
+#define GEMM_SWIGLU_BACKWARD 256
+
+// Where the sums of one step of k go. K is cut into steps, and between two of them the sums lie in
+// `sums`, which is f32: C itself or, where C is bf16, a matrix of C's shape in scratch memory.
+#define GEMM_FIRST 16 // of the steps: add the bias and, if asked, C; else the sums so far
+#define GEMM_LAST 32  // write C; else the sums
+
+// Writes `rows` rows of `cols` columns of a tile (two vectors a row).
+inline void gemm_write_tile(const vec *tile, GLOBAL void *c, GLOBAL float *sums, size_t at,
+                            size_t ldc, int rows, int cols, const GLOBAL float *bias, int flags)
+{
+    int bf16_in = flags & GEMM_FIRST ? flags & GEMM_C_BF16 : 0;
+    int bf16_out = flags & GEMM_LAST ? flags & GEMM_C_BF16 : 0;
+    int add = !(flags & GEMM_FIRST) || (flags & GEMM_ACCUMULATE);
+    const GLOBAL void *in = flags & GEMM_FIRST ? c : (GLOBAL void *)sums;
+    GLOBAL void *out = flags & GEMM_LAST ? c : (GLOBAL void *)sums;
+    if (!(flags & GEMM_FIRST))
+        bias = 0;
+    for (int i = 0; i < rows; i++, at += ldc, tile += 2) {
+        int j = 0;
+        for (; j + GEMM_VW <= min(cols, (int)GEMM_NR); j += GEMM_VW) {
+            vec v = tile[j / GEMM_VW];
+            if (bias)
+                v += VLOAD(bias + j);
+            if (add)
+                v += gemm_load_vec(in, at + j, bf16_in);
+            if (bf16_out)
+                gemm_vec_bf16(v, (GLOBAL ushort *)out + at + j);
+            else
+                VSTORE(v, (GLOBAL float *)out + at + j);
+        }
+        for (; j < min(cols, (int)GEMM_NR); j++) {
+            float v = ((const float *)tile)[j] + (bias ? bias[j] : 0.0f);
+            if (add)
+                v += gemm_load(in, at + j, bf16_in);
+            gemm_store(out, at + j, v, bf16_out);
+        }
+    }
+}
+
+inline void gemm_store_vec(GLOBAL void *p, size_t i, vec v, int bf16)
+{
+    if (bf16)
+        gemm_vec_bf16(v, (GLOBAL ushort *)p + i);
+    else
+        VSTORE(v, (GLOBAL float *)p + i);
+}
+
+inline vec gemm_sigmoid(vec v)
+{
+#if VECTOR_WIDTH >= 16
+    return sigmoid16(v);
+#else
+    return sigmoid16((float16)(v, v)).lo;
+#endif
+}
+
+// The last step of SWIGLU_FORWARD: a tile is g and u of half a panel. ldh = F; `at` is the place in h,
+// row + at that in c.
+inline void gemm_write_swiglu(const vec *tile, GLOBAL void *c, GLOBAL void *h, size_t at, size_t row,
+                              size_t ldh, int rows, int bf16)
+{
+    for (int i = 0; i < rows; i++, at += ldh, row += ldh) {
+        vec g = tile[2 * i], u = tile[2 * i + 1];
+        gemm_store_vec(h, at, g * gemm_sigmoid(g) * u, bf16);
+        if (c) {
+            gemm_store_vec(c, row + at, g, bf16);
+            gemm_store_vec(c, row + at + ldh, u, bf16);
+        }
+    }
+}
+
+// The last step of SWIGLU_BACKWARD: a tile is dh; g at `at` of c and u `ld` further on become dg, du.
+inline void gemm_write_swiglu_bwd(const vec *tile, GLOBAL void *c, size_t at, size_t ld, int rows,
+                                  int bf16)
+{
+    for (int i = 0; i < rows; i++, at += 2 * ld)
+        for (int j = 0; j < 2; j++) {
+            size_t to = at + j * GEMM_VW;
+            vec g = gemm_load_vec(c, to, bf16), u = gemm_load_vec(c, to + ld, bf16);
+            vec s = gemm_sigmoid(g), ds = tile[2 * i + j] * s;
+            gemm_store_vec(c, to, ds * u * fma(g, 1.0f - s, (vec)(1.0f)), bf16);
+            gemm_store_vec(c, to + ld, ds * g, bf16);
+        }
+}
+
+// Writes a tile whose first element is C[row, col] = C[at] (or its place in the sums).
+inline void gemm_finish_tile(vec *tile, GLOBAL void *c, GLOBAL float *sums, GLOBAL void *h, size_t at,
+                             int col, int n, int rows, const GLOBAL float *bias, int flags)
+{
+    int swiglu = flags & (GEMM_SWIGLU_FORWARD | GEMM_SWIGLU_BACKWARD);
+    if (!swiglu || !(flags & GEMM_LAST)) {
+        gemm_write_tile(tile, c, sums, at + col, n, rows, n - col, bias ? bias + col : bias, flags);
+        return;
+    }
+    if (!(flags & GEMM_FIRST))
+        for (int i = 0; i < rows; i++) {
+            tile[2 * i] += VLOAD(sums + at + col + (size_t)i * n);
+            tile[2 * i + 1] += VLOAD(sums + at + col + (size_t)i * n + GEMM_VW);
+        }
+    if (swiglu == GEMM_SWIGLU_FORWARD)
+        gemm_write_swiglu(tile, c, h, at / 2 + col / 2, at / 2, n / 2, rows, flags & GEMM_C_BF16);
+    else
+        gemm_write_swiglu_bwd(tile, c, 2 * at + col, n, rows, flags & GEMM_C_BF16);
+}
+
+// Asks for what a later tile, `next` elements on from C[at], will be added to or made from: from far
+// away, it takes as long as many steps of k.
+inline void gemm_ask_tile(const GLOBAL float *c, const GLOBAL float *sums, size_t at, size_t next,
+                          size_t n, int flags)
+{
+    size_t step = n;
+    if ((flags & (GEMM_FIRST | GEMM_LAST)) == (GEMM_FIRST | GEMM_LAST)) {
+        if (flags & GEMM_SWIGLU_FORWARD)
+            return; // nothing
+        if (flags & GEMM_SWIGLU_BACKWARD) {
+            sums = c + at;
+            next += next < n ? 0 : GEMM_MR * n;
+            step = 2 * n;
+            for (size_t i = 0; i < GEMM_MR; i++) {
+                GEMM_PREFETCH(sums + at + next + n + i * step);
+                GEMM_PREFETCH(sums + at + next + n + i * step + GEMM_VW);
+            }
+        }
+    }
+    for (size_t i = 0; i < GEMM_MR; i++) {
+        GEMM_PREFETCH(sums + at + next + i * step);
+        GEMM_PREFETCH(sums + at + next + i * step + GEMM_VW);
+    }
+}
+
+// One strip of `rows` rows, through the panels [first, last) of B at its step of k. row and step:
+// distances in the strip (constants at every call).
+ALWAYS_INLINE void gemm_strip(const float *strip, int row, int step, const GLOBAL float *b, int b_step,
+                              size_t pitch,
+                              GLOBAL void *c, GLOBAL float *sums, GLOBAL void *h, size_t at, int n,
+                              int rows, int first, int last, const GLOBAL float *bias, int k,
+                              int flags)
+{
+    vec tile[GEMM_ROWS * 2];
+    for (int p = first; p < last; p++) {
+        int col = p * GEMM_NR;
+        int next = p + 1 < last ? col + GEMM_NR : first * GEMM_NR + GEMM_MR * n;
+        gemm_ask_tile(c, sums, at, next, n, flags);
+        if (rows == GEMM_MR)
+            gemm_multiply(tile, strip, row, step, b + p * pitch, b_step, k);
+        else
+            for (int i = 0; i < rows; i += 4)
+                gemm_multiply_tail(tile + i * 2, strip + i * row, row, step, b + p * pitch, b_step, k);
+        gemm_finish_tile(tile, c, sums, h, at, col, n, rows, bias, flags);
+    }
+}
+
+// Work-items are as many as cores and take the blocks of a product by turns. A runtime hands out
+// work-groups in large shares (PoCL: half of what is left), and blocks differ: an expert's last one is
+// small, a core is slow for a while; with shares one core would wait for the other.
+// turns[0]: the next block; turns[1]: work-items that are through. The last sets both back to 0.
+inline int gemm_next_block(volatile GLOBAL int *turns)
+{
+    return atomic_inc(turns);
+}
+
+inline void gemm_no_more_blocks(volatile GLOBAL int *turns)
+{
+    if (atomic_inc(turns + 1) == (int)get_num_groups(0) - 1) {
+        atomic_xchg(turns, 0);
+        atomic_xchg(turns + 1, 0);
+    }
+}
+
+// C = A B over blocks of `block` rows and `wide` panels: the parts of the panels that a step of k
+// needs stay in the cache while all strips pass. A [m,k]; B packed, [groups] of them; ragged over
+// rows where there are offsets; `sums` as above, from element 16*skip of its buffer on.
+// depth <= GEMM_DEPTH.
+// Blocks: x, rows: m / block + number of groups; y, panels / wide.
+inline void gemm_rows_block(float *strip, const GLOBAL float *a, const GLOBAL float *b, GLOBAL float *c,
+                            GLOBAL float *sums, GLOBAL float *h, const GLOBAL float *bias,
+                            const GLOBAL int *offsets, int groups, int x, int y, int m, int n, int k,
+                            int skip, int block, int wide, int depth, int flags)
+{
+    int group, end, panels = (n + GEMM_NR - 1) / GEMM_NR, k0 = 0;
+    int row0 = gemm_block(offsets, groups, x, block, m, &group, &end);
+    int first = y * wide, last = min(first + wide, panels);
+    int b_step = flags & GEMM_B_IN_PLACE ? n : (int)GEMM_NR;
+    size_t pitch = flags & GEMM_B_IN_PLACE ? (size_t)GEMM_NR : gemm_panel_pitch(k);
+    if (row0 >= end)
+        return;
+    b += (size_t)group * (flags & GEMM_B_IN_PLACE ? (size_t)n * k : panels * pitch);
+    sums += (size_t)skip * 16;
+    flags |= GEMM_FIRST;
+    do {
+        int steps = min(depth, k - k0);
+        if (k0 + steps == k)
+            flags |= GEMM_LAST;
+        for (int i = row0; i < end; i += GEMM_MR) {
+            int rows = min((int)GEMM_MR, end - i);
+            gemm_take_rows(strip, a, (size_t)i * k + k0, k, rows, steps, flags & GEMM_A_BF16);
+            gemm_strip(strip, GEMM_PITCH, 1, b + (size_t)k0 * b_step, b_step, pitch, c, sums, h,
+                       (size_t)i * n, n, rows, first, last, bias, steps, flags);
+        }
+        flags &= ~GEMM_FIRST;
+        k0 += steps;
+    } while (k0 < k);
+}
+
+// Groups: any number; there are across * down blocks.
+KERNEL(1, 1)
+void gemm_rows_cpu(volatile GLOBAL int *turns, const GLOBAL float *a, const GLOBAL float *b,
+                   GLOBAL float *c, GLOBAL float *sums, GLOBAL float *h, const GLOBAL float *bias,
+                   const GLOBAL int *offsets, int groups, int down, int across, int m, int n, int k,
+                   int skip, int block, int wide, int depth, int flags)
+{
+    GEMM_STRIP(strip);
+    for (int i = gemm_next_block(turns); i < down * across; i = gemm_next_block(turns))
+        gemm_rows_block(strip, a, b, c, sums, h, bias, offsets, groups, i % down, i / down, m, n, k,
+                        skip, block, wide, depth, flags);
+    gemm_no_more_blocks(turns);
+}
+
+// C[group] = A^T B: A stored [k,m], summed over the group's rows of A and B; the rest as
+// gemm_rows_block. Blocks: x, rows: m / block; y, panels / wide.
+inline void gemm_columns_block(float *strip, const GLOBAL float *a, const GLOBAL float *b,
+                               GLOBAL float *c, GLOBAL float *sums, const GLOBAL int *offsets,
+                               int group, int x, int y, int m, int n, int k, int skip, int block,
+                               int wide, int depth, int flags)
+{
+    int panels = (n + GEMM_NR - 1) / GEMM_NR;
+    int row0 = x * block, end = min(row0 + block, m);
+    int k0 = offsets ? offsets[group] : 0, k_end = offsets ? offsets[group + 1] : k;
+    int first = y * wide, last = min(first + wide, panels);
+    int b_step = flags & GEMM_B_IN_PLACE ? n : (int)GEMM_NR;
+    size_t at = (size_t)group * m * n,
+           pitch = flags & GEMM_B_IN_PLACE ? (size_t)GEMM_NR : gemm_panel_pitch(k);
+    sums += (size_t)skip * 16;
+    flags |= GEMM_FIRST;
+    do {
+        int steps = min(depth, k_end - k0);
+        if (k0 + steps == k_end)
+            flags |= GEMM_LAST;
+        for (int i = row0; i < end; i += GEMM_MR) {
+            int rows = min((int)GEMM_MR, end - i);
+            gemm_take_columns(strip, a, (size_t)k0 * m + i, m, rows, steps, flags & GEMM_A_BF16);
+            gemm_strip(strip, 1, GEMM_MR, b + (size_t)k0 * b_step, b_step, pitch, c, sums, 0,
+                       at + (size_t)i * n, n, rows, first, last, 0, steps, flags);
+        }
+        flags &= ~GEMM_FIRST;
+        k0 += steps;
+    } while (k0 < k_end);
+}
+
+// Groups: any number; there are down * across * groups blocks.
+KERNEL(1, 1)
+void gemm_columns_cpu(volatile GLOBAL int *turns, const GLOBAL float *a, const GLOBAL float *b,
+                      GLOBAL float *c, GLOBAL float *sums, const GLOBAL int *offsets, int groups,
+                      int down, int across, int m, int n, int k, int skip, int block, int wide,
+                      int depth, int flags)
+{
+    GEMM_STRIP(strip);
+    int all = down * across * groups;
+    for (int i = gemm_next_block(turns); i < all; i = gemm_next_block(turns))
+        gemm_columns_block(strip, a, b, c, sums, offsets, i / (down * across), i % down,
+                           i / down % across, m, n, k, skip, block, wide, depth, flags);
+    gemm_no_more_blocks(turns);
+}
+
+// ---- matrix products: packing for the CPU form
+
+// The elements of a and b in turn, from their first (second) halves.
+#if VECTOR_WIDTH >= 16
+inline vec gemm_zip(float8 a, float8 b)
+{
+    return (vec)(a.s0, b.s0, a.s1, b.s1, a.s2, b.s2, a.s3, b.s3, a.s4, b.s4, a.s5, b.s5, a.s6, b.s6,
+                 a.s7, b.s7);
+}
+#else
+inline vec gemm_zip(float4 a, float4 b)
+{
+    return (vec)(a.s0, b.s0, a.s1, b.s1, a.s2, b.s2, a.s3, b.s3);
+}
+#endif
+
+// to[k][GEMM_NR] = from[i][k] transposed, a square of GEMM_VW. Each round of zipping rotates the bits
+// of (row, column) by one place; after log2(GEMM_VW) rounds rows and columns have changed places.
+inline void gemm_transpose(GLOBAL float *to, const GLOBAL void *from, size_t at, size_t ld, int bf16)
+{
+    vec v[GEMM_VW], t[GEMM_VW];
+#pragma unroll
+    for (int i = 0; i < GEMM_VW; i++)
+        v[i] = gemm_load_vec(from, at + i * ld, bf16);
+#pragma unroll
+    for (int round = 1; round < GEMM_VW; round *= 2) {
+#pragma unroll
+        for (int i = 0; i < GEMM_VW / 2; i++) {
+            t[2 * i] = gemm_zip(v[i].lo, v[i + GEMM_VW / 2].lo);
+            t[2 * i + 1] = gemm_zip(v[i].hi, v[i + GEMM_VW / 2].hi);
+        }
+#pragma unroll
+        for (int i = 0; i < GEMM_VW; i++)
+            v[i] = t[i];
+    }
+#pragma unroll
+    for (int i = 0; i < GEMM_VW; i++)
+        VSTORE(v[i], to + i * GEMM_NR);
+}
+
+// Element by element: rows [k0, k_end) of half a panel from column `col`, zeros past column n.
+inline void gemm_pack_slow(GLOBAL float *to, const GLOBAL void *b, size_t at, size_t column,
+                           size_t step, int col, int n, int k0, int k_end, int bf16)
+{
+    for (int k = k0; k < k_end; k++)
+        for (int j = 0; j < GEMM_VW; j++)
+            to[(size_t)k * GEMM_NR + j] =
+                col + j < n ? gemm_load(b, at + (col + j) * column + k * step, bf16) : 0.0f;
+}
+
+// Packs B, [groups] of [n,k] (along_k) or [k,n], into panels [groups][panel][k][GEMM_NR] f32,
+// padded with zeros to whole panels. With GEMM_SWIGLU_FORWARD (along_k) the halves of a panel come
+// from the halves of the columns.
+// Groups: (k / depth, panels / wide, number of groups); depth a multiple of GEMM_VW.
+KERNEL(1, 1)
+void gemm_pack_cpu(GLOBAL float *to, const GLOBAL float *b, int along_k, int n, int k,
+                   int depth, int wide, int flags)
+{
+    int bf16 = flags & GEMM_B_BF16, panels = (n + GEMM_NR - 1) / GEMM_NR;
+    int k0 = (int)get_group_id(0) * depth, k_end = min(k0 + depth, k);
+    int first = (int)get_group_id(1) * wide, last = min(first + wide, panels);
+    size_t group = get_group_id(2), at = group * n * k, column = along_k ? k : 1,
+           step = along_k ? 1 : n;
+    size_t pitch = gemm_panel_pitch(k);
+    to += group * panels * pitch;
+    int whole = min(last, n / GEMM_NR), k_whole = k_end - (k_end - k0) % GEMM_VW;
+    if (!along_k)
+        for (int s = k0; s < k_end; s++)
+            for (int p = first; p < whole; p++)
+                for (int j = 0; j < GEMM_NR; j += GEMM_VW)
+                    VSTORE(gemm_load_vec(b, at + (size_t)s * n + p * GEMM_NR + j, bf16),
+                           to + p * pitch + (size_t)s * GEMM_NR + j);
+    for (int p = first; p < last; p++)
+        for (int side = 0; side < 2; side++) {
+            GLOBAL float *panel = to + p * pitch + side * GEMM_VW;
+            int slow = p < whole ? k_end : k0;
+            int col = flags & GEMM_SWIGLU_FORWARD ? p * GEMM_VW + side * (n / 2)
+                                                  : p * GEMM_NR + side * GEMM_VW;
+            if (p < whole && along_k) {
+                for (int s = k0; s < k_whole; s += GEMM_VW)
+                    gemm_transpose(panel + (size_t)s * GEMM_NR, b, at + (size_t)col * k + s, k, bf16);
+                slow = k_whole;
+            }
+            gemm_pack_slow(panel, b, at, column, step, col, n, slow, k_end, bf16);
+        }
+}
+
+#endif // CPU_FORMS
+
+// ---- helpers of the layer kernels ----------------------------------------------------------------------
+
+// Sum over the work-group of `size` items (a power of two); every item gets the result.
+inline float group_sum(LOCAL_PTR float *sums, float value, int size)
+{
+    int i = get_local_id(0);
+    sums[i] = value;
+    barrier(CLK_LOCAL_MEM_FENCE);
+    for (int half_size = size / 2; half_size > 0; half_size /= 2) {
+        if (i < half_size)
+            sums[i] += sums[i + half_size];
+        barrier(CLK_LOCAL_MEM_FENCE);
+    }
+    float sum = sums[0];
+    barrier(CLK_LOCAL_MEM_FENCE);
+    return sum;
+}
+
+// A buffer that holds activations or f32, as `f32` says.
+inline float any_load(const GLOBAL void *p, size_t i, int f32)
+{
+    return f32 ? ((const GLOBAL float *)p)[i] : act_load((const GLOBAL act *)p, i);
+}
+inline void any_store(GLOBAL void *p, size_t i, float v, int f32)
+{
+    if (f32)
+        ((GLOBAL float *)p)[i] = v;
+    else
+        act_store((GLOBAL act *)p, i, v);
+}
+
+inline float sigmoid(float x)
+{
+    return 1.0f / (1.0f + exp(-x));
+}
+
+// GELU, tanh form: x * sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3), since 1 + tanh(u) = 2 sigmoid(2u)
+#define GELU_LINEAR 1.5957691216057308f // 2 sqrt(2/pi)
+#define GELU_CUBIC 0.071354816272600f   // the same times 0.044715
+
+inline float gelu_slope(float x)
+{
+    float s = sigmoid(x * fma(GELU_CUBIC, x * x, GELU_LINEAR));
+    return fma(x * s * (1.0f - s), fma(3.0f * GELU_CUBIC, x * x, GELU_LINEAR), s);
+}
+
+#ifdef CPU_FORMS
+
+INLINE float sum16(float16 v)
+{
+    float8 a = v.lo + v.hi;
+    float4 b = a.lo + a.hi;
+    float2 c = b.lo + b.hi;
+    return c.x + c.y;
+}
+
+INLINE float max16(float16 v)
+{
+    float8 a = fmax(v.lo, v.hi);
+    float4 b = fmax(a.lo, a.hi);
+    float2 c = fmax(b.lo, b.hi);
+    return fmax(c.x, c.y);
+}
+
+// v in the first n lanes, 0 in the others.
+INLINE float16 first_lanes(float16 v, int n)
+{
+    const int16 lane = (int16)(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return select((float16)(0.0f), v, lane < (int16)(n));
+}
+
+#ifdef ACT_BF16
+INLINE float8 act_load8(const GLOBAL act *p)
+{
+    return as_float8(convert_uint8(vload8(0, p)) << 16);
+}
+INLINE void act_store8(GLOBAL act *p, float16 v)
+{
+    typedef ushort8 ushort8_unaligned __attribute__((aligned(2)));
+    *(GLOBAL ushort8_unaligned *)p = float16_to_bf16(v).lo;
+}
+#else
+INLINE float8 act_load8(const GLOBAL act *p)
+{
+    return vload8(0, p);
+}
+INLINE void act_store8(GLOBAL act *p, float16 v)
+{
+    vstore8(v.lo, 0, p);
+}
+#endif
+
+// Up to 16 values; lanes past n are 0 and are not stored. 8 has a short cut: head sizes 72 and 88.
+INLINE float16 act_load_upto(const GLOBAL act *p, int n)
+{
+    if (n >= 16)
+        return act_load16(p);
+    if (n == 8)
+        return (float16)(act_load8(p), (float8)(0.0f));
+    float v[16] = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0};
+    for (int i = 0; i < n; i++)
+        v[i] = act_load(p, i);
+    return vload16(0, v);
+}
+INLINE void act_store_upto(GLOBAL act *p, float16 value, int n)
+{
+    if (n >= 16) {
+        act_store16(p, value);
+        return;
+    }
+    if (n == 8) {
+        act_store8(p, value);
+        return;
+    }
+    float v[16];
+    vstore16(value, 0, v);
+    for (int i = 0; i < n; i++)
+        act_store(p, i, v[i]);
+}
+INLINE float16 float_load_upto(const GLOBAL float *p, int n)
+{
+    if (n >= 16)
+        return vload16(0, p);
+    if (n == 8)
+        return (float16)(vload8(0, p), (float8)(0.0f));
+    float v[16] = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0};
+    for (int i = 0; i < n; i++)
+        v[i] = p[i];
+    return vload16(0, v);
+}
+INLINE void float_store_upto(GLOBAL float *p, float16 value, int n)
+{
+    if (n >= 16) {
+        vstore16(value, 0, p);
+        return;
+    }
+    float v[16];
+    vstore16(value, 0, v);
+    for (int i = 0; i < n; i++)
+        p[i] = v[i];
+}
+#endif // CPU_FORMS
+
+// ---- embedding -------------------------------------------------------------------------------------------
+
+// One item a run of p pixels: (row, channel, line py of the patch).
+// pqc: columns are ordered (py, q, c), else (c, py, q).
+KERNEL(64, 1)
+void patchify(GLOBAL act *out, const GLOBAL float *x, int channels, int height, int width, int p,
+              int pqc, uint runs)
+{
+    uint i = get_global_id(0);
+    if (i >= runs)
+        return;
+    int py = i % p, c = (i / p) % channels;
+    uint row = i / p / channels;
+    uint across = width / p, tokens = across * (height / p);
+    uint n = row / tokens, token = row % tokens;
+    uint ty = token / across, tx = token % across;
+    const GLOBAL float *from =
+        x + (((size_t)n * channels + c) * height + ty * p + py) * width + tx * p;
+    size_t to = (size_t)row * channels * p * p + (pqc ? py * p * channels + c : (c * p + py) * p);
+    for (int q = 0; q < p; q++)
+        act_store(out, to + (pqc ? q * channels : q), from[q]);
+}
+
+KERNEL(64, 1)
+void unpatchify(GLOBAL float *out, const GLOBAL act *in, int channels, int height, int width, int p,
+                uint runs)
+{
+    uint i = get_global_id(0);
+    if (i >= runs)
+        return;
+    int py = i % p, c = (i / p) % channels;
+    uint row = i / p / channels;
+    uint across = width / p, tokens = across * (height / p);
+    uint n = row / tokens, token = row % tokens;
+    uint ty = token / across, tx = token % across;
+    GLOBAL float *to = out + (((size_t)n * channels + c) * height + ty * p + py) * width + tx * p;
+    size_t from = (size_t)row * channels * p * p + py * p * channels + c;
+    for (int q = 0; q < p; q++)
+        to[q] = act_load(in, from + q * channels);
+}
+
+KERNEL(64, 1)
+void timestep_embed(GLOBAL act *out, const GLOBAL float *t, int half_width, uint count)
+{
+    uint i = get_global_id(0);
+    if (i >= count)
+        return;
+    uint n = i / half_width, k = i % half_width;
+    float angle = t[n] * exp(-9.210340371976184f * (float)k / (float)half_width); // ln 10000
+    act_store(out, (size_t)n * 2 * half_width + k, cos(angle));
+    act_store(out, (size_t)n * 2 * half_width + half_width + k, sin(angle));
+}
+
+KERNEL(64, 1)
+void embed_fwd(GLOBAL act *out, const GLOBAL float *table, const GLOBAL int *y, int width,
+               uint count)
+{
+    uint i = get_global_id(0);
+    if (i >= count)
+        return;
+    uint n = i / width, d = i % width;
+    act_store(out, i, act_load(out, i) + table[(size_t)y[n] * width + d]);
+}
+
+// One item a column, images in order: the same label may come twice.
+KERNEL(64, 1)
+void embed_bwd(GLOBAL float *dtable, const GLOBAL act *dout, const GLOBAL int *y, int width,
+               int images)
+{
+    int d = get_global_id(0);
+    if (d >= width)
+        return;
+    for (int n = 0; n < images; n++)
+        dtable[(size_t)y[n] * width + d] += act_load(dout, (size_t)n * width + d);
+}
+
+// ---- elementwise -----------------------------------------------------------------------------------------
+
+// GPU forms: one item an element. CPU forms: one item `chunk` elements.
+KERNEL(256, 1)
+void silu_fwd(GLOBAL act *y, const GLOBAL act *x, uint count, uint chunk)
+{
+    uint i = get_global_id(0);
+    if (i < count)
+        act_store(y, i, act_load(x, i) * sigmoid(act_load(x, i)));
+}
+
+KERNEL(256, 1)
+void silu_bwd(GLOBAL act *dx, const GLOBAL act *dy, const GLOBAL act *x, uint count, uint chunk)
+{
+    uint i = get_global_id(0);
+    if (i >= count)
+        return;
+    float v = act_load(x, i), s = sigmoid(v);
+    act_store(dx, i, act_load(dy, i) * s * fma(v, 1.0f - s, 1.0f));
+}
+
+KERNEL(256, 1)
+void gelu_fwd(GLOBAL act *y, const GLOBAL act *x, uint count, uint chunk)
+{
+    uint i = get_global_id(0);
+    if (i >= count)
+        return;
+    float v = act_load(x, i);
+    act_store(y, i, v * sigmoid(v * fma(GELU_CUBIC, v * v, GELU_LINEAR)));
+}
+
+KERNEL(256, 1)
+void gelu_bwd(GLOBAL act *dx, const GLOBAL act *dy, const GLOBAL act *x, uint count, uint chunk)
+{
+    uint i = get_global_id(0);
+    if (i < count)
+        act_store(dx, i, act_load(dy, i) * gelu_slope(act_load(x, i)));
+}
+
+// y[i] += x[i mod period]
+KERNEL(256, 1)
+void add(GLOBAL void *y, const GLOBAL void *x, uint count, uint period, int y_f32, int x_f32,
+         uint chunk)
+{
+    uint i = get_global_id(0);
+    if (i < count)
+        any_store(y, i, any_load(y, i, y_f32) + any_load(x, i % period, x_f32), y_f32);
+}
+
+#ifdef CPU_FORMS
+#define CHUNK_FROM (get_group_id(0) * (size_t)chunk)
+#define CHUNK_TO min(CHUNK_FROM + chunk, (size_t)count)
+
+// Runs a statement for i = from, from + 16.. with n = 16 elements, and once for the rest with n less:
+// so the loop has no code for tails in it.
+#define FOR_VECTORS(from, to, ...)                                                                 \
+    {                                                                                              \
+        size_t i = from, end = to;                                                                 \
+        for (; i + 16 <= end; i += 16) {                                                           \
+            const int n = 16;                                                                      \
+            __VA_ARGS__;                                                                           \
+        }                                                                                          \
+        if (i < end) {                                                                             \
+            const int n = (int)(end - i);                                                          \
+            __VA_ARGS__;                                                                           \
+        }                                                                                          \
+    }
+
+KERNEL(1, 1)
+void silu_fwd_cpu(GLOBAL act *y, const GLOBAL act *x, uint count, uint chunk)
+{
+    FOR_VECTORS(CHUNK_FROM, CHUNK_TO, float16 v = act_load_upto(x + i, n);
+                act_store_upto(y + i, v * sigmoid16(v), n))
+}
+
+KERNEL(1, 1)
+void silu_bwd_cpu(GLOBAL act *dx, const GLOBAL act *dy, const GLOBAL act *x, uint count, uint chunk)
+{
+    FOR_VECTORS(CHUNK_FROM, CHUNK_TO, float16 v = act_load_upto(x + i, n), s = sigmoid16(v);
+                float16 slope = s * fma(v, 1.0f - s, (float16)(1.0f));
+                act_store_upto(dx + i, act_load_upto(dy + i, n) * slope, n))
+}
+
+KERNEL(1, 1)
+void gelu_fwd_cpu(GLOBAL act *y, const GLOBAL act *x, uint count, uint chunk)
+{
+    FOR_VECTORS(CHUNK_FROM, CHUNK_TO, float16 v = act_load_upto(x + i, n);
+                float16 u = v * fma((float16)(GELU_CUBIC), v * v, (float16)(GELU_LINEAR));
+                act_store_upto(y + i, v * sigmoid16(u), n))
+}
+
+KERNEL(1, 1)
+void gelu_bwd_cpu(GLOBAL act *dx, const GLOBAL act *dy, const GLOBAL act *x, uint count, uint chunk)
+{
+    FOR_VECTORS(CHUNK_FROM, CHUNK_TO, float16 v = act_load_upto(x + i, n), square = v * v;
+                float16 s = sigmoid16(v * fma((float16)(GELU_CUBIC), square, (float16)(GELU_LINEAR)));
+                float16 du = fma((float16)(3.0f * GELU_CUBIC), square, (float16)(GELU_LINEAR));
+                float16 slope = fma(v * s * (1.0f - s), du, s);
+                act_store_upto(dx + i, act_load_upto(dy + i, n) * slope, n))
+}
+
+INLINE float16 any_load_upto(const GLOBAL void *p, size_t i, int n, int f32)
+{
+    return f32 ? float_load_upto((const GLOBAL float *)p + i, n)
+               : act_load_upto((const GLOBAL act *)p + i, n);
+}
+
+KERNEL(1, 1)
+void add_cpu(GLOBAL void *y, const GLOBAL void *x, uint count, uint period, int y_f32, int x_f32,
+             uint chunk)
+{
+    size_t i = CHUNK_FROM, end = CHUNK_TO, k = i % period;
+    while (i < end) {
+        int n = (int)min((size_t)16, min(end - i, period - k));
+        float16 v = any_load_upto(y, i, n, y_f32) + any_load_upto(x, k, n, x_f32);
+        if (y_f32)
+            float_store_upto((GLOBAL float *)y + i, v, n);
+        else
+            act_store_upto((GLOBAL act *)y + i, v, n);
+        i += n;
+        k = k + n == period ? 0 : k + n;
+    }
+}
+#endif // CPU_FORMS
+
+// ---- LayerNorm with adaLN modulation -----------------------------------------------------------------------
+
+#define NORM_EPS 1e-6f
+#define NORM_CHUNK 32 // GPU forms of backward: most rows a group
+
+// GPU form: one group a row. CPU form: one item `chunk` rows. `tokens` rows share a row of mod.
+KERNEL(128, 1)
+void layernorm_mod_fwd(GLOBAL act *y, GLOBAL float *stats, const GLOBAL act *x,
+                       const GLOBAL act *mod, int width, int tokens, int mod_width, int shift,
+                       int scale, int rows, int chunk)
+{
+    LOCAL float sums[128];
+    size_t row = get_group_id(0);
+    const GLOBAL act *xr = x + row * width;
+    const GLOBAL act *mr = mod + row / tokens * mod_width;
+    float sum = 0.0f, squares = 0.0f;
+    for (int d = get_local_id(0); d < width; d += 128)
+        sum += act_load(xr, d);
+    float mean = group_sum(sums, sum, 128) / width;
+    for (int d = get_local_id(0); d < width; d += 128) {
+        float v = act_load(xr, d) - mean;
+        squares = fma(v, v, squares);
+    }
+    float rstd = 1.0f / sqrt(group_sum(sums, squares, 128) / width + NORM_EPS);
+    for (int d = get_local_id(0); d < width; d += 128) {
+        float v = (act_load(xr, d) - mean) * rstd;
+        act_store(y, row * width + d,
+                  fma(v, 1.0f + act_load(mr, scale + d), act_load(mr, shift + d)));
+    }
+    if (get_local_id(0) == 0) {
+        stats[2 * row] = mean;
+        stats[2 * row + 1] = rstd;
+    }
+}
+
+// Group (k, n): rows k*chunk.. of image n, chunk <= NORM_CHUNK. partial[n, k, 2, width]: sums of dy
+// (for the shift) and of dy * xhat (for the scale) over these rows.
+KERNEL(128, 1)
+void layernorm_mod_bwd(GLOBAL act *dx, GLOBAL float *partial, const GLOBAL act *dy,
+                       const GLOBAL act *x, const GLOBAL float *stats, const GLOBAL act *mod,
+                       int width, int tokens, int mod_width, int scale, int chunk)
+{
+    LOCAL float sums[128];
+    LOCAL float mean_g[NORM_CHUNK], mean_gx[NORM_CHUNK];
+    size_t n = get_group_id(1);
+    int first = get_group_id(0) * chunk, count = min(chunk, tokens - first), item = get_local_id(0);
+    size_t row = n * tokens + first;
+    const GLOBAL act *mr = mod + n * mod_width + scale;
+    for (int r = 0; r < count; r++) {
+        float mean = stats[2 * (row + r)], rstd = stats[2 * (row + r) + 1], g = 0.0f, gx = 0.0f;
+        for (int d = item; d < width; d += 128) {
+            float v = act_load(dy, (row + r) * width + d) * (1.0f + act_load(mr, d));
+            g += v;
+            gx = fma(v, (act_load(x, (row + r) * width + d) - mean) * rstd, gx);
+        }
+        g = group_sum(sums, g, 128);
+        gx = group_sum(sums, gx, 128);
+        if (item == 0) {
+            mean_g[r] = g / width;
+            mean_gx[r] = gx / width;
+        }
+    }
+    barrier(CLK_LOCAL_MEM_FENCE);
+    GLOBAL float *out = partial + (n * get_num_groups(0) + get_group_id(0)) * 2 * width;
+    for (int d = item; d < width; d += 128) {
+        float factor = 1.0f + act_load(mr, d), dshift = 0.0f, dscale = 0.0f;
+        for (int r = 0; r < count; r++) {
+            size_t i = (row + r) * width + d;
+            float rstd = stats[2 * (row + r) + 1], g = act_load(dy, i);
+            float xhat = (act_load(x, i) - stats[2 * (row + r)]) * rstd;
+            dshift += g;
+            dscale = fma(g, xhat, dscale);
+            float back = fma(g, factor, -mean_g[r]) - xhat * mean_gx[r];
+            act_store(dx, i, fma(rstd, back, act_load(dx, i)));
+        }
+        out[d] = dshift;
+        out[width + d] = dscale;
+    }
+}
+
+// dmod[n, columns[part] + d] = sum over k of partial[n, k, part, d]; column1 is of part 1, if any.
+KERNEL(64, 1)
+void sum_partials(GLOBAL act *dmod, const GLOBAL float *partial, int width, int mod_width,
+                  int column0, int column1, int chunks, int parts)
+{
+    int d = get_global_id(0), part = get_group_id(1);
+    size_t n = get_group_id(2);
+    if (d >= width)
+        return;
+    float sum = 0.0f;
+    for (int k = 0; k < chunks; k++)
+        sum += partial[((n * chunks + k) * parts + part) * width + d];
+    act_store(dmod, n * mod_width + (part ? column1 : column0) + d, sum);
+}
+
+#ifdef CPU_FORMS
+KERNEL(1, 1)
+void layernorm_mod_fwd_cpu(GLOBAL act *y, GLOBAL float *stats, const GLOBAL act *x,
+                           const GLOBAL act *mod, int width, int tokens, int mod_width, int shift,
+                           int scale, int rows, int chunk)
+{
+    size_t from = get_group_id(0) * (size_t)chunk, to = min(from + chunk, (size_t)rows);
+    for (size_t row = from; row < to; row++) {
+        const GLOBAL act *xr = x + row * width;
+        const GLOBAL act *mr = mod + row / tokens * mod_width;
+        float16 sum = 0.0f, squares = 0.0f;
+        for (int d = 0; d < width; d += 16)
+            sum += act_load_upto(xr + d, width - d);
+        float mean = sum16(sum) / width;
+        for (int d = 0; d < width; d += 16) {
+            float16 v = first_lanes(act_load_upto(xr + d, width - d) - mean, width - d);
+            squares = fma(v, v, squares);
+        }
+        float rstd = 1.0f / sqrt(sum16(squares) / width + NORM_EPS);
+        for (int d = 0; d < width; d += 16) {
+            float16 v = (act_load_upto(xr + d, width - d) - mean) * rstd;
+            v = fma(v, 1.0f + act_load_upto(mr + scale + d, width - d),
+                    act_load_upto(mr + shift + d, width - d));
+            act_store_upto(y + row * width + d, v, width - d);
+        }
+        stats[2 * row] = mean;
+        stats[2 * row + 1] = rstd;
+    }
+}
+
+// `out` starts as what the first row gives it and is the running sum of both parts.
+KERNEL(1, 1)
+void layernorm_mod_bwd_cpu(GLOBAL act *dx, GLOBAL float *partial, const GLOBAL act *dy,
+                           const GLOBAL act *x, const GLOBAL float *stats, const GLOBAL act *mod,
+                           int width, int tokens, int mod_width, int scale, int chunk)
+{
+    size_t n = get_group_id(1);
+    int first = get_group_id(0) * chunk, count = min(chunk, tokens - first);
+    const GLOBAL act *mr = mod + n * mod_width + scale;
+    GLOBAL float *out = partial + (n * get_num_groups(0) + get_group_id(0)) * 2 * width;
+    for (int d = 0; d < 2 * width; d += 16)
+        float_store_upto(out + d, 0.0f, 2 * width - d);
+    for (int r = 0; r < count; r++) {
+        size_t row = n * tokens + first + r;
+        const GLOBAL act *xr = x + row * width, *gr = dy + row * width;
+        float mean = stats[2 * row], rstd = stats[2 * row + 1];
+        float16 sum_g = 0.0f, sum_gx = 0.0f;
+        for (int d = 0; d < width; d += 16) {
+            float16 g = act_load_upto(gr + d, width - d);
+            float16 xhat = (act_load_upto(xr + d, width - d) - mean) * rstd;
+            float16 v = fma(g, act_load_upto(mr + d, width - d), g);
+            sum_g += v;
+            sum_gx = fma(v, xhat, sum_gx);
+            float_store_upto(out + d, float_load_upto(out + d, width - d) + g, width - d);
+            float_store_upto(out + width + d,
+                             fma(g, xhat, float_load_upto(out + width + d, width - d)), width - d);
+        }
+        float mean_g = sum16(sum_g) / width, mean_gx = sum16(sum_gx) / width;
+        for (int d = 0; d < width; d += 16) {
+            float16 g = act_load_upto(gr + d, width - d);
+            float16 xhat = (act_load_upto(xr + d, width - d) - mean) * rstd;
+            float16 v = fma(g, act_load_upto(mr + d, width - d), g);
+            v = v - mean_g - xhat * mean_gx;
+            v = fma((float16)(rstd), v, act_load_upto(dx + row * width + d, width - d));
+            act_store_upto(dx + row * width + d, v, width - d);
+        }
+    }
+}
+
+KERNEL(1, 1)
+void sum_partials_cpu(GLOBAL act *dmod, const GLOBAL float *partial, int width, int mod_width,
+                      int column0, int column1, int chunks, int parts)
+{
+    int part = get_group_id(1);
+    size_t n = get_group_id(2);
+    const GLOBAL float *from = partial + (n * chunks * parts + part) * width;
+    GLOBAL act *to = dmod + n * mod_width + (part ? column1 : column0);
+    for (int d = 0; d < width; d += 16) {
+        float16 sum = 0.0f;
+        for (int k = 0; k < chunks; k++)
+            sum += float_load_upto(from + (size_t)k * parts * width + d, width - d);
+        act_store_upto(to + d, sum, width - d);
+    }
+}
+#endif // CPU_FORMS
+
+// ---- gated residual ------------------------------------------------------------------------------------------
+
+// GPU form: one group a row. CPU form: one item `chunk` rows.
+KERNEL(128, 1)
+void gate_residual_fwd(GLOBAL act *y, const GLOBAL act *x, const GLOBAL act *z,
+                       const GLOBAL act *mod, int width, int tokens, int mod_width, int gate,
+                       int rows, int chunk)
+{
+    size_t row = get_group_id(0);
+    const GLOBAL act *mr = mod + row / tokens * mod_width + gate;
+    for (int d = get_local_id(0); d < width; d += 128) {
+        size_t i = row * width + d;
+        act_store(y, i, fma(act_load(mr, d), act_load(z, i), act_load(x, i)));
+    }
+}
+
+// Group (k, n): rows k*chunk.. of image n; partial[n, k, width]: sums of dy * z.
+KERNEL(128, 1)
+void gate_residual_bwd(GLOBAL act *dz, GLOBAL float *partial, const GLOBAL act *dy,
+                       const GLOBAL act *z, const GLOBAL act *mod, int width, int tokens,
+                       int mod_width, int gate, int chunk)
+{
+    size_t n = get_group_id(1);
+    int first = get_group_id(0) * chunk, count = min(chunk, tokens - first);
+    const GLOBAL act *mr = mod + n * mod_width + gate;
+    GLOBAL float *out = partial + (n * get_num_groups(0) + get_group_id(0)) * width;
+    for (int d = get_local_id(0); d < width; d += 128) {
+        float factor = act_load(mr, d), sum = 0.0f;
+        for (int r = 0; r < count; r++) {
+            size_t i = (n * tokens + first + r) * width + d;
+            float g = act_load(dy, i);
+            sum = fma(g, act_load(z, i), sum);
+            act_store(dz, i, factor * g);
+        }
+        out[d] = sum;
+    }
+}
+
+#ifdef CPU_FORMS
+KERNEL(1, 1)
+void gate_residual_fwd_cpu(GLOBAL act *y, const GLOBAL act *x, const GLOBAL act *z,
+                           const GLOBAL act *mod, int width, int tokens, int mod_width, int gate,
+                           int rows, int chunk)
+{
+    size_t from = get_group_id(0) * (size_t)chunk, to = min(from + chunk, (size_t)rows);
+    for (size_t row = from; row < to; row++) {
+        const GLOBAL act *mr = mod + row / tokens * mod_width + gate;
+        for (int d = 0; d < width; d += 16) {
+            size_t i = row * width + d;
+            float16 v = fma(act_load_upto(mr + d, width - d), act_load_upto(z + i, width - d),
+                            act_load_upto(x + i, width - d));
+            act_store_upto(y + i, v, width - d);
+        }
+    }
+}
+
+KERNEL(1, 1)
+void gate_residual_bwd_cpu(GLOBAL act *dz, GLOBAL float *partial, const GLOBAL act *dy,
+                           const GLOBAL act *z, const GLOBAL act *mod, int width, int tokens,
+                           int mod_width, int gate, int chunk)
+{
+    size_t n = get_group_id(1);
+    int first = get_group_id(0) * chunk, count = min(chunk, tokens - first);
+    const GLOBAL act *mr = mod + n * mod_width + gate;
+    GLOBAL float *out = partial + (n * get_num_groups(0) + get_group_id(0)) * width;
+    for (int d = 0; d < width; d += 16)
+        float_store_upto(out + d, 0.0f, width - d);
+    for (int r = 0; r < count; r++) {
+        for (int d = 0; d < width; d += 16) {
+            size_t i = (n * tokens + first + r) * width + d;
+            float16 g = act_load_upto(dy + i, width - d);
+            float16 sum = float_load_upto(out + d, width - d);
+            sum = fma(g, act_load_upto(z + i, width - d), sum);
+            float_store_upto(out + d, sum, width - d);
+            act_store_upto(dz + i, g * act_load_upto(mr + d, width - d), width - d);
+        }
+    }
+}
+#endif // CPU_FORMS
+
+// ---- LayerNorm of q and k, per head ----------------------------------------------------------------------------
+
+#define HEAD_MAX 128 // largest head size
+#define LANES 8      // GPU forms: items a head vector; a group of 128 has 16 vectors
+
+// Sum over the 8 items of one vector; all items of the group take part.
+inline float lanes_sum(LOCAL_PTR float *sums, float value)
+{
+    int first = get_local_id(0) / LANES * LANES;
+    float sum = 0.0f;
+    sums[get_local_id(0)] = value;
+    barrier(CLK_LOCAL_MEM_FENCE);
+    for (int i = 0; i < LANES; i++)
+        sum += sums[first + i];
+    barrier(CLK_LOCAL_MEM_FENCE);
+    return sum;
+}
+
+// Vector v of qkv lies at v*hd and is head v % heads of part (v / heads) % 3: q, k or v.
+// GPU form: 16 vectors a group. CPU form: one item `chunk` rows. copy: the v part is copied.
+KERNEL(128, 1)
+void qk_norm_fwd(GLOBAL act *out, GLOBAL float *stats, const GLOBAL act *qkv,
+                 const GLOBAL float *wq, const GLOBAL float *bq, const GLOBAL float *wk,
+                 const GLOBAL float *bk, int heads, int hd, int rows, int chunk, int copy)
+{
+    LOCAL float sums[128];
+    size_t vector = get_group_id(0) * (size_t)(128 / LANES) + get_local_id(0) / LANES;
+    int lane = get_local_id(0) % LANES, inside = vector < (size_t)rows * 3 * heads;
+    int part = vector / heads % 3, normed = inside && part < 2;
+    const GLOBAL act *from = qkv + vector * hd;
+    float sum = 0.0f, squares = 0.0f;
+    for (int d = lane; normed && d < hd; d += LANES)
+        sum += act_load(from, d);
+    float mean = lanes_sum(sums, sum) / hd;
+    for (int d = lane; normed && d < hd; d += LANES) {
+        float v = act_load(from, d) - mean;
+        squares = fma(v, v, squares);
+    }
+    float rstd = 1.0f / sqrt(lanes_sum(sums, squares) / hd + NORM_EPS);
+    const GLOBAL float *w = part ? wk : wq, *b = part ? bk : bq;
+    for (int d = lane; normed && d < hd; d += LANES)
+        act_store(out, vector * hd + d, fma((act_load(from, d) - mean) * rstd, w[d], b[d]));
+    for (int d = lane; inside && !normed && copy && d < hd; d += LANES)
+        act_store(out, vector * hd + d, act_load(from, d));
+    if (normed && lane == 0) {
+        size_t i = (vector / (3 * heads) * 2 + part) * heads + vector % heads;
+        stats[2 * i] = mean;
+        stats[2 * i + 1] = rstd;
+    }
+}
+
+// Group k: rows k*chunk..; partial[k, 4, hd]: gradients of wq, bq, wk, bk from these rows.
+KERNEL(128, 1)
+void qk_norm_bwd(GLOBAL act *dqkv, GLOBAL float *partial, const GLOBAL act *qkv,
+                 const GLOBAL float *stats, const GLOBAL float *wq, const GLOBAL float *wk,
+                 int heads, int hd, int rows, int chunk)
+{
+    LOCAL float sums[128];
+    LOCAL float slots[(128 / LANES) * HEAD_MAX];
+    int slot = get_local_id(0) / LANES, lane = get_local_id(0) % LANES;
+    int first = get_group_id(0) * chunk, count = min(chunk, rows - first) * heads;
+    for (int part = 0; part < 2; part++) {
+        const GLOBAL float *w = part ? wk : wq;
+        float dw[HEAD_MAX / LANES], db[HEAD_MAX / LANES];
+        for (int j = 0; j < HEAD_MAX / LANES; j++)
+            dw[j] = db[j] = 0.0f;
+        for (int start = 0; start < count; start += 128 / LANES) {
+            int i = start + slot, inside = i < count;
+            size_t row = first + (inside ? i / heads : 0), head = inside ? i % heads : 0;
+            size_t at = ((row * 3 + part) * heads + head) * hd;
+            float mean = stats[2 * ((row * 2 + part) * heads + head)];
+            float rstd = stats[2 * ((row * 2 + part) * heads + head) + 1];
+            float sum_g = 0.0f, sum_gx = 0.0f;
+            for (int j = 0; j < HEAD_MAX / LANES; j++) {
+                int d = j * LANES + lane;
+                if (inside && d < hd) {
+                    float g = act_load(dqkv, at + d);
+                    float xhat = (act_load(qkv, at + d) - mean) * rstd;
+                    dw[j] = fma(g, xhat, dw[j]);
+                    db[j] += g;
+                    sum_g = fma(g, w[d], sum_g);
+                    sum_gx = fma(g * w[d], xhat, sum_gx);
+                }
+            }
+            float mean_g = lanes_sum(sums, sum_g) / hd, mean_gx = lanes_sum(sums, sum_gx) / hd;
+            for (int d = lane; inside && d < hd; d += LANES) {
+                float xhat = (act_load(qkv, at + d) - mean) * rstd;
+                float v = fma(act_load(dqkv, at + d), w[d], -mean_g) - xhat * mean_gx;
+                act_store(dqkv, at + d, rstd * v);
+            }
+        }
+        for (int which = 0; which < 2; which++) {
+            for (int j = 0; j < HEAD_MAX / LANES; j++)
+                slots[slot * HEAD_MAX + j * LANES + lane] = which ? db[j] : dw[j];
+            barrier(CLK_LOCAL_MEM_FENCE);
+            int d = get_local_id(0);
+            float sum = 0.0f;
+            for (int s = 0; s < 128 / LANES; s++)
+                sum += slots[s * HEAD_MAX + d];
+            if (d < hd)
+                partial[((size_t)get_group_id(0) * 4 + part * 2 + which) * hd + d] = sum;
+            barrier(CLK_LOCAL_MEM_FENCE);
+        }
+    }
+}
+
+// Adds the partial sums of all chunks to the four parameter gradients.
+KERNEL(64, 1)
+void qk_norm_sum(GLOBAL float *dwq, GLOBAL float *dbq, GLOBAL float *dwk, GLOBAL float *dbk,
+                 const GLOBAL float *partial, int hd, int chunks)
+{
+    int i = get_global_id(0), which = i / hd, d = i % hd;
+    float sum = 0.0f;
+    if (which >= 4)
+        return;
+    for (int k = 0; k < chunks; k++)
+        sum += partial[(size_t)k * 4 * hd + i];
+    GLOBAL float *to = which == 0 ? dwq : which == 1 ? dbq : which == 2 ? dwk : dbk;
+    to[d] += sum;
+}
+
+#ifdef CPU_FORMS
+KERNEL(1, 1)
+void qk_norm_fwd_cpu(GLOBAL act *out, GLOBAL float *stats, const GLOBAL act *qkv,
+                     const GLOBAL float *wq, const GLOBAL float *bq, const GLOBAL float *wk,
+                     const GLOBAL float *bk, int heads, int hd, int rows, int chunk, int copy)
+{
+    size_t from = get_group_id(0) * (size_t)chunk, to = min(from + chunk, (size_t)rows);
+    int width = heads * hd;
+    for (size_t row = from; row < to; row++) {
+        for (int vector = 0; vector < 2 * heads; vector++) {
+            size_t at = row * 3 * width + (size_t)vector * hd;
+            const GLOBAL float *w = vector < heads ? wq : wk, *b = vector < heads ? bq : bk;
+            float16 sum = 0.0f, squares = 0.0f;
+            for (int d = 0; d < hd; d += 16)
+                sum += act_load_upto(qkv + at + d, hd - d);
+            float mean = sum16(sum) / hd;
+            for (int d = 0; d < hd; d += 16) {
+                float16 v = first_lanes(act_load_upto(qkv + at + d, hd - d) - mean, hd - d);
+                squares = fma(v, v, squares);
+            }
+            float rstd = 1.0f / sqrt(sum16(squares) / hd + NORM_EPS);
+            for (int d = 0; d < hd; d += 16) {
+                float16 v = (act_load_upto(qkv + at + d, hd - d) - mean) * rstd;
+                v = fma(v, float_load_upto(w + d, hd - d), float_load_upto(b + d, hd - d));
+                act_store_upto(out + at + d, v, hd - d);
+            }
+            stats[2 * (row * 2 * heads + vector)] = mean;
+            stats[2 * (row * 2 * heads + vector) + 1] = rstd;
+        }
+        size_t at = row * 3 * width + 2 * (size_t)width;
+        for (int d = 0; copy && d < width; d += 16)
+            act_store_upto(out + at + d, act_load_upto(qkv + at + d, width - d), width - d);
+    }
+}
+
+KERNEL(1, 1)
+void qk_norm_bwd_cpu(GLOBAL act *dqkv, GLOBAL float *partial, const GLOBAL act *qkv,
+                     const GLOBAL float *stats, const GLOBAL float *wq, const GLOBAL float *wk,
+                     int heads, int hd, int rows, int chunk)
+{
+    size_t from = get_group_id(0) * (size_t)chunk, to = min(from + chunk, (size_t)rows);
+    float16 sums[4][HEAD_MAX / 16];
+    for (int i = 0; i < 4; i++)
+        for (int j = 0; j < HEAD_MAX / 16; j++)
+            sums[i][j] = 0.0f;
+    for (size_t row = from; row < to; row++) {
+        for (int vector = 0; vector < 2 * heads; vector++) {
+            size_t at = (row * 3 * heads + vector) * hd;
+            int part = vector >= heads;
+            const GLOBAL float *w = part ? wk : wq;
+            float mean = stats[2 * (row * 2 * heads + vector)];
+            float rstd = stats[2 * (row * 2 * heads + vector) + 1];
+            float16 sum_g = 0.0f, sum_gx = 0.0f;
+            for (int d = 0; d < hd; d += 16) {
+                float16 g = act_load_upto(dqkv + at + d, hd - d);
+                float16 xhat = (act_load_upto(qkv + at + d, hd - d) - mean) * rstd;
+                float16 v = g * float_load_upto(w + d, hd - d);
+                sums[2 * part][d / 16] = fma(g, xhat, sums[2 * part][d / 16]);
+                sums[2 * part + 1][d / 16] += g;
+                sum_g += v;
+                sum_gx = fma(v, xhat, sum_gx);
+            }
+            float mean_g = sum16(sum_g) / hd, mean_gx = sum16(sum_gx) / hd;
+            for (int d = 0; d < hd; d += 16) {
+                float16 xhat = (act_load_upto(qkv + at + d, hd - d) - mean) * rstd;
+                float16 v = act_load_upto(dqkv + at + d, hd - d) * float_load_upto(w + d, hd - d);
+                act_store_upto(dqkv + at + d, rstd * (v - mean_g - xhat * mean_gx), hd - d);
+            }
+        }
+    }
+    GLOBAL float *to_sums = partial + get_group_id(0) * (size_t)(4 * hd);
+    for (int i = 0; i < 4; i++)
+        for (int d = 0; d < hd; d += 16)
+            float_store_upto(to_sums + i * hd + d, sums[i][d / 16], hd - d);
+}
+#endif // CPU_FORMS
+
+// ---- attention, GPU forms --------------------------------------------------------------------------------------
+//
+// Flash attention by tiles: a group of 256 items (16 x 16) holds 64 rows (queries, or keys in
+// attention_bwd_kv) and walks over tiles of 64 rows of the other side. Item (ty, tx) owns rows
+// ty*4 + i of its tile, i < 4, and columns tx + 16*j: of the scores (j < 4) and of the head (j < 8).
+// A product goes through local memory in slices of 16 along the summed axis.
+
+#define TILE 64
+#define SLICE 16
+#define PITCH (TILE + 1)
+
+// Where a part (0 q, 1 k, 2 v) of a head starts in qkv; rows are 3*width apart.
+inline size_t head_part(int part, int head_of_all, int heads, int tokens, int hd)
+{
+    size_t n = head_of_all / heads, h = head_of_all % heads;
+    return ((n * tokens * 3 + part) * heads + h) * hd;
+}
+
+// s[i][j] = sum over d of a[first_a + ty*4 + i, d] * b[first_b + tx + 16*j, d]; rows from `tokens` on
+// count as 0. a, b: heads with rows pitch_a, pitch_b apart; sa, sb: SLICE * PITCH each.
+inline void tile_scores(float s[4][4], const GLOBAL act *a, size_t pitch_a, int first_a,
+                        const GLOBAL act *b, size_t pitch_b, int first_b, int tokens, int hd,
+                        LOCAL_PTR float *sa, LOCAL_PTR float *sb)
+{
+    int item = get_local_id(0), ty = item / 16, tx = item % 16;
+    for (int i = 0; i < 4; i++)
+        for (int j = 0; j < 4; j++)
+            s[i][j] = 0.0f;
+    for (int from = 0; from < hd; from += SLICE) {
+        for (int row = ty; row < TILE; row += 16) {
+            int d = from + tx, ra = first_a + row, rb = first_b + row;
+            sa[tx * PITCH + row] = d < hd && ra < tokens ? act_load(a, ra * pitch_a + d) : 0.0f;
+            sb[tx * PITCH + row] = d < hd && rb < tokens ? act_load(b, rb * pitch_b + d) : 0.0f;
+        }
+        barrier(CLK_LOCAL_MEM_FENCE);
+        for (int k = 0; k < SLICE; k++)
+            for (int i = 0; i < 4; i++)
+                for (int j = 0; j < 4; j++)
+                    s[i][j] = fma(sa[k * PITCH + ty * 4 + i], sb[k * PITCH + tx + 16 * j], s[i][j]);
+        barrier(CLK_LOCAL_MEM_FENCE);
+    }
+}
+
+// sum[i][j] += sum over k < TILE of p[ty*4 + i, k] * b[first_b + k, tx + 16*j]; p: TILE * PITCH in local
+// memory, written by the group just before (this function waits); sb: SLICE * HEAD_MAX.
+inline void tile_product(float sum[4][8], LOCAL_PTR float *p, const GLOBAL act *b, size_t pitch_b,
+                         int first_b, int tokens, int hd, LOCAL_PTR float *sb)
+{
+    int item = get_local_id(0), ty = item / 16, tx = item % 16;
+    for (int from = 0; from < TILE; from += SLICE) {
+        int rb = first_b + from + ty;
+        for (int d = tx; d < HEAD_MAX; d += 16)
+            sb[ty * HEAD_MAX + d] = d < hd && rb < tokens ? act_load(b, rb * pitch_b + d) : 0.0f;
+        barrier(CLK_LOCAL_MEM_FENCE);
+        for (int k = 0; k < SLICE; k++)
+            for (int j = 0; j < 8; j++)
+                if (16 * j < hd)
+                    for (int i = 0; i < 4; i++)
+                        sum[i][j] = fma(p[(ty * 4 + i) * PITCH + from + k],
+                                        sb[k * HEAD_MAX + tx + 16 * j], sum[i][j]);
+        barrier(CLK_LOCAL_MEM_FENCE);
+    }
+}
+
+// Group (q, head): 64 queries of one head of one image.
+KERNEL(256, 1)
+void attention_fwd(GLOBAL act *o, GLOBAL float *lse, const GLOBAL act *qkv, int heads, int tokens,
+                   int hd, float scale, int write_lse, int all_heads, int key_block, int query_block,
+                   int per_item)
+{
+    LOCAL float slices[2 * SLICE * PITCH]; // or SLICE * HEAD_MAX, which is less
+    LOCAL float p[TILE * PITCH];
+    LOCAL float part[256], top[TILE], total[TILE], shrink[TILE];
+    int item = get_local_id(0), ty = item / 16, tx = item % 16;
+    int first = get_group_id(0) * TILE, head = get_group_id(1);
+    size_t pitch = (size_t)3 * heads * hd;
+    const GLOBAL act *q = qkv + head_part(0, head, heads, tokens, hd);
+    const GLOBAL act *k = q + heads * hd, *v = k + heads * hd;
+    float s[4][4], sum[4][8];
+    for (int i = 0; i < 4; i++)
+        for (int j = 0; j < 8; j++)
+            sum[i][j] = 0.0f;
+    if (item < TILE) {
+        top[item] = -INFINITY;
+        total[item] = 0.0f;
+    }
+    for (int keys = 0; keys < tokens; keys += TILE) {
+        tile_scores(s, q, pitch, first, k, pitch, keys, tokens, hd, slices, slices + SLICE * PITCH);
+        for (int i = 0; i < 4; i++)
+            for (int j = 0; j < 4; j++)
+                p[(ty * 4 + i) * PITCH + tx + 16 * j] =
+                    keys + tx + 16 * j < tokens ? s[i][j] * scale : -INFINITY;
+        barrier(CLK_LOCAL_MEM_FENCE);
+        int row = item / 4, quarter = item % 4 * 16; // softmax: 4 items a row
+        float best = -INFINITY, mass = 0.0f;
+        for (int j = 0; j < 16; j++)
+            best = fmax(best, p[row * PITCH + quarter + j]);
+        part[item] = best;
+        barrier(CLK_LOCAL_MEM_FENCE);
+        best = top[row];
+        for (int j = 0; j < 4; j++)
+            best = fmax(best, part[row * 4 + j]);
+        barrier(CLK_LOCAL_MEM_FENCE);
+        for (int j = 0; j < 16; j++) {
+            float e = exp(p[row * PITCH + quarter + j] - best);
+            p[row * PITCH + quarter + j] = e;
+            mass += e;
+        }
+        part[item] = mass;
+        barrier(CLK_LOCAL_MEM_FENCE);
+        if (quarter == 0) {
+            shrink[row] = exp(top[row] - best);
+            top[row] = best;
+            total[row] = fma(total[row], shrink[row],
+                             part[item] + part[item + 1] + part[item + 2] + part[item + 3]);
+        }
+        barrier(CLK_LOCAL_MEM_FENCE);
+        for (int i = 0; i < 4; i++)
+            for (int j = 0; j < 8; j++)
+                sum[i][j] *= shrink[ty * 4 + i];
+        tile_product(sum, p, v, pitch, keys, tokens, hd, slices);
+    }
+    for (int i = 0; i < 4; i++) {
+        int row = first + ty * 4 + i;
+        size_t to = (((size_t)(head / heads) * tokens + row) * heads + head % heads) * hd;
+        for (int j = 0; j < 8; j++)
+            if (row < tokens && tx + 16 * j < hd)
+                act_store(o, to + tx + 16 * j, sum[i][j] / total[ty * 4 + i]);
+    }
+    if (write_lse && item < TILE && first + item < tokens)
+        lse[(size_t)head * tokens + first + item] = top[item] + log(total[item]);
+}
+
+// delta[n,h,t] = sum over d of do * o; one item a (n, t, h).
+KERNEL(64, 1)
+void attention_delta(GLOBAL float *delta, const GLOBAL act *dout, const GLOBAL act *o, int heads,
+                     int tokens, int hd, uint count)
+{
+    uint i = get_global_id(0);
+    if (i >= count)
+        return;
+    uint h = i % heads, t = i / heads % tokens, n = i / heads / tokens;
+    float sum = 0.0f;
+    for (int d = 0; d < hd; d++)
+        sum = fma(act_load(dout, (size_t)i * hd + d), act_load(o, (size_t)i * hd + d), sum);
+    delta[((size_t)n * heads + h) * tokens + t] = sum;
+}
+
+// Group (k, head): dk and dv of 64 keys, over all queries.
+KERNEL(256, 1)
+void attention_bwd_kv(GLOBAL act *dqkv, const GLOBAL float *delta, const GLOBAL act *dout,
+                      const GLOBAL float *lse, const GLOBAL act *qkv, int heads, int tokens, int hd,
+                      float scale)
+{
+    LOCAL float slices[2 * SLICE * PITCH];
+    LOCAL float p[TILE * PITCH];
+    int item = get_local_id(0), ty = item / 16, tx = item % 16;
+    int first = get_group_id(0) * TILE, head = get_group_id(1);
+    size_t pitch = (size_t)3 * heads * hd, pitch_o = (size_t)heads * hd;
+    const GLOBAL act *q = qkv + head_part(0, head, heads, tokens, hd);
+    const GLOBAL act *k = q + heads * hd, *v = k + heads * hd;
+    const GLOBAL act *g =
+        dout + ((size_t)(head / heads) * tokens * heads + head % heads) * hd;
+    const GLOBAL float *lh = lse + (size_t)head * tokens, *dh = delta + (size_t)head * tokens;
+    float s[4][4], ds[4][4], dk[4][8], dv[4][8];
+    for (int i = 0; i < 4; i++)
+        for (int j = 0; j < 8; j++)
+            dk[i][j] = dv[i][j] = 0.0f;
+    for (int queries = 0; queries < tokens; queries += TILE) {
+        // transposed: rows are keys, columns queries
+        tile_scores(s, k, pitch, first, q, pitch, queries, tokens, hd, slices,
+                    slices + SLICE * PITCH);
+        tile_scores(ds, v, pitch, first, g, pitch_o, queries, tokens, hd, slices,
+                    slices + SLICE * PITCH);
+        for (int i = 0; i < 4; i++)
+            for (int j = 0; j < 4; j++) {
+                int t = queries + tx + 16 * j;
+                s[i][j] = t < tokens ? exp(fma(s[i][j], scale, -lh[t])) : 0.0f;
+                ds[i][j] = t < tokens ? s[i][j] * (ds[i][j] - dh[t]) * scale : 0.0f;
+                p[(ty * 4 + i) * PITCH + tx + 16 * j] = s[i][j];
+            }
+        tile_product(dv, p, g, pitch_o, queries, tokens, hd, slices);
+        for (int i = 0; i < 4; i++)
+            for (int j = 0; j < 4; j++)
+                p[(ty * 4 + i) * PITCH + tx + 16 * j] = ds[i][j];
+        tile_product(dk, p, q, pitch, queries, tokens, hd, slices);
+    }
+    GLOBAL act *to = dqkv + head_part(1, head, heads, tokens, hd);
+    for (int i = 0; i < 4; i++) {
+        int row = first + ty * 4 + i;
+        for (int j = 0; j < 8; j++) {
+            int d = tx + 16 * j;
+            if (row < tokens && d < hd) {
+                act_store(to, row * pitch + d, dk[i][j]);
+                act_store(to, row * pitch + pitch_o + d, dv[i][j]);
+            }
+        }
+    }
+}
+
+// Group (q, head): dq of 64 queries, over all keys.
+KERNEL(256, 1)
+void attention_bwd_q(GLOBAL act *dqkv, const GLOBAL float *delta, const GLOBAL act *dout,
+                     const GLOBAL float *lse, const GLOBAL act *qkv, int heads, int tokens, int hd,
+                     float scale)
+{
+    LOCAL float slices[2 * SLICE * PITCH];
+    LOCAL float p[TILE * PITCH];
+    int item = get_local_id(0), ty = item / 16, tx = item % 16;
+    int first = get_group_id(0) * TILE, head = get_group_id(1);
+    size_t pitch = (size_t)3 * heads * hd, pitch_o = (size_t)heads * hd;
+    const GLOBAL act *q = qkv + head_part(0, head, heads, tokens, hd);
+    const GLOBAL act *k = q + heads * hd, *v = k + heads * hd;
+    const GLOBAL act *g =
+        dout + ((size_t)(head / heads) * tokens * heads + head % heads) * hd;
+    const GLOBAL float *lh = lse + (size_t)head * tokens, *dh = delta + (size_t)head * tokens;
+    float s[4][4], ds[4][4], dq[4][8];
+    for (int i = 0; i < 4; i++)
+        for (int j = 0; j < 8; j++)
+            dq[i][j] = 0.0f;
+    for (int keys = 0; keys < tokens; keys += TILE) {
+        tile_scores(s, q, pitch, first, k, pitch, keys, tokens, hd, slices, slices + SLICE * PITCH);
+        tile_scores(ds, g, pitch_o, first, v, pitch, keys, tokens, hd, slices,
+                    slices + SLICE * PITCH);
+        for (int i = 0; i < 4; i++) {
+            int t = min(first + ty * 4 + i, tokens - 1);
+            for (int j = 0; j < 4; j++) {
+                float e = exp(fma(s[i][j], scale, -lh[t])) * (ds[i][j] - dh[t]) * scale;
+                p[(ty * 4 + i) * PITCH + tx + 16 * j] = keys + tx + 16 * j < tokens ? e : 0.0f;
+            }
+        }
+        tile_product(dq, p, k, pitch, keys, tokens, hd, slices);
+    }
+    GLOBAL act *to = dqkv + head_part(0, head, heads, tokens, hd);
+    for (int i = 0; i < 4; i++) {
+        int row = first + ty * 4 + i;
+        for (int j = 0; j < 8; j++)
+            if (row < tokens && tx + 16 * j < hd)
+                act_store(to, row * pitch + tx + 16 * j, dq[i][j]);
+    }
+}
+
+#ifdef CPU_FORMS
+// ---- attention, CPU forms ------------------------------------------------------------------------------------
+//
+// One item = some heads, or a block of queries of one. All is done in private memory that stays in
+// the core's L2: tiles are packed as f32, padded to vectors, and multiplied by small_product().
+
+#define ARENA_FWD 57344 // floats of private memory an item; runtime/ops_attention.c fits blocks to it
+#define ARENA_BWD 65536
+
+// Functions of their own: inlined at every call they compile for twice as long and run no faster.
+#define APART static __attribute__((noinline))
+
+// c[m,n] (+)= a b. a is read at a[i*row + k*step], b at b[k*ldb + j]. m a multiple of 8, n of 16.
+APART void small_product(float *c, int ldc, const float *a, int row, int step, const float *b,
+                          int ldb, int m, int n, int depth, int add)
+{
+    int j = 0;
+    for (; j + 32 <= n; j += 32) {
+        for (int i = 0; i < m; i += 8) {
+            float16 lo[8], hi[8];
+#pragma unroll
+            for (int r = 0; r < 8; r++)
+                lo[r] = hi[r] = 0.0f;
+            const float *ai = a + i * row, *bj = b + j;
+            for (int k = 0; k < depth; k++) {
+                float16 b0 = vload16(0, bj), b1 = vload16(1, bj);
+#pragma unroll
+                for (int r = 0; r < 8; r++) {
+                    lo[r] = fma((float16)(ai[r * row]), b0, lo[r]);
+                    hi[r] = fma((float16)(ai[r * row]), b1, hi[r]);
+                }
+                ai += step;
+                bj += ldb;
+            }
+            float *to = c + i * ldc + j;
+#pragma unroll
+            for (int r = 0; r < 8; r++) {
+                vstore16(add ? lo[r] + vload16(0, to + r * ldc) : lo[r], 0, to + r * ldc);
+                vstore16(add ? hi[r] + vload16(1, to + r * ldc) : hi[r], 1, to + r * ldc);
+            }
+        }
+    }
+    for (int i = 0; j < n && i < m; i += 8) {
+        float16 sum[8];
+#pragma unroll
+        for (int r = 0; r < 8; r++)
+            sum[r] = 0.0f;
+        const float *ai = a + i * row, *bj = b + j;
+        for (int k = 0; k < depth; k++) {
+            float16 b0 = vload16(0, bj);
+#pragma unroll
+            for (int r = 0; r < 8; r++)
+                sum[r] = fma((float16)(ai[r * row]), b0, sum[r]);
+            ai += step;
+            bj += ldb;
+        }
+        float *to = c + i * ldc + j;
+#pragma unroll
+        for (int r = 0; r < 8; r++)
+            vstore16(add ? sum[r] + vload16(0, to + r * ldc) : sum[r], 0, to + r * ldc);
+    }
+}
+
+// to[rows, ld] = factor * from[rows, hd], padded with 0 to `padded` rows and `ld` columns
+APART void pack_rows(float *to, int ld, const GLOBAL act *from, size_t pitch, int rows, int padded,
+                      int hd, float factor)
+{
+    for (int i = 0; i < padded; i++)
+        for (int d = 0; d < ld; d += 16) {
+            float16 v = i < rows ? act_load_upto(from + i * pitch + d, hd - d) : (float16)(0.0f);
+            vstore16(v * factor, 0, to + i * ld + d);
+        }
+}
+
+// to[d, ld] = from[rows, hd] transposed, padded with 0 to `ld` columns and a multiple of 16 rows: blocks
+// of 16 x 16 go through four perfect shuffles of their rows.
+APART void pack_columns(float *to, int ld, const GLOBAL act *from, size_t pitch, int rows, int hd)
+{
+    for (int i = 0; i < ld; i += 16)
+        for (int d = 0; d < hd; d += 16) {
+            float16 r[16], t[16];
+#pragma unroll
+            for (int k = 0; k < 16; k++)
+                r[k] = i + k < rows ? act_load_upto(from + (i + k) * pitch + d, hd - d)
+                                    : (float16)(0.0f);
+#pragma unroll
+            for (int stage = 0; stage < 4; stage++) {
+#pragma unroll
+                for (int k = 0; k < 8; k++) {
+                    t[2 * k].even = r[k].lo;
+                    t[2 * k].odd = r[k + 8].lo;
+                    t[2 * k + 1].even = r[k].hi;
+                    t[2 * k + 1].odd = r[k + 8].hi;
+                }
+#pragma unroll
+                for (int k = 0; k < 16; k++)
+                    r[k] = t[k];
+            }
+#pragma unroll
+            for (int k = 0; k < 16; k++)
+                vstore16(r[k], 0, to + (d + k) * ld + i);
+        }
+}
+
+// One block of keys for 8 queries: scores -> probabilities, running maximum and sum, and the factor
+// that earlier sums shrink by.
+APART void softmax_step(float *s, int ld, int keys, float *top, float *total, float *shrink)
+{
+    for (int r = 0; r < 8; r++) {
+        float *row = s + r * ld;
+        float16 best = -INFINITY, mass = 0.0f;
+        int j = 0;
+        for (; j + 16 <= keys; j += 16)
+            best = fmax(best, vload16(0, row + j));
+        if (j < keys) { // lanes past the last key take no part
+            for (int lane = keys; lane < ld; lane++)
+                row[lane] = -INFINITY;
+            best = fmax(best, vload16(0, row + j));
+        }
+        float m = fmax(top[r], max16(best));
+        for (j = 0; j + 16 <= keys; j += 16) {
+            float16 e = exp16(vload16(0, row + j) - m);
+            vstore16(e, 0, row + j);
+            mass += e;
+        }
+        if (j < keys) {
+            float16 e = first_lanes(exp16(vload16(0, row + j) - m), keys - j);
+            vstore16(e, 0, row + j);
+            mass += e;
+        }
+        shrink[r] = exp(top[r] - m);
+        total[r] = fma(total[r], shrink[r], sum16(mass));
+        top[r] = m;
+    }
+}
+
+KERNEL(1, 1)
+void attention_fwd_cpu(GLOBAL act *o, GLOBAL float *lse, const GLOBAL act *qkv, int heads,
+                       int tokens, int hd, float scale, int write_lse, int all_heads, int key_block,
+                       int query_block, int per_item)
+{
+    float arena[ARENA_FWD];
+    int ld = (hd + 15) / 16 * 16, last = min((int)get_group_id(1) * per_item + per_item, all_heads);
+    int first = get_group_id(0) * query_block, queries = min(query_block, tokens - first);
+    int padded = (queries + 7) / 8 * 8;
+    size_t pitch = (size_t)3 * heads * hd;
+    float *kt = arena, *v = kt + key_block * ld, *s = v + key_block * ld;
+    float *q = s + 8 * key_block, *sum = q + padded * ld, *top = sum + padded * ld;
+    float *total = top + padded;
+    for (int head = get_group_id(1) * per_item; head < last; head++) {
+        const GLOBAL act *from = qkv + head_part(0, head, heads, tokens, hd);
+        pack_rows(q, ld, from + first * pitch, pitch, queries, padded, hd, scale);
+        for (int i = 0; i < padded; i++) {
+            top[i] = -INFINITY;
+            total[i] = 0.0f;
+        }
+        for (int key = 0; key < tokens; key += key_block) {
+            int keys = min(key_block, tokens - key), ldk = (keys + 15) / 16 * 16;
+            const GLOBAL act *k = from + key * pitch + heads * hd;
+            pack_columns(kt, ldk, k, pitch, keys, hd);
+            pack_rows(v, ld, k + heads * hd, pitch, keys, keys, hd, 1.0f);
+            for (int i = 0; i < padded; i += 8) {
+                float shrink[8];
+                small_product(s, ldk, q + i * ld, ld, 1, kt, ldk, 8, ldk, hd, 0);
+                softmax_step(s, ldk, keys, top + i, total + i, shrink);
+                for (int r = 0; key > 0 && r < 8; r++)
+                    for (int d = 0; d < ld; d += 16) {
+                        float *at = sum + (i + r) * ld + d;
+                        vstore16(vload16(0, at) * shrink[r], 0, at);
+                    }
+                small_product(sum + i * ld, ld, s, ldk, 1, v, ld, 8, ld, keys, key > 0);
+            }
+        }
+        size_t row = (size_t)(head / heads) * tokens + first;
+        for (int i = 0; i < queries; i++) {
+            for (int d = 0; d < hd; d += 16)
+                act_store_upto(o + ((row + i) * heads + head % heads) * hd + d,
+                               vload16(0, sum + i * ld + d) / total[i], hd - d);
+            if (write_lse)
+                lse[(size_t)head * tokens + first + i] = top[i] + log(total[i]);
+        }
+    }
+}
+
+// Probabilities from scores and lse, then ds from dp: s becomes p, dp becomes ds. Columns from `keys`
+// and rows from `rows` on become 0.
+APART void softmax_back(float *s, float *dp, int ld, int rows, int padded, int keys, float scale,
+                         const GLOBAL float *lse, const float *delta)
+{
+    for (int i = 0; i < padded; i++) {
+        float l = i < rows ? lse[i] : INFINITY, d = i < rows ? delta[i] : 0.0f;
+        for (int j = 0; j < ld; j += 16) {
+            float16 p = exp16(fma(vload16(0, s + i * ld + j), (float16)(scale), (float16)(-l)));
+            if (i >= rows || j + 16 > keys)
+                p = first_lanes(p, i < rows ? keys - j : 0);
+            float16 ds = p * (vload16(0, dp + i * ld + j) - d) * scale;
+            vstore16(p, 0, s + i * ld + j);
+            vstore16(ds, 0, dp + i * ld + j);
+        }
+    }
+}
+
+// One item does `per_item` heads: for each block of keys, for each block of queries. dq sums over
+// blocks of keys in `space`, [all heads, padded queries, ld] f32, when there is more than one.
+KERNEL(1, 1)
+void attention_bwd_cpu(GLOBAL act *dqkv, GLOBAL float *delta, const GLOBAL act *dout,
+                       const GLOBAL act *o, const GLOBAL float *lse, const GLOBAL act *qkv,
+                       GLOBAL float *space, int heads, int tokens, int hd, float scale,
+                       int all_heads, int key_block, int query_block, int per_item)
+{
+    float arena[ARENA_BWD];
+    int ld = (hd + 15) / 16 * 16, last = min((int)get_group_id(0) * per_item + per_item, all_heads);
+    size_t pitch = (size_t)3 * heads * hd, pitch_o = (size_t)heads * hd;
+    int blocks = (tokens + query_block - 1) / query_block;
+    float *kt = arena, *vt = kt + key_block * ld, *k = vt + key_block * ld;
+    float *dk = k + key_block * ld, *dv = dk + key_block * ld, *s = dv + key_block * ld;
+    float *dp = s + key_block * query_block, *q = dp + key_block * query_block;
+    float *g = q + query_block * ld, *dq = g + query_block * ld, *rowsum = dq + query_block * ld;
+    for (int head = get_group_id(0) * per_item; head < last; head++) {
+        size_t at = head_part(0, head, heads, tokens, hd);
+        size_t at_o = ((size_t)(head / heads) * tokens * heads + head % heads) * hd;
+        GLOBAL float *dq_sum = space + (size_t)head * blocks * query_block * ld;
+        for (int key = 0; key < tokens; key += key_block) {
+            int keys = min(key_block, tokens - key), ldk = (keys + 15) / 16 * 16;
+            const GLOBAL act *from = qkv + at + key * pitch + pitch_o;
+            pack_columns(kt, ldk, from, pitch, keys, hd);
+            pack_columns(vt, ldk, from + pitch_o, pitch, keys, hd);
+            pack_rows(k, ld, from, pitch, keys, ldk, hd, 1.0f);
+            for (int query = 0; query < tokens; query += query_block) {
+                int rows = min(query_block, tokens - query), padded = (rows + 7) / 8 * 8;
+                pack_rows(q, ld, qkv + at + query * pitch, pitch, rows, padded, hd, 1.0f);
+                pack_rows(g, ld, dout + at_o + query * pitch_o, pitch_o, rows, padded, hd, 1.0f);
+                for (int i = 0; i < rows; i++) {
+                    float16 sum = 0.0f;
+                    for (int d = 0; key == 0 && d < ld; d += 16)
+                        sum = fma(vload16(0, g + i * ld + d),
+                                  act_load_upto(o + at_o + (query + i) * pitch_o + d, hd - d), sum);
+                    if (key == 0)
+                        delta[(size_t)head * tokens + query + i] = sum16(sum);
+                    rowsum[i] = delta[(size_t)head * tokens + query + i];
+                }
+                small_product(s, ldk, q, ld, 1, kt, ldk, padded, ldk, hd, 0);
+                small_product(dp, ldk, g, ld, 1, vt, ldk, padded, ldk, hd, 0);
+                softmax_back(s, dp, ldk, rows, padded, keys, scale,
+                             lse + (size_t)head * tokens + query, rowsum);
+                small_product(dv, ld, s, 1, ldk, g, ld, ldk, ld, rows, query > 0);
+                small_product(dk, ld, dp, 1, ldk, q, ld, ldk, ld, rows, query > 0);
+                small_product(dq, ld, dp, ldk, 1, k, ld, padded, ld, keys, 0);
+                for (int i = 0; i < rows; i++)
+                    for (int d = 0; d < ld; d += 16) {
+                        GLOBAL float *sum = dq_sum + (size_t)(query + i) * ld + d;
+                        float16 v = vload16(0, dq + i * ld + d);
+                        if (key > 0)
+                            v += vload16(0, sum);
+                        if (key + keys < tokens)
+                            vstore16(v, 0, sum);
+                        else
+                            act_store_upto(dqkv + at + (query + i) * pitch + d, v, hd - d);
+                    }
+            }
+            GLOBAL act *to = dqkv + at + key * pitch + pitch_o;
+            for (int i = 0; i < keys; i++)
+                for (int d = 0; d < hd; d += 16) {
+                    act_store_upto(to + i * pitch + d, vload16(0, dk + i * ld + d), hd - d);
+                    act_store_upto(to + i * pitch + pitch_o + d, vload16(0, dv + i * ld + d), hd - d);
+                }
+        }
+    }
+}
+#endif // CPU_FORMS
+
+// ---- mixture of experts -------------------------------------------------------------------------
+//
+// Letters as in runtime/tensor.h: M tokens, K choices a token, R = M*K routed rows, D columns, E
+// experts. GPU forms of row operations: x covers the columns, y strides over the rows, so that no
+// index needs a division. CPU forms: a work-item takes `chunk` rows.
+
+// h[R,F] = silu(g) * u, gu[R,2F] = g | u
+KERNEL(256, 1)
+void swiglu_fwd(GLOBAL act *h, const GLOBAL act *gu, uint R, uint F)
+{
+    size_t f = get_global_id(0);
+    if (f >= F)
+        return;
+    for (size_t r = get_group_id(1); r < R; r += get_num_groups(1)) {
+        float g = act_load(gu, r * 2 * F + f), u = act_load(gu, r * 2 * F + F + f);
+        act_store(h, r * F + f, g * sigmoid(g) * u);
+    }
+}
+
+// dg = dh u s (1 + g (1-s)), du = dh g s with s = sigmoid(g). dgu may be gu.
+KERNEL(256, 1)
+void swiglu_bwd(GLOBAL act *dgu, const GLOBAL act *dh, const GLOBAL act *gu, uint R, uint F)
+{
+    size_t f = get_global_id(0);
+    if (f >= F)
+        return;
+    for (size_t r = get_group_id(1); r < R; r += get_num_groups(1)) {
+        size_t at = r * 2 * F + f;
+        float g = act_load(gu, at), u = act_load(gu, at + F), d = act_load(dh, r * F + f);
+        float s = sigmoid(g);
+        act_store(dgu, at, d * u * s * fma(g, 1.0f - s, 1.0f));
+        act_store(dgu, at + F, d * g * s);
+    }
+}
+
+// rows[R,D] = x[token[r],:]
+KERNEL(256, 1)
+void dispatch_fwd(GLOBAL act *rows, const GLOBAL act *x, const GLOBAL int *token, uint R, uint D)
+{
+    size_t d = get_global_id(0);
+    if (d >= D)
+        return;
+    for (size_t r = get_group_id(1); r < R; r += get_num_groups(1))
+        rows[r * D + d] = x[(size_t)token[r] * D + d];
+}
+
+// dx[M,D] += sum over k of drows[slot[m,k],:]
+KERNEL(256, 1)
+void dispatch_bwd(GLOBAL act *dx, const GLOBAL act *drows, const GLOBAL int *slot, uint M, uint K,
+                  uint D)
+{
+    size_t d = get_global_id(0);
+    if (d >= D)
+        return;
+    for (size_t m = get_group_id(1); m < M; m += get_num_groups(1)) {
+        float sum = act_load(dx, m * D + d);
+        for (uint k = 0; k < K; k++)
+            sum += act_load(drows, (size_t)slot[m * K + k] * D + d);
+        act_store(dx, m * D + d, sum);
+    }
+}
+
+// out[M,D] = sum over k of weight[m,k] rows[slot[m,k],:] (+ shared[m,:] unless NULL)
+KERNEL(256, 1)
+void combine_fwd(GLOBAL act *out, const GLOBAL act *rows, const GLOBAL int *slot,
+                 const GLOBAL float *weight, const GLOBAL act *shared, uint M, uint K, uint D)
+{
+    size_t d = get_global_id(0);
+    if (d >= D)
+        return;
+    for (size_t m = get_group_id(1); m < M; m += get_num_groups(1)) {
+        float sum = shared ? act_load(shared, m * D + d) : 0.0f;
+        for (uint k = 0; k < K; k++)
+            sum = fma(weight[m * K + k], act_load(rows, (size_t)slot[m * K + k] * D + d), sum);
+        act_store(out, m * D + d, sum);
+    }
+}
+
+// drows[slot[m,k],:] = weight[m,k] dout[m,:]; dweight[m,k] = <dout[m,:], rows[slot[m,k],:]>.
+// drows may be rows: an element is read before the same work-item writes it. A work-group a pair
+// (m,k).
+KERNEL(64, 1)
+void combine_bwd(GLOBAL act *drows, GLOBAL float *dweight, const GLOBAL act *dout,
+                 const GLOBAL act *rows, const GLOBAL int *slot, const GLOBAL float *weight, uint R,
+                 uint K, uint D)
+{
+    LOCAL float sums[64];
+    uint i = get_local_id(0);
+    for (size_t pair = get_group_id(0); pair < R; pair += get_num_groups(0)) {
+        size_t row = (size_t)slot[pair] * D, m = pair / K * D;
+        float w = weight[pair], sum = 0.0f;
+        for (uint d = i; d < D; d += 64) {
+            float g = act_load(dout, m + d);
+            sum = fma(g, act_load(rows, row + d), sum);
+            act_store(drows, row + d, w * g);
+        }
+        sums[i] = sum;
+        for (uint step = 32; step > 0; step /= 2) {
+            barrier(CLK_LOCAL_MEM_FENCE);
+            if (i < step)
+                sums[i] += sums[i + step];
+        }
+        if (i == 0)
+            dweight[pair] = sums[0];
+        barrier(CLK_LOCAL_MEM_FENCE);
+    }
+}
+
+// ---- router
+
+// The K largest probabilities of a row in descending order, ties to the lower expert. NaN counts as
+// less than any probability, so that K distinct indices come out of every row.
+inline void top_k(GLOBAL float *weight, GLOBAL int *index, const GLOBAL float *p, uint E, uint K,
+                  int renormalise)
+{
+    float last = 2.0f, sum = 0.0f;
+    int last_expert = -1;
+    for (uint k = 0; k < K; k++) {
+        float best = -2.0f;
+        int expert = 0;
+        for (int e = 0; e < (int)E; e++) {
+            float q = p[e] >= 0.0f ? p[e] : -1.0f;
+            int left = (q < last) | ((q == last) & (e > last_expert));
+            int better = left & (q > best); // no branches: they would be guessed wrong
+            best = better ? q : best;
+            expert = better ? e : expert;
+        }
+        last = best;
+        last_expert = expert;
+        index[k] = expert;
+        weight[k] = p[expert];
+        sum += p[expert];
+    }
+    if (renormalise && K > 1)
+        for (uint k = 0; k < K; k++)
+            weight[k] = weight[k] / (sum + 1e-20f);
+}
+
+// probs[M,E] = softmax(logits); weight[M,K], index[M,K]. A work-item a row.
+KERNEL(64, 1)
+void router_fwd(GLOBAL float *probs, GLOBAL float *weight, GLOBAL int *index,
+                const GLOBAL float *logits, uint M, uint E, uint K, int renormalise)
+{
+    size_t m = get_global_id(0);
+    if (m >= M)
+        return;
+    const GLOBAL float *x = logits + m * E;
+    GLOBAL float *p = probs + m * E;
+    float most = -INFINITY, sum = 0.0f;
+    for (uint e = 0; e < E; e++)
+        most = x[e] > most ? x[e] : most;
+    for (uint e = 0; e < E; e++) {
+        p[e] = exp(x[e] - most);
+        sum += p[e];
+    }
+    for (uint e = 0; e < E; e++)
+        p[e] = p[e] / sum;
+    top_k(weight + m * K, index + m * K, p, E, K, renormalise);
+}
+
+// The gradient of the k-th chosen probability of a row: of its weight, and where the weights are
+// divided by their sum `s` (`mean` = sum_k dweight_k p_k / s), of that.
+inline float choice_gradient(const GLOBAL float *dweight, uint k, float s, float mean)
+{
+    return s > 0.0f ? (dweight[k] - mean) / s : dweight[k];
+}
+
+// The sum that a row's weights were divided by, 0 when they were not; and `mean` as above.
+inline float choice_sum(const GLOBAL float *dweight, const GLOBAL float *p, const GLOBAL int *index,
+                        uint K, int renormalise, float *mean)
+{
+    float s = 0.0f, dot = 0.0f;
+    *mean = 0.0f;
+    if (!renormalise || K < 2)
+        return 0.0f;
+    for (uint k = 0; k < K; k++) {
+        s += p[index[k]];
+        dot = fma(dweight[k], p[index[k]], dot);
+    }
+    s += 1e-20f;
+    *mean = dot / s;
+    return s;
+}
+
+// dlogits[M,E] = p (dp - <p, dp>), dp = balance * fraction[g,:] plus the choices' gradients;
+// balance is alpha / M, `rows` the rows of a group.
+KERNEL(64, 1)
+void router_bwd(GLOBAL float *dlogits, const GLOBAL float *dweight, const GLOBAL float *probs,
+                const GLOBAL int *index, const GLOBAL float *fraction, float balance, uint M,
+                uint E, uint K, uint rows, int renormalise)
+{
+    size_t m = get_global_id(0);
+    if (m >= M)
+        return;
+    const GLOBAL float *p = probs + m * E, *dw = dweight + m * K;
+    const GLOBAL float *f = fraction + m / rows * E;
+    const GLOBAL int *chosen = index + m * K;
+    GLOBAL float *out = dlogits + m * E;
+    float mean, dot = 0.0f, s = choice_sum(dw, p, chosen, K, renormalise, &mean);
+    if (balance != 0.0f)
+        for (uint e = 0; e < E; e++)
+            dot = fma(p[e] * balance, f[e], dot);
+    for (uint k = 0; k < K; k++)
+        dot = fma(p[chosen[k]], choice_gradient(dw, k, s, mean), dot);
+    for (uint e = 0; e < E; e++)
+        out[e] = p[e] * (balance != 0.0f ? fma(balance, f[e], -dot) : -dot);
+    for (uint k = 0; k < K; k++)
+        out[chosen[k]] = fma(p[chosen[k]], choice_gradient(dw, k, s, mean), out[chosen[k]]);
+}
+
+// ---- routing: a stable counting sort of the R pairs by expert
+//
+// Chunks of pairs are counted (count[chunk,E]), the counts of each expert are summed over the
+// chunks before and the experts over the experts before, and every chunk then places its own pairs.
+
+// `chunk` is a multiple of 256. Counting and ranking compare with a tile in local memory: no
+// atomics.
+KERNEL(256, 1)
+void route_count(GLOBAL int *count, const GLOBAL int *index, uint R, uint E, uint chunk)
+{
+    LOCAL int tile[256];
+    uint i = get_local_id(0);
+    int low = 0, high = 0; // of experts i and i + 256
+    size_t from = get_group_id(0) * (size_t)chunk;
+    for (size_t at = from; at < from + chunk && at < R; at += 256) {
+        tile[i] = at + i < R ? index[at + i] : -1;
+        barrier(CLK_LOCAL_MEM_FENCE);
+        for (uint j = 0; j < 256; j++) {
+            low += tile[j] == (int)i;
+            high += tile[j] == (int)i + 256;
+        }
+        barrier(CLK_LOCAL_MEM_FENCE);
+    }
+    if (i < E)
+        count[get_group_id(0) * E + i] = low;
+    if (i + 256 < E)
+        count[get_group_id(0) * E + i + 256] = high;
+}
+
+// count[chunk,e] becomes the number of e in the chunks before; offsets[E+1]. One work-group.
+KERNEL(64, 1)
+void route_scan(GLOBAL int *offsets, GLOBAL int *count, uint chunks, uint E)
+{
+    LOCAL int total[512];
+    for (uint e = get_local_id(0); e < E; e += 64) {
+        int sum = 0;
+        for (uint c = 0; c < chunks; c++) {
+            int n = count[c * E + e];
+            count[c * E + e] = sum;
+            sum += n;
+        }
+        total[e] = sum;
+    }
+    barrier(CLK_LOCAL_MEM_FENCE);
+    if (get_local_id(0) == 0) {
+        int sum = 0;
+        for (uint e = 0; e < E; e++) {
+            offsets[e] = sum;
+            sum += total[e];
+        }
+        offsets[E] = sum;
+    }
+}
+
+KERNEL(256, 1)
+void route_place(GLOBAL int *slot, GLOBAL int *token, const GLOBAL int *index,
+                 const GLOBAL int *offsets, const GLOBAL int *count, uint R, uint K, uint E,
+                 uint chunk)
+{
+    LOCAL int tile[256];
+    LOCAL int next[512]; // the next free row of each expert
+    uint i = get_local_id(0);
+    size_t from = get_group_id(0) * (size_t)chunk;
+    for (uint e = i; e < E; e += 256)
+        next[e] = offsets[e] + count[get_group_id(0) * E + e];
+    for (size_t at = from; at < from + chunk && at < R; at += 256) {
+        int expert = at + i < R ? index[at + i] : -1;
+        int rank = 0, low = 0, high = 0;
+        tile[i] = expert;
+        barrier(CLK_LOCAL_MEM_FENCE);
+        for (uint j = 0; j < 256; j++) {
+            rank += j < i && tile[j] == expert;
+            low += tile[j] == (int)i;
+            high += tile[j] == (int)i + 256;
+        }
+        if (expert >= 0) {
+            slot[at + i] = next[expert] + rank;
+            token[next[expert] + rank] = (int)((at + i) / K);
+        }
+        barrier(CLK_LOCAL_MEM_FENCE);
+        if (i < E)
+            next[i] += low;
+        if (i + 256 < E)
+            next[i + 256] += high;
+        barrier(CLK_LOCAL_MEM_FENCE);
+    }
+}
+
+// ---- balance statistics
+
+// Sums of a chunk of rows of one group: count[group,chunk,E] of choices and, behind these `entries`
+// numbers, sum[group,chunk,E] of probabilities. Work-groups: x the chunk, y the group. Items side
+// by side take the experts of several rows.
+KERNEL(256, 1)
+void balance_sum(GLOBAL int *count, uint entries, const GLOBAL int *index,
+                 const GLOBAL float *probs, uint rows, uint E, uint K, uint chunk)
+{
+    GLOBAL float *sum = (GLOBAL float *)count + entries;
+    LOCAL float sums[256];
+    LOCAL int counts[256];
+    uint i = get_local_id(0);
+    size_t out = (get_group_id(1) * get_num_groups(0) + get_group_id(0)) * E;
+    size_t first = get_group_id(1) * (size_t)rows;
+    uint from = (uint)get_group_id(0) * chunk, to = from + chunk < rows ? from + chunk : rows;
+    for (uint e0 = 0; e0 < E; e0 += 256) {
+        uint width = E - e0 < 256 ? E - e0 : 256, side = 256 / width;
+        uint e = e0 + i % width;
+        float s = 0.0f;
+        int n = 0;
+        for (uint r = from + i / width; i / width < side && r < to; r += side) {
+            s += probs[(first + r) * E + e];
+            for (uint k = 0; k < K; k++)
+                n += index[(first + r) * K + k] == (int)e;
+        }
+        sums[i] = s;
+        counts[i] = n;
+        barrier(CLK_LOCAL_MEM_FENCE);
+        if (i < width) {
+            for (uint j = 1; j < side; j++) {
+                s += sums[j * width + i];
+                n += counts[j * width + i];
+            }
+            count[out + e] = n;
+            sum[out + e] = s;
+        }
+        barrier(CLK_LOCAL_MEM_FENCE);
+    }
+}
+
+// fraction[G,E] = E * count / (rows K), mean_prob[G,E] = sum / rows. A work-item an entry.
+KERNEL(64, 1)
+void balance_mean(GLOBAL float *fraction, GLOBAL float *mean_prob, const GLOBAL int *count,
+                  uint entries, uint means, uint rows, uint E, uint K, uint chunks)
+{
+    const GLOBAL float *sum = (const GLOBAL float *)count + entries;
+    size_t i = get_global_id(0);
+    if (i >= means)
+        return;
+    size_t at = i / E * chunks * E + i % E;
+    float s = 0.0f;
+    int n = 0;
+    for (uint c = 0; c < chunks; c++) {
+        n += count[at + c * E];
+        s += sum[at + c * E];
+    }
+    fraction[i] = (float)n * (float)E / ((float)rows * (float)K);
+    mean_prob[i] = s / (float)rows;
+}
+
+// ---- rectified flow -----------------------------------------------------------------------------
+
+// xt[N,P] = (1-t[n]) x + t[n] noise
+KERNEL(256, 1)
+void flow_mix(GLOBAL float *xt, const GLOBAL float *x, const GLOBAL float *noise,
+              const GLOBAL float *t, uint N, uint P)
+{
+    size_t i = get_global_id(0);
+    if (i >= P)
+        return;
+    for (size_t n = get_group_id(1); n < N; n += get_num_groups(1))
+        xt[n * P + i] = fma(t[n], noise[n * P + i], (1.0f - t[n]) * x[n * P + i]);
+}
+
+// One image: loss[n] = mean of (out - (noise - x))^2 over its P values; dout = factor * the
+// difference, 0 from P to Q, unless dout is NULL. out and dout have Q values an image.
+KERNEL(256, 1)
+void flow_loss(GLOBAL float *loss, GLOBAL float *dout, const GLOBAL float *out,
+               const GLOBAL float *x, const GLOBAL float *noise, uint P, uint Q, float factor)
+{
+    LOCAL float sums[256];
+    uint i = get_local_id(0);
+    size_t n = get_group_id(0);
+    float sum = 0.0f;
+    for (size_t p = i; p < P; p += 256) {
+        float d = out[n * Q + p] - (noise[n * P + p] - x[n * P + p]);
+        sum = fma(d, d, sum);
+        if (dout)
+            dout[n * Q + p] = factor * d;
+    }
+    for (size_t p = P + i; dout && p < Q; p += 256)
+        dout[n * Q + p] = 0.0f;
+    sums[i] = sum;
+    for (uint step = 128; step > 0; step /= 2) {
+        barrier(CLK_LOCAL_MEM_FENCE);
+        if (i < step)
+            sums[i] += sums[i + step];
+    }
+    if (i == 0)
+        loss[n] = sums[0] / (float)P;
+}
+
+// z[N,P] -= dt v', v' = vu + cfg (vc - vu) on the first `guided` values of an image, vc elsewhere;
+// v has Q values an image, the unconditional ones N images further on (when guided > 0).
+KERNEL(256, 1)
+void flow_euler(GLOBAL float *z, const GLOBAL float *v, float cfg, uint guided, float dt, uint N,
+                uint P, uint Q)
+{
+    size_t i = get_global_id(0);
+    if (i >= P)
+        return;
+    for (size_t n = get_group_id(1); n < N; n += get_num_groups(1)) {
+        float step = v[n * Q + i];
+        if (i < guided) {
+            float unconditional = v[(N + n) * Q + i];
+            step = fma(cfg, step - unconditional, unconditional);
+        }
+        z[n * P + i] = fma(-dt, step, z[n * P + i]);
+    }
+}
+
+// ---- random numbers (the same function as runtime/rng.c; see there) -----------------------------
+
+inline float minus_two_log(float u)
+{
+    uint shifted = as_uint(u) - 0x3f3504f3u;
+    int e = (int)(shifted >> 23);
+    e = e >= 256 ? e - 512 : e;
+    float f = as_float((shifted & 0x7fffffu) + 0x3f3504f3u) - 1.0f;
+    float q = -0x1.383e66p-4f;
+    q = fma(q, f, 0x1.084e8ep-3f);
+    q = fma(q, f, -0x1.0f3778p-3f);
+    q = fma(q, f, 0x1.227084p-3f);
+    q = fma(q, f, -0x1.542744p-3f);
+    q = fma(q, f, 0x1.99a402p-3f);
+    q = fma(q, f, -0x1.000428p-2f);
+    q = fma(q, f, 0x1.555550p-2f);
+    q = fma(q, f, -0x1.fffff8p-2f);
+    float log_m = fma(f * f, q, f);
+    return -2.0f * fma((float)e, 0x1.62e430p-1f, log_m);
+}
+
+inline float square_root(float x)
+{
+    float y = as_float(0x5f3759dfu - (as_uint(x) >> 1));
+    float h = 0.5f * x;
+    y = y * fma(-(h * y), y, 1.5f);
+    y = y * fma(-(h * y), y, 1.5f);
+    y = y * fma(-(h * y), y, 1.5f);
+    float r = x * y;
+    return fma(fma(-r, r, x), 0.5f * y, r);
+}
+
+// Two normal numbers at p, the second where `both`.
+inline void normal_pair(GLOBAL float *p, uint w0, uint w1, int both)
+{
+    float radius = square_root(minus_two_log(fma((float)w0, 0x1p-32f, 0x1p-33f)));
+    uint quadrant = (w1 + 0x20000000u) >> 30;
+    int rest = (int)(w1 - (quadrant << 30));
+    float a = (float)rest * 0x1.921fb6p-30f;
+    float z = a * a;
+    float sine = fma(a * z, fma(fma(-0x1.994e58p-13f, z, 0x1.11076p-7f), z, -0x1.555546p-3f), a);
+    float cosine = fma(z * z, fma(fma(0x1.9a0206p-16f, z, -0x1.6c0c8ap-10f), z, 0x1.55554ap-5f),
+                       fma(z, -0.5f, 1.0f));
+    float x = quadrant & 1 ? sine : cosine, y = quadrant & 1 ? cosine : sine;
+    p[0] = radius * (quadrant == 1 || quadrant == 2 ? -x : x);
+    if (both)
+        p[1] = radius * (quadrant >= 2 ? -y : y);
+}
+
+// Numbers at..at+3 (those below count), at a multiple of 4.
+inline void normal_block(GLOBAL float *out, size_t at, size_t count, uint seed_low, uint seed_high,
+                         uint stream_low, uint stream_high)
+{
+    ulong block = at / 4;
+    uint c0 = (uint)block, c1 = (uint)(block >> 32), c2 = stream_low, c3 = stream_high;
+    for (uint round = 0; round < 10; round++) {
+        ulong a = (ulong)0xd2511f53u * c0, b = (ulong)0xcd9e8d57u * c2;
+        c0 = (uint)(b >> 32) ^ c1 ^ (seed_low + round * 0x9e3779b9u);
+        c1 = (uint)b;
+        c2 = (uint)(a >> 32) ^ c3 ^ (seed_high + round * 0xbb67ae85u);
+        c3 = (uint)a;
+    }
+    normal_pair(out + at, c0, c1, at + 1 < count);
+    if (at + 2 < count)
+        normal_pair(out + at + 2, c2, c3, at + 3 < count);
+}
+
+// out[i] from (seed, stream, i), given as 32-bit halves. A work-item a block of four numbers.
+KERNEL(64, 1)
+void normal(GLOBAL float *out, uint count_low, uint count_high, uint seed_low, uint seed_high,
+            uint stream_low, uint stream_high)
+{
+    size_t count = (size_t)count_high << 32 | count_low, at = 4 * get_global_id(0);
+    if (at < count)
+        normal_block(out, at, count, seed_low, seed_high, stream_low, stream_high);
+}
+
+// ---- optimiser ----------------------------------------------------------------------------------
+
+// partial[group] = sum of squares of the 4096 values of g that belong to it
+KERNEL(256, 1)
+void norm2_partial(GLOBAL float *partial, const GLOBAL float *g, uint count_low, uint count_high)
+{
+    LOCAL float sums[256];
+    uint i = get_local_id(0);
+    size_t count = (size_t)count_high << 32 | count_low;
+    size_t from = (size_t)get_group_id(0) * 4096;
+    float sum = 0.0f;
+    for (size_t at = from + i; at < from + 4096 && at < count; at += 256)
+        sum = fma(g[at], g[at], sum);
+    sums[i] = sum;
+    for (uint step = 128; step > 0; step /= 2) {
+        barrier(CLK_LOCAL_MEM_FENCE);
+        if (i < step)
+            sums[i] += sums[i + step];
+    }
+    if (i == 0)
+        partial[get_group_id(0)] = sums[0];
+}
+
+// control[0] (+)= sum of the partials: compensated (Kahan) sums of every 256th, then pairwise. One
+// work-group.
+KERNEL(256, 1)
+void norm2_total(GLOBAL float *control, const GLOBAL float *partial, uint count, int accumulate)
+{
+    LOCAL float sums[256];
+    uint i = get_local_id(0);
+    float sum = 0.0f, lost = 0.0f;
+    for (size_t at = i; at < count; at += 256) {
+        float term = partial[at] - lost;
+        float next = sum + term;
+        lost = (next - sum) - term;
+        sum = next;
+    }
+    sums[i] = sum;
+    for (uint step = 128; step > 0; step /= 2) {
+        barrier(CLK_LOCAL_MEM_FENCE);
+        if (i < step)
+            sums[i] += sums[i + step];
+    }
+    if (i == 0)
+        control[0] = accumulate ? control[0] + sums[0] : sums[0];
+}
+
+// The step's scalars; control's entries are enum control of runtime/ops.h. log_beta = ln(beta), so
+// that 1 - beta^t keeps its digits. One work-group.
+KERNEL(64, 1)
+void adamw_control(GLOBAL float *control, GLOBAL int *counts, const GLOBAL float *loss, uint N,
+                   float rate, float log_beta1, float log_beta2, float clip, float warmup,
+                   float ema)
+{
+    LOCAL float sums[64];
+    uint i = get_local_id(0);
+    float sum = 0.0f;
+    for (uint n = i; n < N; n += 64)
+        sum += loss[n];
+    sums[i] = sum;
+    for (uint step = 32; step > 0; step /= 2) {
+        barrier(CLK_LOCAL_MEM_FENCE);
+        if (i < step)
+            sums[i] += sums[i + step];
+    }
+    if (i > 0)
+        return;
+    float mean = sums[0] / (float)N, norm2 = control[0];
+    control[7] = mean;
+    if (!isfinite(mean) || !isfinite(norm2)) {
+        control[1] = 0.0f;
+        control[6] = 1.0f;
+        counts[1] += 1;
+        return;
+    }
+    float t = (float)(counts[0] + 1), warm = (1.0f + t) / (10.0f + t);
+    float fit = clip / (sqrt(norm2) + 1e-6f);
+    control[1] = clip > 0.0f && fit < 1.0f ? fit : 1.0f;
+    control[2] = t < warmup ? rate * (t / warmup) : rate;
+    control[3] = -expm1(t * log_beta1);
+    control[4] = -expm1(t * log_beta2);
+    control[5] = ema < warm ? ema : warm;
+    control[6] = 0.0f;
+    counts[0] += 1;
+}
+
+// AdamW (Loshchilov and Hutter, arXiv 1711.05101) and EMA. rest = 1 - beta, rounded once.
+KERNEL(256, 1)
+void adamw(GLOBAL float *w, GLOBAL float *m, GLOBAL float *v, GLOBAL float *ema,
+           const GLOBAL float *g, const GLOBAL float *control, uint count_low, uint count_high,
+           float beta1, float rest1, float beta2, float rest2, float eps, float decay)
+{
+    size_t i = get_global_id(0);
+    size_t count = (size_t)count_high << 32 | count_low;
+    if (i >= count || control[6] != 0.0f)
+        return;
+    float rate = control[2], gradient = g[i] * control[1];
+    float m1 = fma(beta1, m[i], rest1 * gradient);
+    float v1 = fma(beta2, v[i], rest2 * gradient * gradient);
+    float divisor = sqrt(v1 / control[4]) + eps;
+    float w1 = fma(-rate * decay, w[i], w[i]);
+    w1 = fma(-rate / control[3], m1 / divisor, w1);
+    m[i] = m1;
+    v[i] = v1;
+    w[i] = w1;
+    if (ema)
+        ema[i] = fma(1.0f - control[5], w1 - ema[i], ema[i]);
+}
+
+#ifdef CPU_FORMS
+// ---- CPU forms ----------------------------------------------------------------------------------
+
+#ifdef ACT_BF16
+typedef ushort16 act16;
+#else
+typedef float16 act16;
+#endif
+
+// The rows [*from, to) of this work-item's chunk; returns `to`.
+inline size_t chunk_rows(uint chunk, size_t rows, size_t *from)
+{
+    *from = get_global_id(0) * chunk;
+    return *from + chunk < rows ? *from + chunk : rows;
+}
+
+KERNEL(1, 1)
+void swiglu_fwd_cpu(GLOBAL act *h, const GLOBAL act *gu, uint R, uint F, uint chunk)
+{
+    size_t r, to = chunk_rows(chunk, R, &r);
+    for (; r < to; r++) {
+        const GLOBAL act *g = gu + r * 2 * F, *u = g + F;
+        GLOBAL act *out = h + r * F;
+        uint f = 0;
+        for (; f + 16 <= F; f += 16) {
+            float16 a = act_load16(g + f);
+            act_store16(out + f, a * sigmoid16(a) * act_load16(u + f));
+        }
+        for (; f < F; f++) {
+            float a = act_load(g, f);
+            act_store(out, f, a * sigmoid(a) * act_load(u, f));
+        }
+    }
+}
+
+KERNEL(1, 1)
+void swiglu_bwd_cpu(GLOBAL act *dgu, const GLOBAL act *dh, const GLOBAL act *gu, uint R, uint F,
+                    uint chunk)
+{
+    size_t r, to = chunk_rows(chunk, R, &r);
+    for (; r < to; r++) {
+        const GLOBAL act *from = gu + r * 2 * F, *d = dh + r * F;
+        GLOBAL act *out = dgu + r * 2 * F;
+        uint f = 0;
+        for (; f + 16 <= F; f += 16) {
+            float16 g = act_load16(from + f), u = act_load16(from + F + f);
+            float16 s = sigmoid16(g), ds = act_load16(d + f) * s;
+            act_store16(out + f, ds * u * fma(g, 1.0f - s, (float16)1.0f));
+            act_store16(out + F + f, ds * g);
+        }
+        for (; f < F; f++) {
+            float g = act_load(from, f), u = act_load(from, F + f);
+            float s = sigmoid(g), ds = act_load(d, f) * s;
+            act_store(out, f, ds * u * fma(g, 1.0f - s, 1.0f));
+            act_store(out, F + f, ds * g);
+        }
+    }
+}
+
+KERNEL(1, 1)
+void dispatch_fwd_cpu(GLOBAL act *rows, const GLOBAL act *x, const GLOBAL int *token, uint R,
+                      uint D, uint chunk)
+{
+    size_t r, to = chunk_rows(chunk, R, &r);
+    for (; r < to; r++) {
+        const GLOBAL act *in = x + (size_t)token[r] * D;
+        GLOBAL act *out = rows + r * D;
+        uint d = 0;
+        for (; d + 16 <= D; d += 16)
+            vstore16(vload16(0, in + d), 0, out + d);
+        for (; d < D; d++)
+            out[d] = in[d];
+    }
+}
+
+KERNEL(1, 1)
+void dispatch_bwd_cpu(GLOBAL act *dx, const GLOBAL act *drows, const GLOBAL int *slot, uint M,
+                      uint K, uint D, uint chunk)
+{
+    size_t m, to = chunk_rows(chunk, M, &m);
+    for (; m < to; m++) {
+        const GLOBAL int *at = slot + m * K;
+        GLOBAL act *out = dx + m * D;
+        uint d = 0;
+        for (; d + 16 <= D; d += 16) {
+            float16 sum = act_load16(out + d);
+            for (uint k = 0; k < K; k++)
+                sum += act_load16(drows + (size_t)at[k] * D + d);
+            act_store16(out + d, sum);
+        }
+        for (; d < D; d++) {
+            float sum = act_load(out, d);
+            for (uint k = 0; k < K; k++)
+                sum += act_load(drows, (size_t)at[k] * D + d);
+            act_store(out, d, sum);
+        }
+    }
+}
+
+KERNEL(1, 1)
+void combine_fwd_cpu(GLOBAL act *out, const GLOBAL act *rows, const GLOBAL int *slot,
+                     const GLOBAL float *weight, const GLOBAL act *shared, uint M, uint K, uint D,
+                     uint chunk)
+{
+    size_t m, to = chunk_rows(chunk, M, &m);
+    for (; m < to; m++) {
+        const GLOBAL int *at = slot + m * K;
+        const GLOBAL float *w = weight + m * K;
+        uint d = 0;
+        for (; d + 16 <= D; d += 16) {
+            float16 sum = 0.0f;
+            if (shared)
+                sum = act_load16(shared + m * D + d);
+            for (uint k = 0; k < K; k++)
+                sum = fma((float16)w[k], act_load16(rows + (size_t)at[k] * D + d), sum);
+            act_store16(out + m * D + d, sum);
+        }
+        for (; d < D; d++) {
+            float sum = shared ? act_load(shared, m * D + d) : 0.0f;
+            for (uint k = 0; k < K; k++)
+                sum = fma(w[k], act_load(rows, (size_t)at[k] * D + d), sum);
+            act_store(out, m * D + d, sum);
+        }
+    }
+}
+
+KERNEL(1, 1)
+void combine_bwd_cpu(GLOBAL act *drows, GLOBAL float *dweight, const GLOBAL act *dout,
+                     const GLOBAL act *rows, const GLOBAL int *slot, const GLOBAL float *weight,
+                     uint R, uint K, uint D, uint chunk)
+{
+    size_t m, to = chunk_rows(chunk, R / K, &m);
+    for (; m < to; m++) {
+        const GLOBAL act *in = dout + m * D;
+        for (size_t pair = m * K; pair < m * K + K; pair++) {
+            const GLOBAL act *row = rows + (size_t)slot[pair] * D;
+            GLOBAL act *out = drows + (size_t)slot[pair] * D;
+            float w = weight[pair], tail = 0.0f;
+            float16 sum = 0.0f;
+            uint d = 0;
+            for (; d + 16 <= D; d += 16) {
+                float16 g = act_load16(in + d);
+                sum = fma(g, act_load16(row + d), sum);
+                act_store16(out + d, w * g);
+            }
+            for (; d < D; d++) {
+                float g = act_load(in, d);
+                tail = fma(g, act_load(row, d), tail);
+                act_store(out, d, w * g);
+            }
+            dweight[pair] = sum16(sum) + tail;
+        }
+    }
+}
+
+// The first n of sixteen floats, the rest `fill`; and back.
+inline float16 load_some(const GLOBAL float *p, uint n, float fill)
+{
+    float v[16];
+    if (n >= 16)
+        return vload16(0, p);
+    for (uint i = 0; i < 16; i++)
+        v[i] = i < n ? p[i] : fill;
+    return vload16(0, v);
+}
+
+inline void store_some(GLOBAL float *p, uint n, float16 value)
+{
+    float v[16];
+    if (n >= 16) {
+        vstore16(value, 0, p);
+        return;
+    }
+    vstore16(value, 0, v);
+    for (uint i = 0; i < n; i++)
+        p[i] = v[i];
+}
+
+KERNEL(1, 1)
+void router_fwd_cpu(GLOBAL float *probs, GLOBAL float *weight, GLOBAL int *index,
+                    const GLOBAL float *logits, uint M, uint E, uint K, int renormalise, uint chunk)
+{
+    size_t m, to = chunk_rows(chunk, M, &m);
+    for (; m < to; m++) {
+        const GLOBAL float *x = logits + m * E;
+        GLOBAL float *p = probs + m * E;
+        float most = -INFINITY;
+        float16 sums = 0.0f;
+        for (uint e = 0; e < E; e++)
+            most = x[e] > most ? x[e] : most;
+        for (uint e = 0; e < E; e += 16) {
+            float16 q = exp(load_some(x + e, E - e, -INFINITY) - most);
+            sums += q;
+            store_some(p + e, E - e, q);
+        }
+        float sum = sum16(sums);
+        for (uint e = 0; e < E; e++)
+            p[e] = p[e] / sum;
+        top_k(weight + m * K, index + m * K, p, E, K, renormalise);
+    }
+}
+
+KERNEL(1, 1)
+void router_bwd_cpu(GLOBAL float *dlogits, const GLOBAL float *dweight, const GLOBAL float *probs,
+                    const GLOBAL int *index, const GLOBAL float *fraction, float balance, uint M,
+                    uint E, uint K, uint rows, int renormalise, uint chunk)
+{
+    size_t m, to = chunk_rows(chunk, M, &m);
+    for (; m < to; m++) {
+        const GLOBAL float *p = probs + m * E, *dw = dweight + m * K;
+        const GLOBAL float *f = fraction + m / rows * E;
+        const GLOBAL int *chosen = index + m * K;
+        GLOBAL float *out = dlogits + m * E;
+        float mean, dot = 0.0f, s = choice_sum(dw, p, chosen, K, renormalise, &mean);
+        if (balance != 0.0f)
+            for (uint e = 0; e < E; e++)
+                dot = fma(p[e] * balance, f[e], dot);
+        for (uint k = 0; k < K; k++)
+            dot = fma(p[chosen[k]], choice_gradient(dw, k, s, mean), dot);
+        if (balance != 0.0f)
+            for (uint e = 0; e < E; e++)
+                out[e] = p[e] * fma(balance, f[e], -dot);
+        else
+            for (uint e = 0; e < E; e++)
+                out[e] = p[e] * -dot;
+        for (uint k = 0; k < K; k++)
+            out[chosen[k]] = fma(p[chosen[k]], choice_gradient(dw, k, s, mean), out[chosen[k]]);
+    }
+}
+
+KERNEL(1, 1)
+void route_count_cpu(GLOBAL int *count, const GLOBAL int *index, uint R, uint E, uint chunk)
+{
+    size_t i, to = chunk_rows(chunk, R, &i);
+    GLOBAL int *mine = count + get_global_id(0) * E;
+    for (uint e = 0; e < E; e++)
+        mine[e] = 0;
+    for (; i < to; i++)
+        mine[index[i]]++;
+}
+
+KERNEL(1, 1)
+void route_place_cpu(GLOBAL int *slot, GLOBAL int *token, const GLOBAL int *index,
+                     const GLOBAL int *offsets, const GLOBAL int *count, uint R, uint K, uint E,
+                     uint chunk)
+{
+    int next[512];
+    size_t i, to = chunk_rows(chunk, R, &i);
+    for (uint e = 0; e < E; e++)
+        next[e] = offsets[e] + count[get_global_id(0) * E + e];
+    size_t m = i / K;
+    uint k = (uint)(i % K);
+    for (; i < to; i++) {
+        int at = next[index[i]]++;
+        slot[i] = at;
+        token[at] = (int)m;
+        k++;
+        if (k == K) {
+            k = 0;
+            m++;
+        }
+    }
+}
+
+KERNEL(1, 1)
+void balance_sum_cpu(GLOBAL int *count, uint entries, const GLOBAL int *index,
+                     const GLOBAL float *probs, uint rows, uint E, uint K, uint chunk)
+{
+    GLOBAL float *sum = (GLOBAL float *)count + entries;
+    size_t out = (get_group_id(1) * get_num_groups(0) + get_group_id(0)) * E;
+    size_t first = get_group_id(1) * (size_t)rows;
+    size_t r, to = chunk_rows(chunk, rows, &r);
+    GLOBAL int *n = count + out;
+    GLOBAL float *s = sum + out;
+    for (uint e = 0; e < E; e++) {
+        n[e] = 0;
+        s[e] = 0.0f;
+    }
+    for (; r < to; r++) {
+        const GLOBAL float *p = probs + (first + r) * E;
+        uint e = 0;
+        for (uint k = 0; k < K; k++)
+            n[index[(first + r) * K + k]]++;
+        for (; e + 16 <= E; e += 16)
+            vstore16(vload16(0, s + e) + vload16(0, p + e), 0, s + e);
+        for (; e < E; e++)
+            s[e] += p[e];
+    }
+}
+
+KERNEL(1, 1)
+void flow_mix_cpu(GLOBAL float *xt, const GLOBAL float *x, const GLOBAL float *noise,
+                  const GLOBAL float *t, uint P, uint chunk)
+{
+    size_t n = get_group_id(1);
+    size_t i, to = chunk_rows(chunk, P, &i);
+    float a = t[n];
+    for (; i + 16 <= to; i += 16)
+        vstore16(
+            fma((float16)a, vload16(0, noise + n * P + i), (1.0f - a) * vload16(0, x + n * P + i)),
+            0, xt + n * P + i);
+    for (; i < to; i++)
+        xt[n * P + i] = fma(a, noise[n * P + i], (1.0f - a) * x[n * P + i]);
+}
+
+KERNEL(1, 1)
+void flow_loss_cpu(GLOBAL float *loss, GLOBAL float *dout, const GLOBAL float *out,
+                   const GLOBAL float *x, const GLOBAL float *noise, uint P, uint Q, float factor)
+{
+    size_t n = get_group_id(0), p = 0;
+    const GLOBAL float *o = out + n * Q, *a = x + n * P, *b = noise + n * P;
+    float16 sums = 0.0f;
+    float sum = 0.0f;
+    for (; p + 16 <= P; p += 16) {
+        float16 d = vload16(0, o + p) - (vload16(0, b + p) - vload16(0, a + p));
+        sums = fma(d, d, sums);
+        if (dout)
+            vstore16(factor * d, 0, dout + n * Q + p);
+    }
+    for (; p < P; p++) {
+        float d = o[p] - (b[p] - a[p]);
+        sum = fma(d, d, sum);
+        if (dout)
+            dout[n * Q + p] = factor * d;
+    }
+    for (; dout && p < Q; p++)
+        dout[n * Q + p] = 0.0f;
+    loss[n] = (sum16(sums) + sum) / (float)P;
+}
+
+// ---- random numbers, sixteen blocks of four at a time
+
+inline float16 minus_two_log16(float16 u)
+{
+    uint16 shifted = as_uint16(u) - 0x3f3504f3u;
+    int16 e = as_int16(shifted) >> 23;
+    float16 f = as_float16((shifted & 0x7fffffu) + 0x3f3504f3u) - 1.0f;
+    float16 q = -0x1.383e66p-4f;
+    q = fma(q, f, (float16)0x1.084e8ep-3f);
+    q = fma(q, f, (float16)-0x1.0f3778p-3f);
+    q = fma(q, f, (float16)0x1.227084p-3f);
+    q = fma(q, f, (float16)-0x1.542744p-3f);
+    q = fma(q, f, (float16)0x1.99a402p-3f);
+    q = fma(q, f, (float16)-0x1.000428p-2f);
+    q = fma(q, f, (float16)0x1.555550p-2f);
+    q = fma(q, f, (float16)-0x1.fffff8p-2f);
+    float16 log_m = fma(f * f, q, f);
+    return -2.0f * fma(convert_float16(e), (float16)0x1.62e430p-1f, log_m);
+}
+
+inline float16 square_root16(float16 x)
+{
+    float16 y = as_float16(0x5f3759dfu - (as_uint16(x) >> 1));
+    float16 h = 0.5f * x;
+    y = y * fma(-(h * y), y, (float16)1.5f);
+    y = y * fma(-(h * y), y, (float16)1.5f);
+    y = y * fma(-(h * y), y, (float16)1.5f);
+    float16 r = x * y;
+    return fma(fma(-r, r, x), 0.5f * y, r);
+}
+
+inline void normal_pairs(float16 *first, float16 *second, uint16 w0, uint16 w1)
+{
+    float16 radius = square_root16(
+        minus_two_log16(fma(convert_float16(w0), (float16)0x1p-32f, (float16)0x1p-33f)));
+    uint16 quadrant = (w1 + 0x20000000u) >> 30;
+    float16 a = convert_float16(as_int16(w1 - (quadrant << 30))) * 0x1.921fb6p-30f;
+    float16 z = a * a;
+    float16 s = fma((float16)-0x1.994e58p-13f, z, (float16)0x1.11076p-7f);
+    float16 sine = fma(a * z, fma(s, z, (float16)-0x1.555546p-3f), a);
+    float16 c = fma((float16)0x1.9a0206p-16f, z, (float16)-0x1.6c0c8ap-10f);
+    float16 cosine =
+        fma(z * z, fma(c, z, (float16)0x1.55554ap-5f), fma(z, (float16)-0.5f, (float16)1.0f));
+    int16 odd = (quadrant & 1u) != 0u;
+    uint16 sign_x = ((quadrant + 1u) & 2u) << 30, sign_y = (quadrant & 2u) << 30;
+    float16 x = select(cosine, sine, odd), y = select(sine, cosine, odd);
+    *first = radius * as_float16(as_uint16(x) ^ sign_x);
+    *second = radius * as_float16(as_uint16(y) ^ sign_y);
+}
+
+// Numbers 4b..4b+63 into out[0..63], b the first block.
+inline void normal_blocks(GLOBAL float *out, ulong b, uint seed_low, uint seed_high,
+                          uint stream_low, uint stream_high)
+{
+    ulong16 block = b + (ulong16)(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    uint16 c0 = convert_uint16(block), c1 = convert_uint16(block >> 32);
+    uint16 c2 = stream_low, c3 = stream_high;
+    for (uint round = 0; round < 10; round++) {
+        ulong16 x = convert_ulong16(c0) * 0xd2511f53ul, y = convert_ulong16(c2) * 0xcd9e8d57ul;
+        c0 = convert_uint16(y >> 32) ^ c1 ^ (seed_low + round * 0x9e3779b9u);
+        c1 = convert_uint16(y);
+        c2 = convert_uint16(x >> 32) ^ c3 ^ (seed_high + round * 0xbb67ae85u);
+        c3 = convert_uint16(x);
+    }
+    float16 p, q, r, s;
+    normal_pairs(&p, &q, c0, c1);
+    normal_pairs(&r, &s, c2, c3);
+    float16 pr_low, pr_high, qs_low, qs_high; // interleave p,r and q,s, then these two
+    pr_low.even = p.lo, pr_low.odd = r.lo, pr_high.even = p.hi, pr_high.odd = r.hi;
+    qs_low.even = q.lo, qs_low.odd = s.lo, qs_high.even = q.hi, qs_high.odd = s.hi;
+    float16 line;
+    line.even = pr_low.lo, line.odd = qs_low.lo;
+    vstore16(line, 0, out);
+    line.even = pr_low.hi, line.odd = qs_low.hi;
+    vstore16(line, 1, out);
+    line.even = pr_high.lo, line.odd = qs_high.lo;
+    vstore16(line, 2, out);
+    line.even = pr_high.hi, line.odd = qs_high.hi;
+    vstore16(line, 3, out);
+}
+
+// `chunk` is a number of values, a multiple of 64; what is left over after the last 64 goes through
+// the scalar code.
+KERNEL(1, 1)
+void normal_cpu(GLOBAL float *out, uint count_low, uint count_high, uint seed_low, uint seed_high,
+                uint stream_low, uint stream_high, uint chunk)
+{
+    size_t count = (size_t)count_high << 32 | count_low;
+    size_t i, to = chunk_rows(chunk, count, &i);
+    for (; i + 64 <= to; i += 64)
+        normal_blocks(out + i, i / 4, seed_low, seed_high, stream_low, stream_high);
+    for (; i < to; i += 4)
+        normal_block(out, i, count, seed_low, seed_high, stream_low, stream_high);
+}
+
+// ---- optimiser
+
+// `chunk` partials of 4096 values each
+KERNEL(1, 1)
+void norm2_partial_cpu(GLOBAL float *partial, const GLOBAL float *g, uint count_low,
+                       uint count_high, uint chunk)
+{
+    size_t count = (size_t)count_high << 32 | count_low;
+    size_t c, to = chunk_rows(chunk, (count + 4095) / 4096, &c);
+    for (; c < to; c++) {
+        size_t i = c * 4096, end = i + 4096 < count ? i + 4096 : count;
+        float16 a = 0.0f, b = 0.0f;
+        float tail = 0.0f;
+        for (; i + 32 <= end; i += 32) {
+            float16 x = vload16(0, g + i), y = vload16(0, g + i + 16);
+            a = fma(x, x, a);
+            b = fma(y, y, b);
+        }
+        for (; i < end; i++)
+            tail = fma(g[i], g[i], tail);
+        partial[c] = sum16(a + b) + tail;
+    }
+}
+
+KERNEL(1, 1)
+void adamw_cpu(GLOBAL float *w, GLOBAL float *m, GLOBAL float *v, GLOBAL float *ema,
+               const GLOBAL float *g, const GLOBAL float *control, uint count_low, uint count_high,
+               float beta1, float rest1, float beta2, float rest2, float eps, float decay,
+               uint chunk)
+{
+    size_t count = (size_t)count_high << 32 | count_low;
+    size_t i, to = chunk_rows(chunk, count, &i);
+    float scale = control[1], rate = control[2], stride = -rate / control[3], bias2 = control[4];
+    float shrink = -rate * decay, towards = 1.0f - control[5];
+    if (control[6] != 0.0f)
+        return;
+    for (; i + 16 <= to; i += 16) {
+        float16 gradient = vload16(0, g + i) * scale, w0 = vload16(0, w + i);
+        float16 m1 = fma((float16)beta1, vload16(0, m + i), rest1 * gradient);
+        float16 v1 = fma((float16)beta2, vload16(0, v + i), rest2 * gradient * gradient);
+        float16 divisor = sqrt(v1 / bias2) + eps;
+        float16 w1 = fma((float16)stride, m1 / divisor, fma((float16)shrink, w0, w0));
+        vstore16(m1, 0, m + i);
+        vstore16(v1, 0, v + i);
+        vstore16(w1, 0, w + i);
+        if (ema) {
+            float16 e = vload16(0, ema + i);
+            vstore16(fma((float16)towards, w1 - e, e), 0, ema + i);
+        }
+    }
+    for (; i < to; i++) {
+        float gradient = g[i] * scale;
+        float m1 = fma(beta1, m[i], rest1 * gradient);
+        float v1 = fma(beta2, v[i], rest2 * gradient * gradient);
+        float w1 = fma(stride, m1 / (sqrt(v1 / bias2) + eps), fma(shrink, w[i], w[i]));
+        m[i] = m1;
+        v[i] = v1;
+        w[i] = w1;
+        if (ema)
+            ema[i] = fma(towards, w1 - ema[i], ema[i]);
+    }
 }
 #endif // CPU_FORMS

@@ -1,6 +1,6 @@
 #include "devices/gemm_gpu.h"
 
-enum { TILE_M = 128, TILE_N = 64 }; // GEMM_TM, GEMM_TN in kernels_gemm.cl
+enum { TILE_M = 128, TILE_N = 64 }; // GEMM_TM, GEMM_TN in kernels.cl
 
 void gemm_check(const struct device *dev, const struct gemm *g)
 {

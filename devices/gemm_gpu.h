@@ -1,11 +1,11 @@
 // Matrix products, what backends share: the check of a struct gemm, and the launch of the project's
-// own kernels in their GPU form (kernels_gemm.cl).
+// own kernels in their GPU form (kernels.cl).
 #ifndef DITMOE_GEMM_GPU_H
 #define DITMOE_GEMM_GPU_H
 
 #include "devices/device.h"
 
-// The `flags` argument of the gemm kernels (kernels_gemm.cl has the same numbers).
+// The `flags` argument of the gemm kernels (kernels.cl has the same numbers).
 enum gemm_flags {
     GEMM_ACCUMULATE = 1,
     GEMM_A_BF16 = 2,

@@ -1,4 +1,4 @@
-// kernels.cl as CUDA: what nvcc compiles, after including devices/cl_cuda.h and all kernels*.cl, into
+// kernels.cl as CUDA: what nvcc compiles, after including devices/cl_cuda.h and kernels.cl, into
 // the fat binaries of the CUDA backend (devices/cuda.h). Its own lines only check that the kernels
 // have the arguments that kernels.def says.
 #undef inline

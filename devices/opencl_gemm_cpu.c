@@ -1,10 +1,10 @@
-// Matrix products on CPU devices: pack B, then multiply tiles in registers (kernels_gemm.cl).
+// Matrix products on CPU devices: pack B, then multiply tiles in registers (kernels.cl).
 //
 // Scratch: B in panels; then, where k takes several steps and C cannot hold f32 sums between them
 // (it is bf16, or SwiGLU makes it something else), those sums.
 #include "devices/opencl_gemm.h"
 
-// The number of kernels_gemm.cl.
+// The number of kernels.cl.
 enum { DEPTH = 384 }; // GEMM_DEPTH: steps of k at a time
 
 // How a product is cut up.
