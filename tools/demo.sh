@@ -25,7 +25,7 @@ fi
 # 4 blocks of width 128, 8 experts of which 2 act on each token, and a shared one: 7.3 M parameters.
 # The rate is high and the averaging short because the run is short.
 build/ditmoe train --model S/4-8E2A --layers 4 --hidden 128 --heads 4 --shared 1 \
-    --data "$data" --out "$run" --steps 1200 --batch 48 --lr 2e-3 --warmup 50 --clip 1 --ema 0.995 \
+    --data "$data" --out "$run" --steps 1400 --batch 48 --lr 2e-3 --warmup 50 --clip 1 --ema 0.995 \
     --checkpoint-every 200 --sample-every 400 --seed 1 --resume
 cp "$run/loss.png" demo/loss.png
 cp "$run/model.safetensors" demo/model.safetensors.part
