@@ -4,6 +4,7 @@
 // the default one. Every verb makes the device's context current first: the program may use several
 // devices from one thread, and one device from several.
 #include "devices/cuda.h"
+#include "devices/cuda_tuned.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -24,6 +25,7 @@ static void cuda_close(struct device *base)
         return;
     if (dev->context && enter(dev) == 0) {
         cuda_gemm_close(dev);
+        cuda_tuned_close(dev);
         if (dev->module)
             dev->api->module_unload(dev->module);
     }
@@ -389,6 +391,7 @@ const struct backend backend_cuda = {
     .launch = cuda_launch,
     .gemm_space = cuda_gemm_space,
     .gemm = cuda_gemm,
+    .accelerate = cuda_accelerate,
     .event_new = cuda_event_new,
     .event_free = cuda_event_free,
     .record = cuda_record,

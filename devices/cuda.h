@@ -23,6 +23,7 @@ struct cuda_device {
     cuda_module module;
     cuda_function kernels[KERNEL_COUNT]; // NULL: CPU forms
     struct cuda_gemm *gemm;              // cuda_gemm.c's own state
+    struct cuda_tuned *tuned;            // cuda_tuned.c's
 };
 
 // An allocation, or a view of one.

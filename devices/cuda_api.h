@@ -30,6 +30,8 @@ enum {
 
     CUDA_STREAM_NON_BLOCKING = 1, // does not wait for the default stream
     CUDA_EVENT_DEFAULT = 0,       // can be timed
+
+    CUDA_FUNCTION_MAX_SHARED = 8, // attribute of a function: dynamic shared memory, bytes
 };
 
 // F(field of struct cuda_api, function of cuda.h, symbol in the library, parameters)
@@ -53,6 +55,8 @@ enum {
     F(module_unload, cuModuleUnload, "cuModuleUnload", (cuda_module))                            \
     F(module_function, cuModuleGetFunction, "cuModuleGetFunction",                               \
       (cuda_function *, cuda_module, const char *))                                              \
+    F(function_attribute, cuFuncSetAttribute, "cuFuncSetAttribute",                              \
+      (cuda_function, unsigned, int))                                                            \
     F(alloc, cuMemAlloc, "cuMemAlloc_v2", (cuda_address *, size_t))                              \
     F(free, cuMemFree, "cuMemFree_v2", (cuda_address))                                           \
     F(write, cuMemcpyHtoDAsync, "cuMemcpyHtoDAsync_v2",                                          \

@@ -113,7 +113,8 @@ enum gemm_ragged { GEMM_PLAIN, GEMM_RAGGED_M, GEMM_RAGGED_K };
 // neither bias nor accumulate, ragged over rows or plain, h and C of one type:
 //   SWIGLU_FORWARD:  trans_b, n = 2F: the product is g | u; h[m,F] = silu(g) * u, and C[m,2F] = g | u
 //                    unless c is NULL.
-//   SWIGLU_BACKWARD: not trans_b, n = F: the product is dh; C[m,2F] holds g | u and becomes dg | du.
+//   SWIGLU_BACKWARD: not trans_b, n = F: the product is dh; C[m,2F] holds g | u and becomes dg | du;
+//                    h[m,F] = silu(g) * u once more, unless NULL (backends with rebuilds_hidden only).
 enum gemm_swiglu { SWIGLU_NONE, SWIGLU_FORWARD, SWIGLU_BACKWARD };
 struct gemm {
     enum gemm_ragged ragged;
@@ -127,13 +128,13 @@ struct gemm {
     struct mem *offsets;
     struct mem *space; // scratch of at least gemm_space() bytes; may be NULL when that is 0
     enum gemm_swiglu swiglu;
-    struct mem *h;      // SWIGLU_FORWARD
+    struct mem *h;      // SWIGLU_FORWARD; SWIGLU_BACKWARD where wanted
     struct mem *packed; // B as gemm_pack() left it, for the same B and swiglu; or NULL
 };
 
 // Whole operations that a backend may take over with its own library or its own launch shape.
-// accelerate()'s `args` are an array of union arg, in the order in which runtime/ops_attention.c
-// lists them: o, lse (NULL: not wanted), qkv, heads, tokens, head size, scale, lse wanted, images *
+// accelerate()'s `args` for attention are an array of union arg, in the order in which
+// runtime/ops_attention.c lists them: o, lse (NULL: not wanted), qkv, heads, tokens, head size, scale, lse wanted, images *
 // heads, and three block sizes of the CPU form; dqkv, delta, dout, o, lse, qkv, images, heads,
 // tokens, head size, scale.
 enum accelerated { ACCELERATE_ATTENTION_FWD, ACCELERATE_ATTENTION_BWD, ACCELERATE_COUNT };
@@ -200,6 +201,7 @@ struct device {
     enum dtype act;       // storage type of activations: F32 or BF16
     bool cpu_forms;       // launch `name_cpu` kernels where there are any
     int swiglu_columns;   // gemm() takes SwiGLU in where F is a multiple of this; 0: never
+    bool rebuilds_hidden; // SWIGLU_BACKWARD can write h again, so that it need not be kept
     unsigned flags;       // as opened
     uint64_t allocations; // alloc() calls so far; tests assert that training makes none
     uint64_t allocated;   // bytes allocated now

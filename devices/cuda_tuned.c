@@ -1,0 +1,105 @@
+#include "devices/cuda_tuned.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+enum { FUNCTIONS_MAX = 512 };
+
+#define DECLARE(name)                              \
+    extern const unsigned char cuda_image_##name[]; \
+    extern const size_t cuda_image_##name##_size;
+CUDA_IMAGES(DECLARE)
+#undef DECLARE
+
+struct cuda_tuned {
+    cuda_module modules[IMAGE_COUNT];
+    bool looked[IMAGE_COUNT];
+    struct {
+        const char *name;
+        cuda_function function; // NULL: not there
+    } functions[FUNCTIONS_MAX];
+    int count;
+};
+
+static const void *image_bytes(enum cuda_image image)
+{
+    switch (image) {
+#define CASE(name)     \
+    case IMAGE_##name: \
+        return cuda_image_##name##_size ? cuda_image_##name : NULL;
+        CUDA_IMAGES(CASE)
+#undef CASE
+    case IMAGE_COUNT:
+        break;
+    }
+    return NULL;
+}
+
+static cuda_module module(struct cuda_device *dev, enum cuda_image image)
+{
+    struct cuda_tuned *tuned = dev->tuned;
+    const void *bytes = image_bytes(image);
+    if (!tuned->looked[image] && bytes &&
+        dev->api->module_load(&tuned->modules[image], bytes) != CUDA_OK)
+        tuned->modules[image] = NULL; // no code for this device in it
+    tuned->looked[image] = true;
+    return tuned->modules[image];
+}
+
+static cuda_function find(struct cuda_device *dev, enum cuda_image image, const char *name,
+                          unsigned shared)
+{
+    cuda_function function = NULL;
+    cuda_module from = module(dev, image);
+    if (!from || dev->api->module_function(&function, from, name) != CUDA_OK)
+        return NULL;
+    if (shared > 0 && dev->api->function_attribute(function, CUDA_FUNCTION_MAX_SHARED,
+                                                   (int)shared) != CUDA_OK)
+        return NULL;
+    return function;
+}
+
+cuda_function cuda_tuned(struct cuda_device *dev, enum cuda_image image, const char *name,
+                         unsigned shared)
+{
+    if (dev->base.flags & OPEN_PORTABLE)
+        return NULL;
+    if (!dev->tuned)
+        dev->tuned = calloc(1, sizeof *dev->tuned);
+    struct cuda_tuned *tuned = dev->tuned;
+    if (!tuned)
+        return NULL;
+    for (int i = 0; i < tuned->count; i++)
+        if (tuned->functions[i].name == name)
+            return tuned->functions[i].function;
+    BUG_IF(tuned->count == FUNCTIONS_MAX);
+    cuda_function function = find(dev, image, name, shared);
+    tuned->functions[tuned->count].name = name;
+    tuned->functions[tuned->count++].function = function;
+    return function;
+}
+
+int cuda_tuned_launch(struct stream *s, cuda_function function, const unsigned grid[3],
+                      unsigned threads, unsigned shared, void **arguments)
+{
+    const struct cuda_api *api = s->dev->api;
+    if (grid[0] == 0 || grid[1] == 0 || grid[2] == 0)
+        return 0;
+    CU(api, api->context_set(s->dev->context), "cuCtxSetCurrent");
+    CU(api,
+       api->launch(function, grid[0], grid[1], grid[2], threads, 1, 1, shared, s->cu, arguments,
+                   NULL),
+       "cuLaunchKernel");
+    return 0;
+}
+
+void cuda_tuned_close(struct cuda_device *dev)
+{
+    if (!dev->tuned)
+        return;
+    for (int i = 0; i < IMAGE_COUNT; i++)
+        if (dev->tuned->modules[i])
+            dev->api->module_unload(dev->tuned->modules[i]);
+    free(dev->tuned);
+    dev->tuned = NULL;
+}

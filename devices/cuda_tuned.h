@@ -1,0 +1,36 @@
+// Inside the CUDA backend: kernels that beat the portable ones. Each image is a file of CUDA C++
+// beside this one, compiled by nvcc into a fat binary of its own and loaded at its first use. A device
+// that an image has no code for, or that was opened as portable, runs kernels.cl instead.
+#ifndef DITMOE_CUDA_TUNED_H
+#define DITMOE_CUDA_TUNED_H
+
+#include "devices/cuda.h"
+
+// I(name): devices/NAME.cu; the architectures of each are in CMakeLists.txt.
+#define CUDA_IMAGES(I) \
+    I(attention)       \
+    I(fused)           \
+    I(gemm_sm90)
+
+enum cuda_image {
+#define IMAGE(name) IMAGE_##name,
+    CUDA_IMAGES(IMAGE)
+#undef IMAGE
+    IMAGE_COUNT
+};
+
+// The function `name` of an image, with leave to use `shared` bytes of dynamic shared memory; NULL
+// where this device has none. `name` is a literal: what was found is kept by its address.
+cuda_function cuda_tuned(struct cuda_device *dev, enum cuda_image image, const char *name,
+                         unsigned shared);
+
+// Launches gx * gy * gz blocks of `threads`; `arguments` are addresses of the kernel's parameters.
+int cuda_tuned_launch(struct stream *s, cuda_function function, const unsigned grid[3],
+                      unsigned threads, unsigned shared, void **arguments);
+
+void cuda_tuned_close(struct cuda_device *dev);
+
+// accelerate() of device.h, one function an operation: 0, a negative code, or NOT_MINE.
+int cuda_accelerate(struct stream *s, enum accelerated op, const void *args);
+
+#endif
