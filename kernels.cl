@@ -70,9 +70,9 @@ inline ushort16 float16_to_bf16(float16 f)
     uint16 quiet = (u >> 16) | 0x40u;
     return convert_ushort16(select(rounded, quiet, (u & 0x7fffffffu) > 0x7f800000u));
 }
-#ifdef ACT_BF16
 // PoCL's vstore16 of ushort16 writes one element at a time (measured: 4 times slower than this)
 typedef ushort16 ushort16_unaligned __attribute__((aligned(2)));
+#ifdef ACT_BF16
 inline float16 act_load16(const GLOBAL act *p)
 {
     return bf16_to_float16(vload16(0, p));
@@ -2796,11 +2796,22 @@ void adamw_control(GLOBAL float *control, GLOBAL int *counts, const GLOBAL float
     counts[0] += 1;
 }
 
-// AdamW (Loshchilov and Hutter, arXiv 1711.05101) and EMA. rest = 1 - beta, rounded once.
+// half = w rounded to bf16
+KERNEL(256, 1)
+void round_bf16(GLOBAL ushort *half, const GLOBAL float *w, uint count_low, uint count_high)
+{
+    size_t i = get_global_id(0);
+    if (i < ((size_t)count_high << 32 | count_low))
+        half[i] = float_to_bf16(w[i]);
+}
+
+// AdamW (Loshchilov and Hutter, arXiv 1711.05101) and EMA; half, where wanted, gets w rounded to bf16.
+// rest = 1 - beta, rounded once.
 KERNEL(256, 1)
 void adamw(GLOBAL float *w, GLOBAL float *m, GLOBAL float *v, GLOBAL float *ema,
-           const GLOBAL float *g, const GLOBAL float *control, uint count_low, uint count_high,
-           float beta1, float rest1, float beta2, float rest2, float eps, float decay)
+           const GLOBAL float *g, const GLOBAL float *control, GLOBAL ushort *half, uint count_low,
+           uint count_high, float beta1, float rest1, float beta2, float rest2, float eps,
+           float decay)
 {
     size_t i = get_global_id(0);
     size_t count = (size_t)count_high << 32 | count_low;
@@ -2815,6 +2826,8 @@ void adamw(GLOBAL float *w, GLOBAL float *m, GLOBAL float *v, GLOBAL float *ema,
     m[i] = m1;
     v[i] = v1;
     w[i] = w1;
+    if (half)
+        half[i] = float_to_bf16(w1);
     if (ema)
         ema[i] = fma(1.0f - control[5], w1 - ema[i], ema[i]);
 }
@@ -3270,9 +3283,9 @@ void norm2_partial_cpu(GLOBAL float *partial, const GLOBAL float *g, uint count_
 
 KERNEL(1, 1)
 void adamw_cpu(GLOBAL float *w, GLOBAL float *m, GLOBAL float *v, GLOBAL float *ema,
-               const GLOBAL float *g, const GLOBAL float *control, uint count_low, uint count_high,
-               float beta1, float rest1, float beta2, float rest2, float eps, float decay,
-               uint chunk)
+               const GLOBAL float *g, const GLOBAL float *control, GLOBAL ushort *half,
+               uint count_low, uint count_high, float beta1, float rest1, float beta2, float rest2,
+               float eps, float decay, uint chunk)
 {
     size_t count = (size_t)count_high << 32 | count_low;
     size_t i, to = chunk_rows(chunk, count, &i);
@@ -3289,6 +3302,8 @@ void adamw_cpu(GLOBAL float *w, GLOBAL float *m, GLOBAL float *v, GLOBAL float *
         vstore16(m1, 0, m + i);
         vstore16(v1, 0, v + i);
         vstore16(w1, 0, w + i);
+        if (half)
+            *(GLOBAL ushort16_unaligned *)(half + i) = float16_to_bf16(w1);
         if (ema) {
             float16 e = vload16(0, ema + i);
             vstore16(fma((float16)towards, w1 - e, e), 0, ema + i);
@@ -3302,6 +3317,8 @@ void adamw_cpu(GLOBAL float *w, GLOBAL float *m, GLOBAL float *v, GLOBAL float *
         m[i] = m1;
         v[i] = v1;
         w[i] = w1;
+        if (half)
+            half[i] = float_to_bf16(w1);
         if (ema)
             ema[i] = fma(towards, w1 - ema[i], ema[i]);
     }

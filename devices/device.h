@@ -201,6 +201,7 @@ struct device {
     enum dtype act;       // storage type of activations: F32 or BF16
     bool cpu_forms;       // launch `name_cpu` kernels where there are any
     int swiglu_columns;   // gemm() takes SwiGLU in where F is a multiple of this; 0: never
+    int fused_width;      // accelerate() fuses combine and LayerNorm up to this width; 0: never
     bool rebuilds_hidden; // SWIGLU_BACKWARD can write h again, so that it need not be kept
     unsigned flags;       // as opened
     uint64_t allocations; // alloc() calls so far; tests assert that training makes none

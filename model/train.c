@@ -170,7 +170,8 @@ int trainer_apply(struct trainer *t)
     TRY(op_adamw_control(c, &t->control, &t->counts, &t->losses, &t->options.adamw));
     for (int i = 0; i < n; i++) {
         struct tensor wi = w[i], mi = m[i], vi = v[i], ei = ema[i];
-        TRY(op_adamw(c, &wi, &mi, &vi, &ei, &g[i], &t->control, &t->options.adamw));
+        TRY(op_adamw(c, &wi, &mi, &vi, &ei, &g[i], &t->control, NULL,
+                     &t->options.adamw));
     }
     return 0;
 }

@@ -178,6 +178,48 @@ int op_router_bwd(struct context *c, struct tensor *dlogits, const struct tensor
                   const struct tensor *probs, const struct tensor *index,
                   const struct tensor *fraction, float alpha, bool renormalise);
 
+// dw[E,D] f32 += dlogits[M,E]^T h[M,D]: the gradient of the router's weight, where dlogits are f32 and h
+// ACT. (Written instead of added where the context has fresh_gradients.)
+int op_router_dw(struct context *c, struct tensor *dw, const struct tensor *dlogits,
+                 const struct tensor *h);
+
+// ---- residual branch and LayerNorm as one ------------------------------------------------------------
+
+// What lies between two branches of a block: a branch's gated output joins the residual stream, and
+// the next branch starts with LayerNorm and modulation. Each is one pass over memory on devices that
+// have it, else the operations above one after the other. Sums and the router's product are f32 of
+// values before they are rounded to ACT, where the device does it in one pass.
+struct norm_columns {
+    int gate, shift, scale; // first columns in mod; they may belong to different layers
+};
+
+// y[M,D] = x + mod[n, gate+d] z (y may be x); h = LN(y) (1 + mod[n, scale+d]) + mod[n, shift+d];
+// stats[M,2] f32 of LN; logits[M,E] f32 = h router_w^T, router_w[E,D] f32 (both NULL: no router).
+int op_residual_norm_fwd(struct context *c, struct tensor *y, struct tensor *h,
+                         struct tensor *stats, struct tensor *logits, const struct tensor *x,
+                         const struct tensor *z, const struct tensor *mod, struct norm_columns at,
+                         const struct tensor *router_w);
+
+// z[m,:] = sum_k weight[m,k] rows[slot[m,k],:] (+ shared[m,:] when not NULL); then y, h and stats as
+// above. z may be NULL where op_combine_norm_fuses() says so for this width D: it is then not kept.
+bool op_combine_norm_fuses(const struct context *c, int64_t width);
+int op_combine_norm_fwd(struct context *c, struct tensor *y, struct tensor *h, struct tensor *stats,
+                        struct tensor *z, const struct tensor *x, const struct tensor *rows,
+                        const struct tensor *slot, const struct tensor *weight,
+                        const struct tensor *shared, const struct tensor *mod,
+                        struct norm_columns at);
+
+// Backward of either. First dh[M,D] is completed: + sum_k drows[slot[m,k],:] (both NULL: none)
+// + dlogits[M,E] router_w (both NULL: none). Then dx += the backward of h from y and stats, and the
+// shift and scale columns of dmod are written. Then, unless dz is NULL, with the new dx:
+// dz = mod[n, gate+d] dx, dmod[n, gate+d] = sum over the image's rows of dx z (dz may be z).
+// dh is scratch afterwards.
+int op_norm_gate_bwd(struct context *c, struct tensor *dx, struct tensor *dz, struct tensor *dmod,
+                     struct tensor *dh, const struct tensor *drows, const struct tensor *slot,
+                     const struct tensor *dlogits, const struct tensor *router_w,
+                     const struct tensor *y, const struct tensor *stats, const struct tensor *z,
+                     const struct tensor *mod, struct norm_columns at);
+
 // ---- rectified flow ------------------------------------------------------------------------------------
 
 // xt = (1-t[n]) x + t[n] noise; all [N,C,H,W] f32
@@ -228,9 +270,13 @@ int op_norm2(struct context *c, struct tensor *control, const struct tensor *g, 
 int op_adamw_control(struct context *c, struct tensor *control, struct tensor *counts,
                      const struct tensor *loss, const struct adamw *a);
 // One pass over one slab of parameters: w, m, v, ema updated from g and control; nothing is touched
-// when the step is skipped. ema may be NULL. All f32 [count].
+// when the step is skipped. ema may be NULL. All f32 [count]. half, bf16 [count], gets the new w
+// rounded to nearest even, the copy that products read; NULL: none.
 int op_adamw(struct context *c, struct tensor *w, struct tensor *m, struct tensor *v,
              struct tensor *ema, const struct tensor *g, const struct tensor *control,
-             const struct adamw *a);
+             struct tensor *half, const struct adamw *a);
+
+// half (bf16) = w (f32) rounded to nearest even; same count
+int op_round(struct context *c, struct tensor *half, const struct tensor *w);
 
 #endif

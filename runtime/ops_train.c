@@ -32,6 +32,11 @@ static bool is_f32_vector(const struct tensor *t, int64_t count)
     return t->dtype == F32 && tensor_count(t) == count;
 }
 
+static bool is_bf16_vector(const struct tensor *t, int64_t count)
+{
+    return t->dtype == BF16 && tensor_count(t) == count;
+}
+
 // ---- rectified flow -----------------------------------------------------------------------------
 
 int op_flow_mix(struct context *c, struct tensor *xt, const struct tensor *x,
@@ -117,18 +122,19 @@ int op_adamw_control(struct context *c, struct tensor *control, struct tensor *c
 
 int op_adamw(struct context *c, struct tensor *w, struct tensor *m, struct tensor *v,
              struct tensor *ema, const struct tensor *g, const struct tensor *control,
-             const struct adamw *a)
+             struct tensor *half, const struct adamw *a)
 {
     int64_t count = tensor_count(w);
     BUG_IF(!is_f32_vector(w, count) || !is_f32_vector(m, count) || !is_f32_vector(v, count));
     BUG_IF(!is_f32_vector(g, count) || (ema && !is_f32_vector(ema, count)));
-    BUG_IF(!is_f32_vector(control, CONTROL_COUNT));
+    BUG_IF(!is_f32_vector(control, CONTROL_COUNT) || (half && !is_bf16_vector(half, count)));
     const union arg args[] = {BUF(w),
                               BUF(m),
                               BUF(v),
                               BUF_OR_NULL(ema),
                               BUF(g),
                               BUF(control),
+                              BUF_OR_NULL(half),
                               HALVES(count),
                               FLOAT((float)a->beta1),
                               FLOAT((float)(1.0 - a->beta1)),
@@ -142,4 +148,12 @@ int op_adamw(struct context *c, struct tensor *w, struct tensor *m, struct tenso
     if (c->dev->cpu_forms)
         return op_launch(c, KERNEL_adamw_cpu, cover(count, chunk), 1, 1, args, given);
     return op_launch(c, KERNEL_adamw, cover(count, GROUP), 1, 1, args, given - 1);
+}
+
+int op_round(struct context *c, struct tensor *half, const struct tensor *w)
+{
+    int64_t count = tensor_count(w);
+    BUG_IF(!is_f32_vector(w, count) || !is_bf16_vector(half, count));
+    return LAUNCH(c, KERNEL_round_bf16, cover(count, GROUP), 1, 1, BUF(half), BUF(w),
+                  HALVES(count));
 }

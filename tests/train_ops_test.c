@@ -378,7 +378,7 @@ static int step(struct op_run *r, struct slab *s, const struct adamw *a, bool wi
     OK(OP_RUN(r, op_norm2(&r->c, &s->control->t, &s->g->t, false)));
     OK(OP_RUN(r, op_adamw_control(&r->c, &s->control->t, &s->counts->t, &s->loss->t, a)));
     OK(OP_RUN(r, op_adamw(&r->c, &s->w->t, &s->m->t, &s->v->t, with_ema ? &s->ema->t : NULL,
-                          &s->g->t, &s->control->t, a)));
+                          &s->g->t, &s->control->t, NULL, a)));
     return PASSED;
 }
 
