@@ -169,6 +169,11 @@ static void cuda_free(struct mem *mem)
     free(mem);
 }
 
+static size_t cuda_size(const struct mem *mem)
+{
+    return mem->bytes;
+}
+
 // ---- streams and transfers ---------------------------------------------------------------------
 
 static int cuda_stream_new(struct device *base, struct stream **out)
@@ -381,6 +386,7 @@ const struct backend backend_cuda = {
     .alloc = cuda_alloc,
     .view = cuda_view,
     .free = cuda_free,
+    .size = cuda_size,
     .stream_new = cuda_stream_new,
     .stream_free = cuda_stream_free,
     .write = cuda_write,

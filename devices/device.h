@@ -160,6 +160,7 @@ struct backend {
     int (*alloc)(struct device *dev, size_t bytes, struct mem **out);
     int (*view)(struct mem *parent, size_t offset, size_t bytes, struct mem **out);
     void (*free)(struct mem *mem);
+    size_t (*size)(const struct mem *mem); // bytes, as asked for
 
     // streams, transfers (offsets in bytes); fill repeats a 32-bit pattern, bytes a multiple of 4
     int (*stream_new)(struct device *dev, struct stream **out);

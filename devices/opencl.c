@@ -142,6 +142,11 @@ static void opencl_free(struct mem *mem)
     free(mem);
 }
 
+static size_t opencl_size(const struct mem *mem)
+{
+    return mem->bytes;
+}
+
 // ---- streams and transfers ---------------------------------------------------------------------
 
 static void opencl_stream_free(struct stream *s)
@@ -357,6 +362,7 @@ const struct backend backend_opencl = {
     .alloc = opencl_alloc,
     .view = opencl_view,
     .free = opencl_free,
+    .size = opencl_size,
     .stream_new = opencl_stream_new,
     .stream_free = opencl_stream_free,
     .write = opencl_write,

@@ -83,11 +83,9 @@ int op_attention_fwd(struct context *c, struct tensor *o, struct tensor *lse,
     const int count = (int)(sizeof args / sizeof args[0]);
     if (c->dry)
         return 0;
-    if (c->dev->api->accelerate) {
-        int code = c->dev->api->accelerate(c->stream, ACCELERATE_ATTENTION_FWD, args);
-        if (code != NOT_MINE)
-            return code;
-    }
+    int code = ACCELERATE(c, ACCELERATE_ATTENTION_FWD, args, o, lse, qkv);
+    if (code != NOT_MINE)
+        return code;
     if (c->dev->cpu_forms)
         return op_launch(c, KERNEL_attention_fwd_cpu, cover(s.tokens, b.query),
                          cover(s.all_heads, per), 1, args, count);
@@ -147,14 +145,12 @@ int op_attention_bwd(struct context *c, struct tensor *dqkv, struct tensor *delt
     BUG_IF(!is_act(c, dout) || tensor_count(dout) != tensor_count(o));
     BUG_IF(delta->dtype != F32 || tensor_count(delta) != rows);
     BUG_IF(lse->dtype != F32 || tensor_count(lse) != rows);
-    if (!c->dry && c->dev->api->accelerate) {
-        const union arg args[] = {BUF(dqkv),     BUF(delta), BUF(dout),     BUF(o),
-                                  BUF(lse),      BUF(qkv),   INT(images),   INT(s.heads),
-                                  INT(s.tokens), INT(s.hd),  FLOAT(s.scale)};
-        int code = c->dev->api->accelerate(c->stream, ACCELERATE_ATTENTION_BWD, args);
-        if (code != NOT_MINE)
-            return code;
-    }
+    const union arg args[] = {BUF(dqkv),     BUF(delta), BUF(dout),     BUF(o),
+                              BUF(lse),      BUF(qkv),   INT(images),   INT(s.heads),
+                              INT(s.tokens), INT(s.hd),  FLOAT(s.scale)};
+    int code = ACCELERATE(c, ACCELERATE_ATTENTION_BWD, args, dqkv, delta, dout, o, lse, qkv);
+    if (code != NOT_MINE)
+        return code;
     return c->dev->cpu_forms ? attention_bwd_cpu(c, dqkv, delta, dout, o, lse, qkv, &s)
                              : attention_bwd_gpu(c, dqkv, delta, dout, o, lse, qkv, &s);
 }

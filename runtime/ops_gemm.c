@@ -18,7 +18,10 @@ static int multiply(struct context *c, struct gemm *g)
     if (c->dry)
         return 0;
     g->space = c->space.mem;
-    return c->dev->api->gemm(c->stream, g);
+    if (c->profile)
+        TRY(profile_begin(c->profile));
+    TRY(c->dev->api->gemm(c->stream, g));
+    return c->profile ? profile_end_gemm(c->profile, g) : 0;
 }
 
 // The product of g, whose B is the weight w: with w's packed copy where there is one.

@@ -5,6 +5,7 @@
 #define DITMOE_OPS_INTERNAL_H
 
 #include "runtime/ops.h"
+#include "runtime/profile.h"
 
 #define BUF(tensor) ((union arg){.b = (tensor)->mem})
 #define BUF_OR_NULL(tensor) ((union arg){.b = (tensor) ? (tensor)->mem : NULL})
@@ -44,7 +45,33 @@ static inline int op_launch(struct context *c, enum kernel kernel, int64_t gx, i
     if (c->dry)
         return 0;
     const int groups[3] = {arg_int(gx), arg_int(gy), arg_int(gz)};
-    return c->dev->api->launch(c->stream, kernel, groups, args, count);
+    if (c->profile)
+        TRY(profile_begin(c->profile));
+    TRY(c->dev->api->launch(c->stream, kernel, groups, args, count));
+    return c->profile ? profile_end_kernel(c->profile, kernel, args) : 0;
+}
+
+// Lets the device do the whole operation: 0, a negative code, or NOT_MINE, and in a dry context
+// always NOT_MINE. The tensors that it reads and writes follow, for profiles (NULLs are left out):
+//
+//     int code = ACCELERATE(c, ACCELERATE_ATTENTION_FWD, args, o, lse, qkv);
+//     if (code != NOT_MINE)
+//         return code;
+#define ACCELERATE(c, op, args, ...)                              \
+    op_accelerate(c, op, args, (const struct tensor *const[]){__VA_ARGS__}, \
+                  (int)(sizeof((const struct tensor *const[]){__VA_ARGS__}) / sizeof(void *)))
+
+static inline int op_accelerate(struct context *c, enum accelerated op, const void *args,
+                                const struct tensor *const *operands, int count)
+{
+    if (c->dry || !c->dev->api->accelerate)
+        return NOT_MINE;
+    if (c->profile)
+        TRY(profile_begin(c->profile));
+    int code = c->dev->api->accelerate(c->stream, op, args);
+    if (code != 0 || !c->profile)
+        return code;
+    return profile_end_accelerated(c->profile, op, args, operands, count);
 }
 
 // Asks for `bytes` of c->space: notes the wish in a dry context; else it must be there.

@@ -9,6 +9,7 @@
 enum { TENSOR_DIMS = 5 };
 
 struct packed;
+struct profile;
 
 struct tensor {
     struct mem *mem; // a view; NULL until the plan is committed
@@ -44,6 +45,7 @@ struct context {
     bool fresh_gradients; // products write weight gradients instead of adding to them
     size_t space_wanted;  // dry: the largest scratch any operation asked for, bytes
     struct tensor space;  // the scratch; planned from space_wanted
+    struct profile *profile; // where operations note their times (runtime/profile.h), or NULL
 };
 
 // Host transfers of a whole tensor; `host` holds tensor_bytes() bytes.
