@@ -2796,20 +2796,20 @@ void adamw_control(GLOBAL float *control, GLOBAL int *counts, const GLOBAL float
     counts[0] += 1;
 }
 
-// half = w rounded to bf16
+// copy = w rounded to bf16
 KERNEL(256, 1)
-void round_bf16(GLOBAL ushort *half, const GLOBAL float *w, uint count_low, uint count_high)
+void round_bf16(GLOBAL ushort *copy, const GLOBAL float *w, uint count_low, uint count_high)
 {
     size_t i = get_global_id(0);
     if (i < ((size_t)count_high << 32 | count_low))
-        half[i] = float_to_bf16(w[i]);
+        copy[i] = float_to_bf16(w[i]);
 }
 
-// AdamW (Loshchilov and Hutter, arXiv 1711.05101) and EMA; half, where wanted, gets w rounded to bf16.
+// AdamW (Loshchilov and Hutter, arXiv 1711.05101) and EMA; copy, where wanted, gets w rounded to bf16.
 // rest = 1 - beta, rounded once.
 KERNEL(256, 1)
 void adamw(GLOBAL float *w, GLOBAL float *m, GLOBAL float *v, GLOBAL float *ema,
-           const GLOBAL float *g, const GLOBAL float *control, GLOBAL ushort *half, uint count_low,
+           const GLOBAL float *g, const GLOBAL float *control, GLOBAL ushort *copy, uint count_low,
            uint count_high, float beta1, float rest1, float beta2, float rest2, float eps,
            float decay)
 {
@@ -2826,8 +2826,8 @@ void adamw(GLOBAL float *w, GLOBAL float *m, GLOBAL float *v, GLOBAL float *ema,
     m[i] = m1;
     v[i] = v1;
     w[i] = w1;
-    if (half)
-        half[i] = float_to_bf16(w1);
+    if (copy)
+        copy[i] = float_to_bf16(w1);
     if (ema)
         ema[i] = fma(1.0f - control[5], w1 - ema[i], ema[i]);
 }
@@ -3283,7 +3283,7 @@ void norm2_partial_cpu(GLOBAL float *partial, const GLOBAL float *g, uint count_
 
 KERNEL(1, 1)
 void adamw_cpu(GLOBAL float *w, GLOBAL float *m, GLOBAL float *v, GLOBAL float *ema,
-               const GLOBAL float *g, const GLOBAL float *control, GLOBAL ushort *half,
+               const GLOBAL float *g, const GLOBAL float *control, GLOBAL ushort *copy,
                uint count_low, uint count_high, float beta1, float rest1, float beta2, float rest2,
                float eps, float decay, uint chunk)
 {
@@ -3302,8 +3302,8 @@ void adamw_cpu(GLOBAL float *w, GLOBAL float *m, GLOBAL float *v, GLOBAL float *
         vstore16(m1, 0, m + i);
         vstore16(v1, 0, v + i);
         vstore16(w1, 0, w + i);
-        if (half)
-            *(GLOBAL ushort16_unaligned *)(half + i) = float16_to_bf16(w1);
+        if (copy)
+            *(GLOBAL ushort16_unaligned *)(copy + i) = float16_to_bf16(w1);
         if (ema) {
             float16 e = vload16(0, ema + i);
             vstore16(fma((float16)towards, w1 - e, e), 0, ema + i);
@@ -3317,8 +3317,8 @@ void adamw_cpu(GLOBAL float *w, GLOBAL float *m, GLOBAL float *v, GLOBAL float *
         m[i] = m1;
         v[i] = v1;
         w[i] = w1;
-        if (half)
-            half[i] = float_to_bf16(w1);
+        if (copy)
+            copy[i] = float_to_bf16(w1);
         if (ema)
             ema[i] = fma(towards, w1 - ema[i], ema[i]);
     }
