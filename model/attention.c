@@ -37,6 +37,9 @@ int attention_backward(struct dit *d, int layer)
     if (d->config.qk_norm)
         TRY(op_qk_norm_bwd(c, &s->dqkv, &g->q_norm_w, &g->q_norm_b, &g->k_norm_w, &g->k_norm_b,
                            &a->qkv, &a->qk_stats, &w->q_norm_w, &w->k_norm_w, heads));
-    TRY(op_linear_dw(c, &g->qkv_w, &g->qkv_b, &s->dqkv, &a->h1));
+    if (d->lean)
+        TRY(op_layernorm_mod_fwd(c, &s->h1, &a->stats1, &d->x[layer], &d->mod,
+                                 dit_column(d, layer, SHIFT1), dit_column(d, layer, SCALE1)));
+    TRY(op_linear_dw(c, &g->qkv_w, &g->qkv_b, &s->dqkv, d->lean ? &s->h1 : &a->h1));
     return op_linear_dx(c, &s->dh, &s->dqkv, &w->qkv_w, false); // d h1
 }

@@ -1,19 +1,46 @@
 // A DiT block (Peebles & Xie 2023, adaLN-Zero) with a mixture of experts in place of the MLP:
 //   mid = x + gate1 * attention(LN(x) (1 + scale1) + shift1)
 //   out = mid + gate2 * moe(LN(mid) (1 + scale2) + shift2)
-// where the six modulations come from the conditioning, in this order of columns.
+// A residual sum and the LayerNorm after it are one operation, and so are their gradients (dit.h says
+// where blocks meet).
 #include "model/dit.h"
 
-enum modulation { SHIFT1, SCALE1, GATE1, SHIFT2, SCALE2, GATE2, MODULATIONS };
+// A tensor that is first written where the block before it ends: at that block's last sum.
+enum { ENTRY = 5 - PHASES };
+
+// The LayerNorm that follows block `layer`: the next block's first, or the head's.
+struct next_norm {
+    struct tensor *h, *stats;
+    int shift, scale;
+};
+
+static struct next_norm next_norm(struct dit *d, int layer)
+{
+    const int next = layer + 1;
+    struct next_norm n = {&d->final.h, &d->final.stats, dit_column(d, next, SHIFT1),
+                          dit_column(d, next, SCALE1)};
+    if (next < d->config.layers) {
+        n.h = &dit_act(d, next)->h1;
+        n.stats = &dit_act(d, next)->stats1;
+    }
+    return n;
+}
+
+// ---- the plan -----------------------------------------------------------------------------------
+
+// Whether the products of the backward pass write hidden[.,columns] again.
+static bool rebuilds(const struct dit *d, int64_t columns)
+{
+    return d->lean && op_swiglu_rebuilds(&d->ctx, columns);
+}
 
 static int plan_attention_half(struct dit *d, int l, struct block_act *a)
 {
     const struct config *c = &d->config;
     const enum dtype act = d->ctx.dev->act;
     const int64_t N = d->options.batch, D = c->hidden, T = config_tokens(c), M = N * T;
-    ACTIVATION(d, l, "mod", act, 0, 5, 7, &a->mod, N, MODULATIONS * D);
-    ACTIVATION(d, l, "stats1", F32, 0, 0, 6, &a->stats1, M, 2);
-    ACTIVATION(d, l, "h1", act, 0, 0, 6, &a->h1, M, D);
+    ACTIVATION(d, l, "stats1", F32, ENTRY, 0, 7, &a->stats1, M, 2);
+    ACTIVATION(d, l, "h1", act, ENTRY, 0, d->lean ? NEVER : 6, &a->h1, M, D);
     ACTIVATION(d, l, "qkv", act, 0, 1, 6, &a->qkv, M, 3 * D);
     if (c->qk_norm) {
         ACTIVATION(d, l, "qk", act, 0, 1, 5, &a->qk, M, 3 * D);
@@ -23,9 +50,9 @@ static int plan_attention_half(struct dit *d, int l, struct block_act *a)
     if (d->options.train)
         ACTIVATION(d, l, "lse", F32, 1, 1, 5, &a->lse, N, c->heads, T);
     ACTIVATION(d, l, "attn", act, 2, 2, 4, &a->attn, M, D);
-    ACTIVATION(d, l, "mid", act, 2, 5, 3, &a->mid, M, D);
-    ACTIVATION(d, l, "stats2", F32, 2, 2, 3, &a->stats2, M, 2);
-    ACTIVATION(d, l, "h2", act, 2, 3, 3, &a->h2, M, D);
+    ACTIVATION(d, l, "mid", act, 2, 5, 4, &a->mid, M, D);
+    ACTIVATION(d, l, "stats2", F32, 2, 2, 4, &a->stats2, M, 2);
+    ACTIVATION(d, l, "h2", act, 2, 3, d->lean ? NEVER : 3, &a->h2, M, D);
     ACTIVATION(d, l, "out", act, 5, 5, 3, &a->out, M, D);
     return 0;
 }
@@ -39,17 +66,18 @@ static int plan_moe_half(struct dit *d, int l, struct block_act *a)
     ACTIVATION(d, l, "router.logits", F32, 2, 2, NEVER, &a->logits, M, E);
     ACTIVATION(d, l, "router.probs", F32, 2, 2, 3, &a->probs, M, E);
     ACTIVATION(d, l, "router.weight", F32, 2, 5, 3, &a->weight, M, K);
-    ACTIVATION(d, l, "router.slot", I32, 2, 5, 3, &a->slot, M, K);
-    ACTIVATION(d, l, "router.token", I32, 2, 3, NEVER, &a->token, R);
-    ACTIVATION(d, l, "experts.rows", act, 3, 3, 2, &a->rows, R, D);
+    ACTIVATION(d, l, "router.slot", I32, 2, 5, 4, &a->slot, M, K);
+    ACTIVATION(d, l, "router.token", I32, 2, 3, d->lean ? 2 : NEVER, &a->token, R);
+    ACTIVATION(d, l, "experts.rows", act, 3, 3, d->lean ? NEVER : 2, &a->rows, R, D);
     if (d->options.train || !op_swiglu_fuses(&d->ctx, F))
         ACTIVATION(d, l, "experts.gu", act, 3, 3, 2, &a->gu, R, 2 * F);
-    ACTIVATION(d, l, "experts.hidden", act, 3, 4, 1, &a->hidden, R, F);
-    ACTIVATION(d, l, "experts.y", act, 4, 5, 3, &a->y, R, D);
+    ACTIVATION(d, l, "experts.hidden", act, 3, 4, rebuilds(d, F) ? NEVER : 1, &a->hidden, R, F);
+    ACTIVATION(d, l, "experts.y", act, 4, 5, 4, &a->y, R, D);
     if (c->shared) {
         if (d->options.train || !op_swiglu_fuses(&d->ctx, Fs))
             ACTIVATION(d, l, "shared.gu", act, 2, 2, 3, &a->shared_gu, M, 2 * Fs);
-        ACTIVATION(d, l, "shared.hidden", act, 2, 2, 3, &a->shared_hidden, M, Fs);
+        ACTIVATION(d, l, "shared.hidden", act, 2, 2, rebuilds(d, Fs) ? NEVER : 3, &a->shared_hidden,
+                   M, Fs);
         ACTIVATION(d, l, "shared.out", act, 2, 5, NEVER, &a->shared, M, D);
     }
     return 0;
@@ -77,10 +105,38 @@ static int plan_route(struct dit *d, int l)
                     E + 1));
     if (!d->options.train)
         return 0;
-    TRY(PLAN_TENSOR(d->plan, "route.fraction", PLAN_ACTIVATIONS, F32, 0, PLAN_FOREVER,
-                    &r->fraction, groups, E));
+    TRY(PLAN_TENSOR(d->plan, "route.fraction", PLAN_ACTIVATIONS, F32, 0, PLAN_FOREVER, &r->fraction,
+                    groups, E));
     return PLAN_TENSOR(d->plan, "route.mean_prob", PLAN_ACTIVATIONS, F32, 0, PLAN_FOREVER,
                        &r->mean_prob, groups, E);
+}
+
+#define SCRATCH(name, type, from, to, t, ...)                                         \
+    TRY(PLAN_TENSOR(d->plan, name, PLAN_ACTIVATIONS, type, time_backward(d, l, from), \
+                    time_backward(d, l, to), t, __VA_ARGS__))
+
+static int plan_moe_gradients(struct dit *d, int l)
+{
+    const struct config *c = &d->config;
+    struct block_grad *s = &d->grads[l];
+    const enum dtype act = d->ctx.dev->act;
+    const int64_t D = c->hidden, M = d->options.batch * (int64_t)config_tokens(c), K = c->topk;
+    const int64_t R = M * K, F = MLP_RATIO * D, Fs = D * c->shared;
+    SCRATCH("router.dweight", F32, 0, 3, &s->dweight, M, K);
+    SCRATCH("router.dlogits", F32, 3, 4, &s->dlogits, M, c->experts);
+    if (!op_swiglu_fuses(&d->ctx, F))
+        SCRATCH("experts.dhidden", act, 1, 2, &s->dhidden, R, F);
+    if (d->lean)
+        SCRATCH("experts.rows again", act, 2, 2, &s->rows, R, D);
+    if (rebuilds(d, F))
+        SCRATCH("experts.hidden again", act, 1, 1, &s->hidden, R, F);
+    if (!c->shared)
+        return 0;
+    if (!op_swiglu_fuses(&d->ctx, Fs))
+        SCRATCH("shared.dhidden", act, 3, 3, &s->dshared_hidden, M, Fs);
+    if (rebuilds(d, Fs))
+        SCRATCH("shared.hidden again", act, 3, 3, &s->shared_hidden, M, Fs);
+    return 0;
 }
 
 static int plan_gradients(struct dit *d, int l)
@@ -89,34 +145,26 @@ static int plan_gradients(struct dit *d, int l)
     struct block_grad *s = &d->grads[l];
     const enum dtype act = d->ctx.dev->act;
     const int64_t N = d->options.batch, D = c->hidden, T = config_tokens(c), M = N * T;
-    const int64_t K = c->topk, F = MLP_RATIO * D;
-#define SCRATCH(name, type, from, to, t, ...)                                                      \
-    TRY(PLAN_TENSOR(d->plan, name, PLAN_ACTIVATIONS, type, time_backward(d, l, from),              \
-                    time_backward(d, l, to), t, __VA_ARGS__))
-    SCRATCH("dmod", act, 0, 7, &s->dmod, N, MODULATIONS * D);
     SCRATCH("dh", act, 2, 7, &s->dh, M, D);
     SCRATCH("dqkv", act, 5, 6, &s->dqkv, M, 3 * D);
     SCRATCH("delta", F32, 5, 5, &s->delta, N, c->heads, T);
-    if (!config_is_moe(c, l)) {
-        SCRATCH("mlp.dact", act, 1, 3, &s->dact, M, F);
-        return 0;
+    if (d->lean) {
+        SCRATCH("h1 again", act, 6, 6, &s->h1, M, D);
+        SCRATCH("h2 again", act, 0, 3, &s->h2, M, D);
     }
-    if (!op_swiglu_fuses(&d->ctx, F))
-        SCRATCH("experts.dhidden", act, 1, 2, &s->dhidden, M * K, F);
-    SCRATCH("router.dweight", F32, 0, 3, &s->dweight, M, K);
-    SCRATCH("router.dlogits", F32, 3, 3, &s->dlogits, M, c->experts);
-    if (c->shared && !op_swiglu_fuses(&d->ctx, D * c->shared))
-        SCRATCH("shared.dhidden", act, 3, 3, &s->dshared_hidden, M, D * c->shared);
-#undef SCRATCH
+    if (config_is_moe(c, l))
+        return plan_moe_gradients(d, l);
+    SCRATCH("mlp.dact", act, 1, 3, &s->dact, M, MLP_RATIO * D);
     return 0;
 }
+#undef SCRATCH
 
 int block_plan(struct dit *d, int layer)
 {
     struct block_act *a = dit_act(d, layer);
     const bool moe = config_is_moe(&d->config, layer);
     // with recompute one set serves all blocks: the first block of each kind declares it
-    if (!a->mod.ndim)
+    if (!a->h1.ndim)
         TRY(plan_attention_half(d, layer, a));
     if (moe && !a->rows.ndim)
         TRY(plan_moe_half(d, layer, a));
@@ -127,45 +175,104 @@ int block_plan(struct dit *d, int layer)
     return d->options.train ? plan_gradients(d, layer) : 0;
 }
 
+// ---- forward ------------------------------------------------------------------------------------
+
+int block_enter(struct dit *d, int layer)
+{
+    struct block_act *a = dit_act(d, layer);
+    return op_layernorm_mod_fwd(&d->ctx, &a->h1, &a->stats1, &d->x[layer], &d->mod,
+                                dit_column(d, layer, SHIFT1), dit_column(d, layer, SCALE1));
+}
+
+// h1 -> mid and what the feed-forward half leaves.
+static int block_body(struct dit *d, int layer)
+{
+    struct block_act *a = dit_act(d, layer);
+    const bool moe = config_is_moe(&d->config, layer);
+    const struct norm_columns at = {dit_column(d, layer, GATE1), dit_column(d, layer, SHIFT2),
+                                    dit_column(d, layer, SCALE2)};
+    TRY(attention_forward(d, layer));
+    TRY(op_residual_norm_fwd(&d->ctx, &a->mid, &a->h2, &a->stats2, moe ? &a->logits : NULL,
+                             &d->x[layer], &a->attn, &d->mod, at,
+                             moe ? &d->w.blocks[layer].gate_w : NULL));
+    return moe ? moe_forward(d, layer) : mlp_forward(d, layer);
+}
+
+static const struct tensor *shared_out(const struct dit *d, const struct block_act *a)
+{
+    return d->config.shared > 0 ? &a->shared : NULL;
+}
+
 int block_forward(struct dit *d, int layer)
 {
     struct context *c = &d->ctx;
     struct block_act *a = dit_act(d, layer);
-    const struct block_weights *w = &d->w.blocks[layer];
-    const int D = d->config.hidden;
-    const struct tensor *x = &d->x[layer];
-    TRY(op_linear(c, &a->mod, &d->embed.cs, &w->ada_w, &w->ada_b));
-
-    TRY(op_layernorm_mod_fwd(c, &a->h1, &a->stats1, x, &a->mod, SHIFT1 * D, SCALE1 * D));
-    TRY(attention_forward(d, layer));
-    TRY(op_gate_residual_fwd(c, &a->mid, x, &a->attn, &a->mod, GATE1 * D));
-
-    TRY(op_layernorm_mod_fwd(c, &a->h2, &a->stats2, &a->mid, &a->mod, SHIFT2 * D, SCALE2 * D));
-    TRY(config_is_moe(&d->config, layer) ? moe_forward(d, layer) : mlp_forward(d, layer));
-    return op_gate_residual_fwd(c, &d->x[layer + 1], &a->mid, &a->out, &a->mod, GATE2 * D);
+    struct tensor *x = &d->x[layer + 1];
+    const struct next_norm n = next_norm(d, layer);
+    const struct norm_columns at = {dit_column(d, layer, GATE2), n.shift, n.scale};
+    TRY(block_body(d, layer));
+    if (!config_is_moe(&d->config, layer))
+        return op_residual_norm_fwd(c, x, n.h, n.stats, NULL, &a->mid, &a->out, &d->mod, at, NULL);
+    const bool keep = d->options.train || !op_combine_norm_fuses(c, d->config.hidden);
+    return op_combine_norm_fwd(c, x, n.h, n.stats, keep ? &a->out : NULL, &a->mid, &a->y, &a->slot,
+                               &a->weight, shared_out(d, a), &d->mod, at);
 }
 
-// d x[layer+1] (in d->dx) -> d x[layer] (in d->dx); the residual's own gradient is dx itself.
+// The forward pass of a block whose activations were not kept, up to `out`.
+static int block_again(struct dit *d, int layer)
+{
+    struct block_act *a = dit_act(d, layer);
+    TRY(block_enter(d, layer));
+    TRY(block_body(d, layer));
+    if (!config_is_moe(&d->config, layer))
+        return 0;
+    return op_combine_fwd(&d->ctx, &a->out, &a->y, &a->slot, &a->weight, shared_out(d, a));
+}
+
+// ---- backward -----------------------------------------------------------------------------------
+
+int block_leave_backward(struct dit *d, int layer, struct tensor *dh, const struct tensor *y,
+                         const struct tensor *stats, int shift)
+{
+    // with recompute, `out` is not there yet: block_backward makes d out itself
+    const bool with_gate = layer >= 0 && !d->options.recompute;
+    struct tensor *out = with_gate ? &dit_act(d, layer)->out : NULL;
+    const struct norm_columns at = {with_gate ? dit_column(d, layer, GATE2) : 0, shift,
+                                    shift + d->config.hidden};
+    return op_norm_gate_bwd(&d->ctx, &d->dx, out, &d->dmod, dh, NULL, NULL, NULL, NULL, y, stats,
+                            out, &d->mod, at);
+}
+
+// d of the feed-forward half's input -> dx, d attn.
+static int middle_backward(struct dit *d, int layer)
+{
+    struct block_act *a = dit_act(d, layer);
+    struct block_grad *s = &d->grads[layer];
+    const bool moe = config_is_moe(&d->config, layer), rest = moe && d->config.shared > 0;
+    const struct norm_columns at = {dit_column(d, layer, GATE1), dit_column(d, layer, SHIFT2),
+                                    dit_column(d, layer, SCALE2)};
+    return op_norm_gate_bwd(&d->ctx, &d->dx, &a->attn, &d->dmod, &s->dh, moe ? &a->y : NULL,
+                            moe ? &a->slot : NULL, rest ? &s->dlogits : NULL,
+                            rest ? &d->w.blocks[layer].gate_w : NULL, &a->mid, &a->stats2, &a->attn,
+                            &d->mod, at);
+}
+
 int block_backward(struct dit *d, int layer)
 {
     struct context *c = &d->ctx;
     struct block_act *a = dit_act(d, layer);
     struct block_grad *s = &d->grads[layer];
-    struct block_weights *g = &d->g.blocks[layer];
-    const int D = d->config.hidden;
-    if (d->options.recompute)
-        TRY(block_forward(d, layer));
-
-    TRY(op_gate_residual_bwd(c, &a->out, &s->dmod, &d->dx, &a->out, &a->mod, GATE2 * D));
+    if (d->options.recompute) {
+        TRY(block_again(d, layer));
+        TRY(op_gate_residual_bwd(c, &a->out, &d->dmod, &d->dx, &a->out, &d->mod,
+                                 dit_column(d, layer, GATE2)));
+    }
+    if (d->lean)
+        TRY(op_layernorm_mod_fwd(c, &s->h2, &a->stats2, &a->mid, &d->mod,
+                                 dit_column(d, layer, SHIFT2), dit_column(d, layer, SCALE2)));
     TRY(config_is_moe(&d->config, layer) ? moe_backward(d, layer) : mlp_backward(d, layer));
-    TRY(op_layernorm_mod_bwd(c, &d->dx, &s->dmod, &s->dh, &a->mid, &a->stats2, &a->mod, SHIFT2 * D,
-                             SCALE2 * D));
-
-    TRY(op_gate_residual_bwd(c, &a->attn, &s->dmod, &d->dx, &a->attn, &a->mod, GATE1 * D));
+    TRY(middle_backward(d, layer));
     TRY(attention_backward(d, layer));
-    TRY(op_layernorm_mod_bwd(c, &d->dx, &s->dmod, &s->dh, &d->x[layer], &a->stats1, &a->mod,
-                             SHIFT1 * D, SCALE1 * D));
-
-    TRY(op_linear_dw(c, &g->ada_w, &g->ada_b, &s->dmod, &d->embed.cs));
-    return op_linear_dx(c, &d->embed.dcs, &s->dmod, &d->w.blocks[layer].ada_w, true);
+    return block_leave_backward(d, layer - 1, &s->dh, &d->x[layer], &a->stats1,
+                                dit_column(d, layer, SHIFT1));
 }

@@ -34,6 +34,9 @@ struct config {
 
 enum { TIMESTEP_FEATURES = 256, MLP_RATIO = 4 };
 
+// The adaLN modulations of a block, in the order of their D columns each: of the attention, of the MoE.
+enum modulation { SHIFT1, SCALE1, GATE1, SHIFT2, SCALE2, GATE2, MODULATIONS };
+
 static inline int config_tokens(const struct config *c)
 {
     return (c->size / c->patch) * (c->size / c->patch);
@@ -45,6 +48,10 @@ static inline int config_out_channels(const struct config *c)
 static inline int config_label_rows(const struct config *c) // the null class is the last row
 {
     return c->classes + (c->class_dropout > 0);
+}
+static inline int config_modulations(const struct config *c) // columns: every block's, then the head's
+{
+    return (MODULATIONS * c->layers + 2) * c->hidden;
 }
 bool config_is_moe(const struct config *c, int layer);
 

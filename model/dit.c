@@ -50,9 +50,10 @@ static int plan_inputs(struct dit *d)
 {
     const struct config *c = &d->config;
     const int64_t N = d->options.batch, S = c->size, Co = config_out_channels(c);
+    const int64_t conditions = N * (d->options.ahead ? d->options.ahead : 1);
     TRY(PLAN_TENSOR(d->plan, "input", PLAN_INPUT, F32, 0, PLAN_FOREVER, &d->input, N, c->channels, S, S));
-    TRY(PLAN_TENSOR(d->plan, "t", PLAN_INPUT, F32, 0, PLAN_FOREVER, &d->t, N));
-    TRY(PLAN_TENSOR(d->plan, "labels", PLAN_INPUT, I32, 0, PLAN_FOREVER, &d->labels, N));
+    TRY(PLAN_TENSOR(d->plan, "t", PLAN_INPUT, F32, 0, PLAN_FOREVER, &d->t, conditions));
+    TRY(PLAN_TENSOR(d->plan, "labels", PLAN_INPUT, I32, 0, PLAN_FOREVER, &d->labels, conditions));
     TRY(PLAN_TENSOR(d->plan, "output", PLAN_INPUT, F32, 0, PLAN_FOREVER, &d->output, N, Co, S, S));
     if (!d->options.train)
         return 0;
@@ -90,6 +91,7 @@ static int plan_model(struct dit *d)
         TRY(block_plan(d, l));
     TRY(final_plan(d));
     d->ctx.dry = true; // operations check shapes and ask for scratch
+    TRY(condition_forward(d));
     TRY(dit_forward(d));
     return d->options.train ? dit_backward(d) : 0;
 }
@@ -100,7 +102,7 @@ int dit_new(struct device *dev, struct stream *stream, const struct config *c,
     TRY(config_check(c));
     if (options->batch < 1)
         return fail(ERR_INPUT, "batch %d: must be 1 or more", options->batch);
-    BUG_IF(options->pack && options->train);
+    BUG_IF((options->pack || options->ahead) && options->train);
     struct dit *d = calloc(1, sizeof *d);
     if (!d)
         return fail(ERR_NOMEM, "no host memory for a model");
@@ -109,6 +111,7 @@ int dit_new(struct device *dev, struct stream *stream, const struct config *c,
     d->ctx.dev = dev;
     d->ctx.stream = stream;
     d->balance_scale = 1;
+    d->lean = options->train && !options->recompute && !dev->cpu_forms;
     const size_t L = (size_t)c->layers;
     d->x = calloc(L + 1, sizeof *d->x);
     d->acts = calloc(L, sizeof *d->acts);
@@ -178,7 +181,7 @@ int dit_zero_gradients(struct dit *d)
 {
     for (int i = 0; i < d->params.count; i++) {
         const struct param *p = &d->params.list[i];
-        if (!p->frozen && !is_product(p))
+        if (!p->frozen && !is_product(p) && p->start == 0) // once a tensor
             TRY(tensor_zero(&d->ctx, param_tensor(&d->g, p)));
     }
     d->ctx.fresh_gradients = true;
@@ -223,10 +226,27 @@ int dit_init(struct dit *d, uint64_t seed)
 
 int dit_forward(struct dit *d)
 {
+    if (!d->options.ahead)
+        TRY(condition_forward(d));
     TRY(embed_forward(d));
+    TRY(block_enter(d, 0));
     for (int l = 0; l < d->config.layers; l++)
         TRY(block_forward(d, l));
     return final_forward(d);
+}
+
+int dit_condition(struct dit *d)
+{
+    BUG_IF(!d->options.ahead);
+    return condition_forward(d);
+}
+
+int dit_use_step(struct dit *d, int at)
+{
+    const size_t bytes = tensor_bytes(&d->mod);
+    BUG_IF(at < 0 || at >= d->options.ahead);
+    return d->ctx.dev->api->copy(d->ctx.stream, d->mod.mem, 0, d->embed.mods.mem,
+                                 (size_t)at * bytes, bytes);
 }
 
 int dit_backward(struct dit *d)

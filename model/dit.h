@@ -14,7 +14,6 @@
 
 // What a block remembers between its forward and its backward. M = N*T, R = M*K.
 struct block_act {
-    struct tensor mod;                              // [N,6D]
     struct tensor stats1, h1, qkv, qk, qk_stats;    // LN1, its output [M,D], [M,3D], after q/k norm
     struct tensor lse, o, attn, mid;                // [N,H,T], [M,D], [M,D], [M,D] after attention
     struct tensor stats2, h2;                       // LN2 and its output [M,D]
@@ -26,7 +25,9 @@ struct block_act {
     struct tensor out;                              // [M,D] of the MoE or MLP
 };
 // The backward pass writes gradients over what is no longer needed: d attn over attn, d out over out,
-// d gu over gu, d rows over y. So one forward serves one backward.
+// d gu over gu, d rows over y. So one forward serves one backward. What one cheap operation makes
+// again from what is kept anyway (h1, h2, rows, and hidden where the device's products do it beside
+// their work) is not kept for the backward pass on devices whose memory is short (struct dit: lean).
 
 // Kept per layer even when the block is recomputed: what logs and the parity door read.
 struct block_route {
@@ -37,7 +38,8 @@ struct block_route {
 
 // Scratch of a block's backward pass (lifetimes end with it, so blocks share the bytes).
 struct block_grad {
-    struct tensor dmod, dh;                 // [N,6D] [M,D]
+    struct tensor dh;                       // [M,D]
+    struct tensor h1, h2, rows, hidden, shared_hidden; // made again (lean)
     struct tensor dqkv, delta;              // [M,3D] [N,H,T]
     struct tensor dhidden, dshared_hidden;  // [R,F] [M,Fs]
     struct tensor dweight, dlogits;         // [M,K] [M,E]
@@ -49,11 +51,13 @@ struct embed_act {
     struct tensor features, t0, ts;   // [N,256] [N,D] [N,D]
     struct tensor cond, cs;           // [N,D] conditioning and its SiLU
     struct tensor dcs, dts;           // [N,D] gradients
+    // In sampling these hold the rows of several steps, and so do:
+    struct tensor mods;               // [N,W] modulations of all layers
 };
 
 struct final_act {
-    struct tensor mod, stats, h, patches; // [N,2D] [M,2] [M,D] [M,p*p*Co]
-    struct tensor dmod, dh, dpatches;
+    struct tensor stats, h, patches; // [M,2] [M,D] [M,p*p*Co]
+    struct tensor dh;
 };
 
 struct dit_options {
@@ -62,6 +66,8 @@ struct dit_options {
     bool optimiser; // Adam moments
     bool ema;
     bool pack;      // not with train: keep packed copies of weights, where there is memory for them
+    int ahead;      // not with train: conditioning is computed for this many steps at once (0: for
+                    // each forward pass by itself); see dit_condition
     bool recompute; // keep only each block's input; run its forward again in the backward pass
     uint64_t limit; // bytes of device memory to plan with; 0: what the device has
 };
@@ -74,10 +80,14 @@ struct dit {
     struct plan *plan;
     struct weights w, g, m, v, ema;
 
-    struct tensor input, t, labels; // [N,C,H,W] f32, [N] f32, [N] int32
+    bool lean; // keep less for the backward pass
+
+    // t and labels: [N] f32, int32; with `ahead` the rows of every step, one after the other
+    struct tensor input, t, labels; // input [N,C,H,W] f32
     struct tensor output, doutput;  // [N,Co,H,W] f32
 
     struct embed_act embed;
+    struct tensor mod, dmod;     // [N,W] modulations of this pass (struct weights: ada_w)
     struct tensor *x;            // [L+1] residual stream [M,D] before each block, and after the last
     struct tensor dx;            // [M,D]
     float balance_scale;         // on the balance loss's gradient: 1 / micro-batches a step
@@ -100,8 +110,11 @@ void dit_free(struct dit *d);
 int dit_init(struct dit *d, uint64_t seed); // weights (and EMA = weights, moments = 0) as published
 int dit_copy_ema(struct dit *d);            // EMA = weights
 
-// input, t, labels -> output.
+// input, t, labels -> output. With options.ahead: input and the modulations of dit_use_step -> output.
 int dit_forward(struct dit *d);
+// With options.ahead: t, labels -> modulations of `ahead` steps; and those of step `at` for what follows.
+int dit_condition(struct dit *d);
+int dit_use_step(struct dit *d, int at);
 // doutput -> gradients, added to d->g. After a dit_forward with the same input.
 int dit_backward(struct dit *d);
 // Before the first dit_backward of a step: gradients start from zero. Those of weight matrices are not
@@ -117,20 +130,32 @@ int dit_read_balance(struct dit *d, int layer, double *loss);
 // ---- layers (each in its own file) -------------------------------------------------------------------
 
 int embed_plan(struct dit *d);
-int embed_forward(struct dit *d);
-int embed_backward(struct dit *d);
+int embed_forward(struct dit *d);     // input -> x[0]
+int condition_forward(struct dit *d); // t, labels -> embed.mods
+int embed_backward(struct dit *d);    // dx, dmod -> gradients
 
+// Blocks meet at a residual sum followed by the next LayerNorm, which are one operation: so a block
+// begins at its h1 and ends at the next block's h1 (the last: at the head's h); backward, it begins at
+// d out and ends at the d out of the block below. `h1` of the first block is block_enter's.
 int block_plan(struct dit *d, int layer);
-int block_forward(struct dit *d, int layer);
-int block_backward(struct dit *d, int layer);
+int block_enter(struct dit *d, int layer);    // x[layer] -> h1
+int block_forward(struct dit *d, int layer);  // h1 -> x[layer+1], the next h1
+int block_backward(struct dit *d, int layer); // dx, out (now d out) -> dx, d out of layer-1
+// dx, d of the LayerNorm that follows block `layer` -> dx, d out (the residual step in reverse): from
+// dh with y, stats of that LayerNorm and its shift in column `shift` (scale next to it).
+int block_leave_backward(struct dit *d, int layer, struct tensor *dh, const struct tensor *y,
+                         const struct tensor *stats, int shift);
 
 int attention_forward(struct dit *d, int layer);  // h1 -> attn
 int attention_backward(struct dit *d, int layer); // attn (now d attn) -> grad.dh (d h1)
 
-int moe_forward(struct dit *d, int layer);  // h2 -> out
-int moe_backward(struct dit *d, int layer); // out (now d out) -> grad.dh (d h2)
-int mlp_forward(struct dit *d, int layer);  // the same for a plain block
-int mlp_backward(struct dit *d, int layer);
+// The experts' rows stay apart (y, shared): what follows combines them. In reverse, too: grad.dh is
+// the shared expert's part of d h2, y and grad.dlogits hold the rest (dh alone where there is no
+// shared expert: with the router's part).
+int moe_forward(struct dit *d, int layer);  // h2 -> y, shared; router.logits is there already
+int moe_backward(struct dit *d, int layer); // out (now d out) -> grad.dh, y, grad.dlogits
+int mlp_forward(struct dit *d, int layer);  // h2 -> out of a plain block
+int mlp_backward(struct dit *d, int layer); // out (now d out) -> grad.dh (d h2)
 
 // Declares packed copies of the weights (packed.c), if the plan, laid out before, has room for them.
 int packed_plan(struct dit *d);
@@ -157,6 +182,12 @@ int plan_activation(struct dit *d, int layer, const char *name, enum dtype type,
     TRY(plan_activation(d, layer, name, type, from, to, back, t,                                   \
                         (int)(sizeof((int64_t[]){__VA_ARGS__}) / sizeof(int64_t)),                 \
                         (int64_t[]){__VA_ARGS__}))
+
+// The first of the D columns of a modulation of block `layer`; SHIFT1 of block L is the head's.
+static inline int dit_column(const struct dit *d, int layer, enum modulation which)
+{
+    return (layer * MODULATIONS + (int)which) * d->config.hidden;
+}
 
 static inline struct block_act *dit_act(struct dit *d, int layer)
 {

@@ -1,6 +1,28 @@
 // Patch, timestep and label embedding; and c, the conditioning that every block's adaLN reads.
 //   x[0] = patches W^T + b + pos          cond = MLP(sincos(t)) + labels[y]         cs = silu(cond)
+//   mods = cs W^T + b: the modulations of all layers, one product. They depend on t and y alone, so a
+//   sampler computes those of several steps at once (dit_options.ahead).
 #include "model/dit.h"
+
+static int plan_condition(struct dit *d)
+{
+    struct embed_act *a = &d->embed;
+    const struct config *c = &d->config;
+    const enum dtype act = d->ctx.dev->act;
+    const int64_t N = d->options.batch, D = c->hidden, W = config_modulations(c);
+    const int64_t rows = N * (d->options.ahead ? d->options.ahead : 1);
+    const int end = PHASES - 1; // what backward reads lives to its end
+    ACTIVATION(d, -1, "embed.features", act, 0, 0, end, &a->features, rows, TIMESTEP_FEATURES);
+    ACTIVATION(d, -1, "embed.t0", act, 0, 1, end, &a->t0, rows, D);
+    ACTIVATION(d, -1, "embed.ts", act, 1, 2, end, &a->ts, rows, D);
+    ACTIVATION(d, -1, "embed.cond", act, 2, 3, end, &a->cond, rows, D);
+    ACTIVATION(d, -1, "embed.cs", act, 2, 3, end, &a->cs, rows, D);
+    TRY(PLAN_TENSOR(d->plan, "embed.mods", PLAN_ACTIVATIONS, act, 0, PLAN_FOREVER, &a->mods, rows,
+                    W));
+    if (d->options.ahead)
+        return PLAN_TENSOR(d->plan, "mod", PLAN_ACTIVATIONS, act, 0, PLAN_FOREVER, &d->mod, N, W);
+    return plan_view(d->plan, &a->mods, 0, &d->mod, 2, (int64_t[]){N, W});
+}
 
 int embed_plan(struct dit *d)
 {
@@ -8,21 +30,17 @@ int embed_plan(struct dit *d)
     const struct config *c = &d->config;
     const enum dtype act = d->ctx.dev->act;
     const int64_t N = d->options.batch, D = c->hidden, M = N * config_tokens(c);
-    const int end = PHASES - 1; // every embedding tensor that backward reads lives to its end
-    ACTIVATION(d, -1, "embed.patches", act, 0, 0, end, &a->patches, M,
+    const int first = time_backward(d, c->layers, 0), from = time_backward(d, -1, 0);
+    const int end = time_backward(d, -1, PHASES - 1);
+    ACTIVATION(d, -1, "embed.patches", act, 0, 0, PHASES - 1, &a->patches, M,
                (int64_t)c->channels * c->patch * c->patch);
-    ACTIVATION(d, -1, "embed.features", act, 0, 0, end, &a->features, N, TIMESTEP_FEATURES);
-    ACTIVATION(d, -1, "embed.t0", act, 0, 1, end, &a->t0, N, D);
-    ACTIVATION(d, -1, "embed.ts", act, 1, 2, end, &a->ts, N, D);
-    ACTIVATION(d, -1, "embed.cond", act, 2, 3, end, &a->cond, N, D);
-    // read by every block
-    TRY(PLAN_TENSOR(d->plan, "embed.cs", PLAN_ACTIVATIONS, act, 0, PLAN_FOREVER, &a->cs, N, D));
+    TRY(plan_condition(d));
     if (!d->options.train)
         return 0;
-    TRY(PLAN_TENSOR(d->plan, "embed.dcs", PLAN_ACTIVATIONS, act, time_backward(d, c->layers, 0),
-                    time_backward(d, -1, end), &a->dcs, N, D));
-    return PLAN_TENSOR(d->plan, "embed.dts", PLAN_ACTIVATIONS, act, time_backward(d, -1, 0),
-                       time_backward(d, -1, end), &a->dts, N, D);
+    TRY(PLAN_TENSOR(d->plan, "dmod", PLAN_ACTIVATIONS, act, first, end, &d->dmod, N,
+                    config_modulations(c)));
+    TRY(PLAN_TENSOR(d->plan, "embed.dcs", PLAN_ACTIVATIONS, act, from, end, &a->dcs, N, D));
+    return PLAN_TENSOR(d->plan, "embed.dts", PLAN_ACTIVATIONS, act, from, end, &a->dts, N, D);
 }
 
 int embed_forward(struct dit *d)
@@ -31,27 +49,39 @@ int embed_forward(struct dit *d)
     struct embed_act *a = &d->embed;
     TRY(op_patchify(c, &a->patches, &d->input, d->config.patch, PATCH_CPQ));
     TRY(op_linear(c, &d->x[0], &a->patches, &d->w.patch_w, &d->w.patch_b));
-    TRY(op_add_pos(c, &d->x[0], &d->w.pos));
+    return op_add_pos(c, &d->x[0], &d->w.pos);
+}
 
+int condition_forward(struct dit *d)
+{
+    struct context *c = &d->ctx;
+    struct embed_act *a = &d->embed;
     TRY(op_timestep_embed(c, &a->features, &d->t));
     TRY(op_linear(c, &a->t0, &a->features, &d->w.t0_w, &d->w.t0_b));
     TRY(op_silu_fwd(c, &a->ts, &a->t0));
     TRY(op_linear(c, &a->cond, &a->ts, &d->w.t2_w, &d->w.t2_b));
     TRY(op_embed_fwd(c, &a->cond, &d->w.labels, &d->labels));
-    return op_silu_fwd(c, &a->cs, &a->cond);
+    TRY(op_silu_fwd(c, &a->cs, &a->cond));
+    return op_linear(c, &a->mods, &a->cs, &d->w.ada_w, &d->w.ada_b);
 }
 
-int embed_backward(struct dit *d)
+static int condition_backward(struct dit *d)
 {
     struct context *c = &d->ctx;
     struct embed_act *a = &d->embed;
-    TRY(op_linear_dw(c, &d->g.patch_w, &d->g.patch_b, &d->dx, &a->patches));
-
     struct tensor *dcond = &a->dcs; // in place
+    TRY(op_linear_dw(c, &d->g.ada_w, &d->g.ada_b, &d->dmod, &a->cs));
+    TRY(op_linear_dx(c, &a->dcs, &d->dmod, &d->w.ada_w, false));
     TRY(op_silu_bwd(c, dcond, &a->dcs, &a->cond));
     TRY(op_embed_bwd(c, &d->g.labels, dcond, &d->labels));
     TRY(op_linear_dw(c, &d->g.t2_w, &d->g.t2_b, dcond, &a->ts));
     TRY(op_linear_dx(c, &a->dts, dcond, &d->w.t2_w, false));
     TRY(op_silu_bwd(c, &a->dts, &a->dts, &a->t0));
     return op_linear_dw(c, &d->g.t0_w, &d->g.t0_b, &a->dts, &a->features);
+}
+
+int embed_backward(struct dit *d)
+{
+    TRY(op_linear_dw(&d->ctx, &d->g.patch_w, &d->g.patch_b, &d->dx, &d->embed.patches));
+    return condition_backward(d);
 }

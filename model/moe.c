@@ -8,7 +8,6 @@ static int router_forward(struct dit *d, int layer)
     struct context *c = &d->ctx;
     struct block_act *a = dit_act(d, layer);
     struct block_route *r = &d->routes[layer];
-    TRY(op_linear(c, &a->logits, &a->h2, &d->w.blocks[layer].gate_w, NULL));
     TRY(op_router_fwd(c, &a->probs, &a->weight, &r->index, &a->logits, d->config.renormalise));
     TRY(op_route(c, &r->offsets, &a->slot, &a->token, &r->index));
     if (!d->options.train)
@@ -37,14 +36,18 @@ int moe_forward(struct dit *d, int layer)
     struct block_act *a = dit_act(d, layer);
     const struct block_weights *w = &d->w.blocks[layer];
     const struct tensor *offsets = &d->routes[layer].offsets;
-    const bool shared = d->config.shared > 0;
     TRY(router_forward(d, layer));
-    if (shared)
+    if (d->config.shared > 0)
         TRY(shared_forward(d, layer));
     TRY(op_dispatch_fwd(c, &a->rows, &a->h2, &a->token));
     TRY(op_experts_swiglu(c, &a->hidden, if_planned(&a->gu), &a->rows, &w->experts_gu, offsets));
-    TRY(op_experts(c, &a->y, &a->hidden, &w->experts_down, offsets));
-    return op_combine_fwd(c, &a->out, &a->y, &a->slot, &a->weight, shared ? &a->shared : NULL);
+    return op_experts(c, &a->y, &a->hidden, &w->experts_down, offsets);
+}
+
+// What the backward pass reads of the forward's: kept, or made again.
+static struct tensor *kept(struct tensor *in_forward, struct tensor *again)
+{
+    return again->ndim ? again : in_forward;
 }
 
 // d y (in a->y) -> gradients of the experts; a->y becomes d rows.
@@ -56,9 +59,13 @@ static int experts_backward(struct dit *d, int layer)
     struct block_weights *g = &d->g.blocks[layer];
     const struct block_weights *w = &d->w.blocks[layer];
     const struct tensor *offsets = &d->routes[layer].offsets;
-    TRY(op_experts_dw(c, &g->experts_down, &a->y, &a->hidden, offsets));
-    TRY(op_experts_swiglu_dx(c, &a->gu, if_planned(&s->dhidden), &a->y, &w->experts_down, offsets));
-    TRY(op_experts_dw(c, &g->experts_gu, &a->gu, &a->rows, offsets));
+    struct tensor *hidden = kept(&a->hidden, &s->hidden), *rows = kept(&a->rows, &s->rows);
+    TRY(op_experts_swiglu_dx(c, &a->gu, if_planned(&s->dhidden), if_planned(&s->hidden), &a->y,
+                             &w->experts_down, offsets));
+    TRY(op_experts_dw(c, &g->experts_down, &a->y, hidden, offsets));
+    if (d->lean)
+        TRY(op_dispatch_fwd(c, rows, &s->h2, &a->token));
+    TRY(op_experts_dw(c, &g->experts_gu, &a->gu, rows, offsets));
     return op_experts_dx(c, &a->y, &a->gu, &w->experts_gu, offsets);
 }
 
@@ -70,10 +77,11 @@ static int shared_backward(struct dit *d, int layer)
     struct block_grad *s = &d->grads[layer];
     struct block_weights *g = &d->g.blocks[layer];
     const struct block_weights *w = &d->w.blocks[layer];
-    TRY(op_linear_dw(c, &g->shared_down, NULL, &a->out, &a->shared_hidden));
-    TRY(op_linear_swiglu_dx(c, &a->shared_gu, if_planned(&s->dshared_hidden), &a->out,
-                            &w->shared_down));
-    TRY(op_linear_dw(c, &g->shared_gu, NULL, &a->shared_gu, &a->h2));
+    TRY(op_linear_swiglu_dx(c, &a->shared_gu, if_planned(&s->dshared_hidden),
+                            if_planned(&s->shared_hidden), &a->out, &w->shared_down));
+    TRY(op_linear_dw(c, &g->shared_down, NULL, &a->out,
+                     kept(&a->shared_hidden, &s->shared_hidden)));
+    TRY(op_linear_dw(c, &g->shared_gu, NULL, &a->shared_gu, kept(&a->h2, &s->h2)));
     return op_linear_dx(c, &s->dh, &a->shared_gu, &w->shared_gu, false);
 }
 
@@ -91,9 +99,8 @@ int moe_backward(struct dit *d, int layer)
     // the router's gradient comes from the gate weights and from the balance loss
     TRY(op_router_bwd(c, &s->dlogits, &s->dweight, &a->probs, &r->index, &r->fraction,
                       d->config.balance * d->balance_scale, d->config.renormalise));
-    TRY(op_linear_dw(c, &d->g.blocks[layer].gate_w, NULL, &s->dlogits, &a->h2));
-    TRY(op_linear_dx(c, &s->dh, &s->dlogits, &d->w.blocks[layer].gate_w, shared));
-    return op_dispatch_bwd(c, &s->dh, &a->y, &a->slot);
+    TRY(op_router_dw(c, &d->g.blocks[layer].gate_w, &s->dlogits, kept(&a->h2, &s->h2)));
+    return shared ? 0 : op_linear_dx(c, &s->dh, &s->dlogits, &d->w.blocks[layer].gate_w, false);
 }
 
 int mlp_forward(struct dit *d, int layer)
@@ -116,6 +123,6 @@ int mlp_backward(struct dit *d, int layer)
     TRY(op_linear_dw(c, &g->fc2_w, &g->fc2_b, &a->out, &a->act));
     TRY(op_linear_dx(c, &s->dact, &a->out, &w->fc2_w, false));
     TRY(op_gelu_bwd(c, &s->dact, &s->dact, &a->fc1));
-    TRY(op_linear_dw(c, &g->fc1_w, &g->fc1_b, &s->dact, &a->h2));
+    TRY(op_linear_dw(c, &g->fc1_w, &g->fc1_b, &s->dact, kept(&a->h2, &s->h2)));
     return op_linear_dx(c, &s->dh, &s->dact, &w->fc1_w, false);
 }

@@ -10,12 +10,12 @@ typedef int (*weight_visitor)(struct dit *d, struct tensor *w, void *user);
 static int visit_weights(struct dit *d, weight_visitor visit, void *user)
 {
     struct weights *w = &d->w;
-    struct tensor *outer[] = {&w->patch_w, &w->t0_w, &w->t2_w, &w->final_ada_w, &w->final_w};
+    struct tensor *outer[] = {&w->patch_w, &w->t0_w, &w->t2_w, &w->ada_w, &w->final_w};
     for (size_t i = 0; i < sizeof outer / sizeof *outer; i++)
         TRY(visit(d, outer[i], user));
     for (int l = 0; l < d->config.layers; l++) {
         struct block_weights *b = &w->blocks[l];
-        struct tensor *inner[] = {&b->ada_w,      &b->qkv_w,     &b->proj_w,      &b->gate_w,
+        struct tensor *inner[] = {&b->qkv_w,     &b->proj_w,      &b->gate_w,
                                   &b->experts_gu, &b->shared_gu, &b->shared_down, &b->experts_down,
                                   &b->fc1_w,      &b->fc2_w};
         for (size_t i = 0; i < sizeof inner / sizeof *inner; i++)

@@ -86,8 +86,21 @@ static void add_head(struct builder *b)
     const int64_t D = c->hidden, out = (int64_t)c->patch * c->patch * config_out_channels(c);
     ADD(b, final_w, INIT_ZERO, "final_layer.linear.weight", out, D);
     ADD(b, final_b, INIT_ZERO, "final_layer.linear.bias", out);
-    ADD(b, final_ada_w, INIT_ZERO, "final_layer.adaLN_modulation.1.weight", 2 * D, D);
-    ADD(b, final_ada_b, INIT_ZERO, "final_layer.adaLN_modulation.1.bias", 2 * D);
+}
+
+// The modulations of the blocks and of the head, one below the other; `columns` 0: their biases.
+static void add_modulations(struct builder *b, size_t member, const char *suffix, int64_t columns)
+{
+    const int L = b->config->layers, ndim = columns ? 2 : 1;
+    const int64_t D = b->config->hidden;
+    char name[72];
+    add_group(b, -1, member, false, ndim, config_modulations(b->config), columns ? columns : 1, 1);
+    for (int l = 0; l < L; l++) {
+        snprintf(name, sizeof name, "blocks.%d.adaLN_modulation.1.%s", l, suffix);
+        add_param(b, -1, member, name, INIT_ZERO, ndim, (int64_t[]){MODULATIONS * D, columns});
+    }
+    snprintf(name, sizeof name, "final_layer.adaLN_modulation.1.%s", suffix);
+    add_param(b, -1, member, name, INIT_ZERO, ndim, (int64_t[]){2 * D, columns});
 }
 
 // Parameter `suffix` of block l: one [rows, columns] matrix, or a vector when columns is 0.
@@ -167,8 +180,6 @@ static void add_block(struct builder *b, int l)
         BLOCK(b, l, fc2_w, INIT_XAVIER, "mlp.fc2.weight", D, F);
         BLOCK(b, l, fc2_b, INIT_ZERO, "mlp.fc2.bias", D, 0);
     }
-    BLOCK(b, l, ada_w, INIT_ZERO, "adaLN_modulation.1.weight", 6 * D, D);
-    BLOCK(b, l, ada_b, INIT_ZERO, "adaLN_modulation.1.bias", 6 * D, 0);
 }
 
 static void walk(struct builder *b)
@@ -177,6 +188,8 @@ static void walk(struct builder *b)
     for (int l = 0; l < b->config->layers; l++)
         add_block(b, l);
     add_head(b);
+    add_modulations(b, offsetof(struct weights, ada_w), "weight", b->config->hidden);
+    add_modulations(b, offsetof(struct weights, ada_b), "bias", 0);
 }
 
 int params_new(const struct config *c, struct params *out)

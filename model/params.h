@@ -11,7 +11,6 @@
 #include "runtime/plan.h"
 
 struct block_weights {
-    struct tensor ada_w, ada_b;                   // [6D,D] [6D]: shift, scale, gate for attention; for MoE
     struct tensor qkv_w, qkv_b, proj_w, proj_b;   // [3D,D] [3D] [D,D] [D]
     struct tensor q_norm_w, q_norm_b, k_norm_w, k_norm_b; // [D/H] each, with qk_norm
     struct tensor gate_w;                         // [E,D] router
@@ -25,7 +24,9 @@ struct weights {
     struct tensor patch_w, patch_b;               // [D,C*p*p] [D]
     struct tensor t0_w, t0_b, t2_w, t2_b;         // [D,256] [D] [D,D] [D]
     struct tensor labels;                         // [classes+1,D]
-    struct tensor final_ada_w, final_ada_b;       // [2D,D] [2D]: shift, scale
+    // All adaLN modulations, one product: W = (6L+2)D rows, for each block shift, scale, gate of the
+    // attention, then of the MoE; then shift and scale of the head.
+    struct tensor ada_w, ada_b;                   // [W,D] [W]
     struct tensor final_w, final_b;               // [p*p*Co,D] [p*p*Co]
     struct block_weights *blocks;                 // [L]
 };

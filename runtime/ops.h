@@ -42,13 +42,16 @@ int op_experts_dw(struct context *c, struct tensor *dw, const struct tensor *dy,
 // for dh[M,F] in the second, which leaves it alone: either may be NULL there. Elsewhere both are
 // written. All ACT.
 bool op_swiglu_fuses(const struct context *c, int64_t columns);
+// Whether the backward products below can write h[M,F] again beside their work; `h` is NULL elsewhere
+// and where it is not wanted.
+bool op_swiglu_rebuilds(const struct context *c, int64_t columns);
 int op_linear_swiglu(struct context *c, struct tensor *h, struct tensor *gu, const struct tensor *x,
                      const struct tensor *w);
-int op_linear_swiglu_dx(struct context *c, struct tensor *gu, struct tensor *dh,
+int op_linear_swiglu_dx(struct context *c, struct tensor *gu, struct tensor *dh, struct tensor *h,
                         const struct tensor *dy, const struct tensor *w);
 int op_experts_swiglu(struct context *c, struct tensor *h, struct tensor *gu,
                       const struct tensor *x, const struct tensor *w, const struct tensor *offsets);
-int op_experts_swiglu_dx(struct context *c, struct tensor *gu, struct tensor *dh,
+int op_experts_swiglu_dx(struct context *c, struct tensor *gu, struct tensor *dh, struct tensor *h,
                          const struct tensor *dy, const struct tensor *w,
                          const struct tensor *offsets);
 

@@ -24,15 +24,45 @@ static int multiply(struct context *c, struct gemm *g)
     return c->profile ? profile_end_gemm(c->profile, g) : 0;
 }
 
-// The product of g, whose B is the weight w: with w's packed copy where there is one.
+// A weight's bf16 copy stands for the weight in every product.
+static bool has_half(const struct tensor *w)
+{
+    return w->packed && w->packed->copy.dtype == BF16;
+}
+
+static int use_half(struct context *c, struct gemm *g, const struct tensor *w)
+{
+    struct packed *half = w->packed;
+    if (!half->fresh && !c->dry) {
+        TRY(op_round(c, &half->copy, w));
+        half->fresh = true;
+    }
+    g->b = half->copy.mem;
+    g->type_b = BF16;
+    return 0;
+}
+
+// The product of g, whose B is the weight w, transposed: with w's copy where there is one.
 static int multiply_weight(struct context *c, struct gemm *g, const struct tensor *w)
 {
+    if (has_half(w)) {
+        TRY(use_half(c, g, w));
+        return multiply(c, g);
+    }
     if (!w->packed || c->dry)
         return multiply(c, g);
     g->packed = w->packed->copy.mem;
     if (!w->packed->fresh)
         TRY(c->dev->api->gemm_pack(c->stream, g));
     w->packed->fresh = true;
+    return multiply(c, g);
+}
+
+// The same where B is w as it is stored, as in the backward pass: panels do not serve there.
+static int multiply_back(struct context *c, struct gemm *g, const struct tensor *w)
+{
+    if (has_half(w))
+        TRY(use_half(c, g, w));
     return multiply(c, g);
 }
 
@@ -99,7 +129,7 @@ int op_linear_dx(struct context *c, struct tensor *dx, const struct tensor *dy,
 {
     struct gemm g = linear_dx(dx, dy, w);
     g.accumulate = accumulate;
-    return multiply(c, &g);
+    return multiply_back(c, &g, w);
 }
 
 // out[n] += sum over the rows of a[m,n]: parts of `rows` rows each, then the parts in order.
@@ -179,7 +209,7 @@ int op_experts_dx(struct context *c, struct tensor *dx, const struct tensor *dy,
                   const struct tensor *w, const struct tensor *offsets)
 {
     struct gemm g = experts_dx(dx, dy, w, offsets);
-    return multiply(c, &g);
+    return multiply_back(c, &g, w);
 }
 
 int op_experts_dw(struct context *c, struct tensor *dw, const struct tensor *dy,
@@ -206,6 +236,11 @@ bool op_swiglu_fuses(const struct context *c, int64_t columns)
     return c->dev->swiglu_columns > 0 && columns % c->dev->swiglu_columns == 0;
 }
 
+bool op_swiglu_rebuilds(const struct context *c, int64_t columns)
+{
+    return c->dev->rebuilds_hidden && op_swiglu_fuses(c, columns);
+}
+
 // The tensor [rows, columns] without memory: shapes are checked against it.
 static struct tensor matrix(const struct context *c, int64_t rows, int64_t columns)
 {
@@ -228,17 +263,20 @@ static int swiglu_fwd(struct context *c, struct tensor *h, struct tensor *gu, st
 }
 
 // g: the product dh = dy w, whose C is not set.
-static int swiglu_bwd(struct context *c, struct tensor *gu, struct tensor *dh, struct gemm *g)
+static int swiglu_bwd(struct context *c, struct tensor *gu, struct tensor *dh, struct tensor *h,
+                      struct gemm *g, const struct tensor *w)
 {
     BUG_IF(!has_shape2(gu, g->m, 2 * g->n) || !is_act(c, gu));
+    BUG_IF(h && (!op_swiglu_rebuilds(c, g->n) || !has_shape2(h, g->m, g->n) || !is_act(c, h)));
     if (op_swiglu_fuses(c, g->n)) {
         g->swiglu = SWIGLU_BACKWARD;
         g->c = gu->mem;
-        return multiply(c, g);
+        g->h = h ? h->mem : NULL;
+        return multiply_back(c, g, w);
     }
     BUG_IF(!dh || !has_shape2(dh, g->m, g->n) || !is_act(c, dh));
     g->c = dh->mem;
-    TRY(multiply(c, g));
+    TRY(multiply_back(c, g, w));
     return op_swiglu_bwd(c, gu, dh, gu);
 }
 
@@ -250,12 +288,12 @@ int op_linear_swiglu(struct context *c, struct tensor *h, struct tensor *gu, con
     return swiglu_fwd(c, h, gu, &g, w);
 }
 
-int op_linear_swiglu_dx(struct context *c, struct tensor *gu, struct tensor *dh,
+int op_linear_swiglu_dx(struct context *c, struct tensor *gu, struct tensor *dh, struct tensor *h,
                         const struct tensor *dy, const struct tensor *w)
 {
     struct tensor shape = matrix(c, rows_of(dy), w->shape[1]);
     struct gemm g = linear_dx(&shape, dy, w);
-    return swiglu_bwd(c, gu, dh, &g);
+    return swiglu_bwd(c, gu, dh, h, &g, w);
 }
 
 int op_experts_swiglu(struct context *c, struct tensor *h, struct tensor *gu,
@@ -266,11 +304,11 @@ int op_experts_swiglu(struct context *c, struct tensor *h, struct tensor *gu,
     return swiglu_fwd(c, h, gu, &g, w);
 }
 
-int op_experts_swiglu_dx(struct context *c, struct tensor *gu, struct tensor *dh,
+int op_experts_swiglu_dx(struct context *c, struct tensor *gu, struct tensor *dh, struct tensor *h,
                          const struct tensor *dy, const struct tensor *w,
                          const struct tensor *offsets)
 {
     struct tensor shape = matrix(c, rows_of(dy), w->shape[2]);
     struct gemm g = experts_dx(&shape, dy, w, offsets);
-    return swiglu_bwd(c, gu, dh, &g);
+    return swiglu_bwd(c, gu, dh, h, &g, w);
 }

@@ -418,12 +418,12 @@ static int try_swiglu(unsigned flags, const struct product *p)
         OK(OP_RUN(&r, op_experts_swiglu(&r.c, &h->t, &gu->t, &x->t, &w->t, &offsets->t)));
         if (fuses)
             OK(OP_RUN(&r, op_experts_swiglu(&r.c, &h_alone->t, NULL, &x->t, &w->t, &offsets->t)));
-        OK(OP_RUN(&r, op_experts_swiglu_dx(&r.c, &old->t, scratch, &dy->t, &down->t, &offsets->t)));
+        OK(OP_RUN(&r, op_experts_swiglu_dx(&r.c, &old->t, scratch, NULL, &dy->t, &down->t, &offsets->t)));
     } else {
         OK(OP_RUN(&r, op_linear_swiglu(&r.c, &h->t, &gu->t, &x->t, &w->t)));
         if (fuses)
             OK(OP_RUN(&r, op_linear_swiglu(&r.c, &h_alone->t, NULL, &x->t, &w->t)));
-        OK(OP_RUN(&r, op_linear_swiglu_dx(&r.c, &old->t, scratch, &dy->t, &down->t)));
+        OK(OP_RUN(&r, op_linear_swiglu_dx(&r.c, &old->t, scratch, NULL, &dy->t, &down->t)));
     }
     const double tolerance = op_tolerance(&r, 1e-6);
     op_judge(&r, gu, s.want_gu, tolerance, "swiglu product gu %d %d %d", rows, F, k);
