@@ -6,69 +6,68 @@
 
 #include "model/sampler.h"
 #include "model/train.h"
+#include "tools/bench_profile.h"
 #include "tools/progress.h"
 
-enum { WARM_UP = 2, PEERS = 2, ROUNDS_MAX = 1000 };
+enum { PEERS = 2, ROUNDS_MAX = 1000, STEPS_GPU = 20, STEPS_CPU = 4 };
 
 // A model under measurement: one of trainer and sampler.
 struct subject {
+    struct device *dev;
+    struct stream *stream;
     const struct config *config;
-    int batch;
+    int batch, steps;
+    char name[160];
     struct trainer *trainer;
     struct sampler *sampler;
     float *images, *latents;
     int32_t *labels;
-    double times[3 * ROUNDS_MAX], last;
-    int count, skip; // times measured; rounds still to warm up
+    double times[3 * ROUNDS_MAX]; // seconds a step
+    int count;
 };
 
 // ---- random weights and inputs ------------------------------------------------------------------
 
-// xorshift64*, uniform in (-1,1): there may be hundreds of millions to draw.
-static float draw(uint64_t *state)
-{
-    *state ^= *state >> 12;
-    *state ^= *state << 25;
-    *state ^= *state >> 27;
-    return (float)((double)(int64_t)(*state * 2685821657736338717u) * 0x1p-63);
-}
-
-// Every parameter is random (zero ones would make whole branches zero), scaled so that activations
-// stay near 1.
+// Every parameter is random, for the published start has zeros that make whole branches zero: normal
+// with standard deviation 0.02, around 1 for the gains of norms.
 static int randomise(struct dit *d)
 {
-    uint64_t state = 88172645463325252u;
+    size_t most = 0;
     for (int i = 0; i < d->params.count; i++) {
-        const struct param *p = &d->params.list[i];
-        const size_t count = (size_t)param_count(p);
-        float *host = malloc(sizeof *host * count);
-        if (!host)
-            return fail(ERR_NOMEM, "out of memory for %s", p->name);
-        double inputs = p->ndim > 1 ? (double)count / (double)p->shape[0] : 100;
-        float scale = (float)sqrt(3 / inputs), base = p->init == INIT_ONE ? 1 : 0;
-        for (size_t k = 0; k < count; k++)
-            host[k] = base + scale * draw(&state);
-        int code = param_write(&d->ctx, &d->w, p, host);
-        free(host);
-        TRY(code);
+        const size_t count = (size_t)param_count(&d->params.list[i]);
+        most = count > most ? count : most;
     }
-    return 0;
+    enum { SHIFTS = 4096 }; // each parameter starts at another number of one long list
+    float *noise = malloc(sizeof *noise * (most + SHIFTS)), *gains = malloc(sizeof *gains * SHIFTS);
+    int code = noise && gains ? 0 : fail(ERR_NOMEM, "out of host memory for random weights");
+    if (code == 0) {
+        noise_fill(noise, most + SHIFTS, 1);
+        for (size_t i = 0; i < most + SHIFTS; i++)
+            noise[i] *= 0.02f;
+        for (size_t i = 0; i < SHIFTS; i++)
+            gains[i] = 1 + noise[i];
+    }
+    for (int i = 0; i < d->params.count && code >= 0; i++) {
+        const struct param *p = &d->params.list[i];
+        bool gain = p->init == INIT_ONE && param_count(p) <= SHIFTS;
+        code = param_write(&d->ctx, &d->w, p, gain ? gains : noise + (size_t)i * 1009 % SHIFTS);
+    }
+    free(noise), free(gains);
+    return code;
 }
 
 static int make_inputs(struct subject *s)
 {
     const struct config *c = s->config;
     const size_t n = (size_t)s->batch, pixels = (size_t)c->channels * (size_t)(c->size * c->size);
-    uint64_t state = 1181783497276652981u;
     s->images = malloc(sizeof(float) * n * pixels);
     s->latents = malloc(sizeof(float) * n * pixels);
     s->labels = malloc(sizeof *s->labels * n);
     if (!s->images || !s->latents || !s->labels)
         return fail(ERR_NOMEM, "out of memory for %d images", s->batch);
-    for (size_t i = 0; i < n * pixels; i++)
-        s->images[i] = draw(&state);
+    noise_fill(s->images, n * pixels, 2);
     for (size_t i = 0; i < n; i++)
-        s->labels[i] = (int32_t)(i % (size_t)c->classes);
+        s->labels[i] = (int32_t)(i * 2654435761u % (size_t)c->classes);
     return 0;
 }
 
@@ -85,76 +84,60 @@ static struct dit *subject_dit(const struct subject *s)
     return s->trainer ? s->trainer->dit : s->sampler->dit;
 }
 
-static int subject_open(struct device *dev, struct stream *stream, struct subject *s, bool train)
+static int subject_open(struct subject *s, bool train, bool recompute)
 {
     TRY(make_inputs(s));
     if (train) {
         struct train_options t = train_defaults();
         t.batch = s->batch;
-        TRY(trainer_new(dev, stream, s->config, &t, &s->trainer));
+        t.recompute = recompute;
+        TRY(trainer_new(s->dev, s->stream, s->config, &t, &s->trainer));
         TRY(trainer_commit(s->trainer));
     } else { // without guidance: one forward pass of `batch` images
-        struct sample_options o = {.steps = 1, .cfg = 1, .pack = true};
-        TRY(sampler_new(dev, stream, s->config, s->batch, &o, &s->sampler));
+        struct sample_options o = {.steps = s->steps, .cfg = 1, .pack = true};
+        TRY(sampler_new(s->dev, s->stream, s->config, s->batch, &o, &s->sampler));
     }
     return randomise(subject_dit(s));
 }
 
 // ---- measuring ----------------------------------------------------------------------------------
 
-static void note_time(struct subject *s)
+static int train_one(struct subject *s)
 {
-    double now = now_seconds();
-    if (s->skip > 0)
-        s->skip--;
-    else if (s->count < 3 * ROUNDS_MAX)
-        s->times[s->count++] = now - s->last;
-    s->last = now;
+    bool done;
+    return trainer_micro(s->trainer, s->images, s->labels, &done);
 }
 
-static int sampled(void *user, int done, int total)
+static int sample_all(struct subject *s)
 {
-    (void)done, (void)total;
-    note_time(user);
-    return 0;
+    return sampler_run(s->sampler, s->batch, s->labels, s->images, s->latents, NULL, NULL);
+}
+
+// One round: a training step, or a run of sampling steps; until the device is done.
+static int run_round(struct subject *s)
+{
+    TRY(s->sampler ? sample_all(s) : train_one(s));
+    return s->dev->api->sync(s->stream);
 }
 
 static int measure(struct subject *s, int rounds)
 {
-    struct train_report report;
-    s->skip = WARM_UP;
-    s->last = now_seconds();
-    if (s->sampler) {
-        s->sampler->options.steps = rounds + WARM_UP;
-        return sampler_run(s->sampler, s->batch, s->labels, s->images, s->latents, sampled, s);
-    }
-    for (int i = 0; i < rounds + WARM_UP; i++) {
-        bool done;
-        TRY(trainer_micro(s->trainer, s->images, s->labels, &done));
-        TRY(trainer_report(s->trainer, &report)); // waits for the step
-        note_time(s);
+    const int warm_up = s->sampler ? 1 : 3, each = s->sampler ? s->steps : 1;
+    for (int i = -warm_up; i < rounds && s->count < 3 * ROUNDS_MAX; i++) {
+        double start = now_seconds();
+        TRY(run_round(s));
+        if (i >= 0)
+            s->times[s->count++] = (now_seconds() - start) / each;
     }
     return 0;
-}
-
-static int ascending(const void *a, const void *b)
-{
-    double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
-
-static double median(struct subject *s)
-{
-    qsort(s->times, (size_t)s->count, sizeof *s->times, ascending);
-    return s->count ? s->times[s->count / 2] : NAN;
 }
 
 // ---- the peer -----------------------------------------------------------------------------------
 
 // Runs the peer once; it prints one line of JSON with "ms". NULL, with the reason set, if it does
 // not.
-static json_t *run_peer(const struct step_settings *o, const struct config *c, bool train,
-                        bool compiled)
+static json_t *run_peer(const struct step_settings *o, const struct config *c, int batch,
+                        bool train, bool compiled)
 {
     char command[4096], line[4096], last[4096] = "";
     int n = snprintf(command, sizeof command,
@@ -162,7 +145,7 @@ static json_t *run_peer(const struct step_settings *o, const struct config *c, b
                      "--classes %d --experts %d --topk %d --shared %d --batch %d --rounds %d "
                      "--compiled %d --what %s",
                      o->peer, c->layers, c->hidden, c->heads, c->patch, c->size, c->channels,
-                     c->classes, c->experts, c->topk, c->shared, o->batch, o->rounds, compiled,
+                     c->classes, c->experts, c->topk, c->shared, batch, o->rounds, compiled,
                      train ? "train" : "sample");
     FILE *pipe = n < (int)sizeof command ? popen(command, "r") : NULL;
     if (!pipe) {
@@ -195,91 +178,199 @@ static int check_peer(const struct config *c)
 static int measure_beside_peer(struct subject *s, const struct step_settings *o, bool train,
                                json_t *peers)
 {
-    TRY(measure(s, o->rounds));
+    const int rounds = s->sampler && s->steps > 1 ? 1 + o->rounds / 3 : o->rounds;
+    TRY(measure(s, rounds));
     if (!o->peer)
         return 0;
     TRY(check_peer(s->config));
     for (int compiled = 0; compiled < PEERS; compiled++) {
-        json_t *row = run_peer(o, s->config, train, compiled);
+        json_t *row = run_peer(o, s->config, s->batch, train, compiled);
         if (!row)
             return ERR_INPUT;
         json_object_set_new(row, "mode", json_string(compiled ? "compiled" : "eager"));
         json_array_append_new(peers, row);
-        TRY(measure(s, o->rounds));
+        TRY(measure(s, rounds));
     }
     return 0;
 }
 
 // ---- rows ---------------------------------------------------------------------------------------
 
-static void print_row(FILE *table, const json_t *row, const json_t *peers)
+static double number(const json_t *row, const char *key)
 {
-    char bytes[32];
+    return json_number_value(json_object_get(row, key));
+}
+
+static const char *text(const json_t *row, const char *key)
+{
+    return json_string_value(json_object_get(row, key));
+}
+
+static void print_head(FILE *table)
+{
+    fprintf(table, "%-12s %-6s %5s %11s %10s %15s %7s %10s %10s\n", "model", "step", "batch",
+            "time", "images/s", "model work", "of peak", "planned", "allocated");
+}
+
+static void print_row(FILE *table, const json_t *row)
+{
+    char planned[32], allocated[32], rate[32];
     size_t i;
     const json_t *peer;
-    fprintf(table, "%s\n  %-7s batch %-5d %9.1f ms %9.1f images/s %8.1f GFLOP/s  %s\n",
-            json_string_value(json_object_get(row, "name")),
-            json_string_value(json_object_get(row, "what")),
-            (int)json_integer_value(json_object_get(row, "batch")),
-            json_number_value(json_object_get(row, "ms")),
-            json_number_value(json_object_get(row, "images_per_s")),
-            json_number_value(json_object_get(row, "gflops")),
-            format_bytes((double)json_integer_value(json_object_get(row, "memory")), bytes));
-    json_array_foreach((json_t *)peers, i, peer)
+    if (strlen(text(row, "name")) > 12) // a model that options changed: its sizes, on a line
+        fprintf(table, "%s\n%-12s ", text(row, "name"), "");
+    else
+        fprintf(table, "%-12s ", text(row, "name"));
+    fprintf(table, "%-6s %5.0f %8.2f ms %10.1f %15s %6.1f%% %10s %10s\n", text(row, "what"),
+            number(row, "batch"), number(row, "ms"), number(row, "images_per_s"),
+            format_rate(1e9 * number(row, "gflops"), "FLOP", rate), 100 * number(row, "of_product"),
+            format_bytes(number(row, "memory"), planned),
+            format_bytes(number(row, "allocated"), allocated));
+    json_array_foreach(json_object_get(row, "peers"), i, peer)
     {
-        fprintf(table, "  %-7s %-11s %9.1f ms  own speed / peer's: %.2f\n", "peer",
-                json_string_value(json_object_get(peer, "mode")),
-                json_number_value(json_object_get(peer, "ms")),
-                json_number_value(json_object_get(peer, "ratio")));
+        fprintf(table, "%-12s %-12s %8.2f ms  own speed / peer's: %.2f\n", "", text(peer, "mode"),
+                number(peer, "ms"), number(peer, "ratio"));
     }
     fflush(table);
 }
 
-static void add_row(const struct subject *s, const struct step_settings *o, bool train,
-                    double seconds, json_t *peers, json_t *rows, FILE *table)
+static void add_row(struct subject *s, const struct ceilings *ceilings, json_t *peers, json_t *rows,
+                    FILE *table)
 {
-    char title[160];
-    struct config_counts n = config_count(s->config);
-    double flops = 2 * (n.macs + n.macs_attention) * s->batch * (train ? 3 : 1);
+    const bool train = s->trainer != NULL;
+    const double seconds = median_of(s->times, s->count);
+    const struct config_counts n = config_count(s->config);
+    const double flops = 2 * (n.macs + n.macs_attention) * s->batch * (train ? 3 : 1) / seconds;
     size_t i;
     json_t *peer;
     json_array_foreach(peers, i, peer)
     {
-        double ms = json_number_value(json_object_get(peer, "ms"));
-        json_object_set_new(peer, "ratio", json_real(ms / (1e3 * seconds)));
+        json_object_set_new(peer, "ratio", json_real(number(peer, "ms") / (1e3 * seconds)));
     }
-    json_t *row = json_pack("{s:s, s:s, s:s, s:i, s:f, s:f, s:f, s:I, s:O}", "bench", "step",
-                            "name", model_title(o->model, s->config, title), "what",
-                            train ? "train" : "sample", "batch", s->batch, "ms", 1e3 * seconds,
-                            "images_per_s", s->batch / seconds, "gflops", 1e-9 * flops / seconds,
-                            "memory", (json_int_t)plan_total(subject_dit(s)->plan), "peers", peers);
-    print_row(table, row, peers);
+    json_t *row =
+        json_pack("{s:s, s:s, s:s, s:s, s:i, s:f, s:f, s:f, s:f, s:I, s:I, s:O}", "bench", "step",
+                  "name", s->name, "what", train ? "train" : "sample", "type",
+                  dtype_name(s->dev->act), "batch", s->batch, "ms", 1e3 * seconds, "images_per_s",
+                  s->batch / seconds, "gflops", 1e-9 * flops, "of_product", flops / ceilings->flops,
+                  "memory", (json_int_t)plan_total(subject_dit(s)->plan), "allocated",
+                  (json_int_t)s->dev->allocated, "peers", peers);
+    print_row(table, row);
     json_array_append_new(rows, row);
 }
 
-static int bench_one(struct device *dev, struct stream *stream, const struct config *c,
-                     const struct step_settings *o, bool train, json_t *rows, FILE *table)
+// ---- a profile ----------------------------------------------------------------------------------
+
+// What run_round() does, operation by operation: after one that is not noted.
+static int profile_round(struct subject *s, struct bench_profile *out)
 {
-    struct subject *s = calloc(1, sizeof *s);
-    json_t *peers = json_array();
-    if (!s || !peers)
-        return fail(ERR_NOMEM, "out of memory");
-    s->config = c;
-    s->batch = o->batch;
-    int code = subject_open(dev, stream, s, train);
+    struct dit *d = subject_dit(s);
+    struct profile *p;
+    TRY(profile_new(&d->ctx, &p));
+    int code = run_round(s);
     if (code >= 0)
-        code = measure_beside_peer(s, o, train, peers);
+        code = profile_start(p);
     if (code >= 0)
-        add_row(s, o, train, median(s), peers, rows, table);
-    json_decref(peers);
-    subject_free(s);
+        code = s->sampler ? sample_all(s) : train_one(s);
+    int stopped = profile_stop(p);
+    code = code < 0 ? code : stopped;
+    if (code >= 0)
+        code = bench_profile_add(out, p, s->name, s->trainer ? "train" : "sample", s->batch,
+                                 s->sampler ? s->steps : 1);
+    profile_free(p);
     return code;
 }
 
-int bench_step(struct device *dev, struct stream *stream, const struct config *c,
-               const struct step_settings *o, json_t *rows, FILE *table)
+// ---- all rows -----------------------------------------------------------------------------------
+
+static int bench_one(struct subject *s, const struct step_settings *o, bool train,
+                     const struct ceilings *ceilings, struct bench_profile *profile, json_t *rows,
+                     FILE *table)
 {
-    if (o->what != 2)
-        TRY(bench_one(dev, stream, c, o, true, rows, table));
-    return o->what != 1 ? bench_one(dev, stream, c, o, false, rows, table) : 0;
+    json_t *peers = json_array();
+    int code = subject_open(s, train, o->recompute);
+    if (code >= 0)
+        code = measure_beside_peer(s, o, train, peers);
+    if (code >= 0)
+        add_row(s, ceilings, peers, rows, table);
+    if (code >= 0 && profile)
+        code = profile_round(s, profile);
+    json_decref(peers);
+    return code < 0 ? fail_in(code, "%s, batch %d", s->name, s->batch) : 0;
+}
+
+// The next item of a list, copied to `item`: where to go on, or NULL at its end.
+static const char *next_item(const char *list, char item[64])
+{
+    const size_t length = strcspn(list, ",");
+    if (!*list)
+        return NULL;
+    snprintf(item, 64, "%.*s", (int)length, list);
+    return list[length] ? list + length + 1 : list + length;
+}
+
+static int parse_batch(const char *item, int *batch)
+{
+    char *end;
+    long value = strtol(item, &end, 10);
+    if (end == item || *end || value < 1 || value > 65536)
+        return fail(ERR_INPUT, "--batch %s: not a number from 1 to 65536", item);
+    *batch = (int)value;
+    return 0;
+}
+
+int bench_step_check(const struct step_settings *o)
+{
+    struct config c;
+    char item[64];
+    int batch;
+    for (const char *at = o->models; (at = next_item(at, item)) != NULL;)
+        TRY(model_config(item, &o->overrides, &c));
+    for (const char *at = o->batches; (at = next_item(at, item)) != NULL;)
+        TRY(parse_batch(item, &batch));
+    return 0;
+}
+
+static int bench_model(struct device *dev, struct stream *stream, const char *model, int batch,
+                       const struct step_settings *o, const struct ceilings *ceilings,
+                       struct bench_profile *profile, json_t *rows, FILE *table)
+{
+    struct config c;
+    TRY(model_config(model, &o->overrides, &c));
+    for (int train = 1; train >= 0; train--) {
+        if ((o->what == 1 && !train) || (o->what == 2 && train))
+            continue;
+        struct subject *s = calloc(1, sizeof *s);
+        if (!s)
+            return fail(ERR_NOMEM, "out of memory");
+        s->dev = dev, s->stream = stream;
+        s->config = &c;
+        s->batch = batch;
+        s->steps = o->steps ? o->steps : dev->info.kind == DEVICE_CPU ? STEPS_CPU : STEPS_GPU;
+        model_title(model, &c, s->name);
+        int code = bench_one(s, o, train, ceilings, profile, rows, table);
+        subject_free(s);
+        TRY(code);
+    }
+    return 0;
+}
+
+int bench_step(struct device *dev, struct stream *stream, const struct step_settings *o,
+               const struct ceilings *ceilings, json_t *rows, FILE *table)
+{
+    struct bench_profile profile = {.ceilings = ceilings};
+    char model[64], size[64];
+    int code = 0, batch = 0;
+    print_head(table);
+    for (const char *m = o->models; code >= 0 && (m = next_item(m, model)) != NULL;)
+        for (const char *b = o->batches; code >= 0 && (b = next_item(b, size)) != NULL;) {
+            TRY(parse_batch(size, &batch));
+            code = bench_model(dev, stream, model, batch, o, ceilings,
+                               o->profile || o->trace ? &profile : NULL, rows, table);
+        }
+    if (code >= 0 && o->profile)
+        bench_profile_print(&profile, stderr);
+    if (code >= 0 && o->trace)
+        code = bench_profile_trace(&profile, o->trace);
+    bench_profile_free(&profile);
+    return code;
 }

@@ -3,18 +3,26 @@
 #ifndef DITMOE_BENCH_STEP_H
 #define DITMOE_BENCH_STEP_H
 
-#include "tools/command.h"
+#include "tools/measure.h"
 
 struct step_settings {
-    const char *model, *peer;
+    const char *models, *batches; // lists, separated by commas
+    const char *peer, *trace;
     struct model_options overrides;
-    int batch, rounds, what; // what: 0 both, 1 train, 2 sample
+    int rounds, steps, what; // what: 0 both, 1 train, 2 sample; steps 0: by the device
+    int recompute, profile;
 };
 
-// Appends one object a row: {"bench": "step", "name", "what", "batch", "ms", "images_per_s",
+// Every model at every batch. Training: median time of single steps. Sampling (without guidance: one
+// forward pass of the batch a step): median over runs of `steps` steps each, divided by their number.
+// Appends one object a row: {"bench": "step", "name", "what", "type", "batch", "ms", "images_per_s",
 // "gflops" (2 a multiply-accumulate of active parameters and attention; three forwards in
-// training), "memory", "peers": [{"mode", "ms", "ratio"}]}. ratio: the peer's time over ours.
-int bench_step(struct device *dev, struct stream *stream, const struct config *c,
-               const struct step_settings *o, json_t *rows, FILE *table);
+// training), "of_product" (share of the ceiling), "memory" (planned bytes), "allocated" (by the device),
+// "peers": [{"mode", "ms", "ratio"}]}. ratio: the peer's time over ours.
+int bench_step(struct device *dev, struct stream *stream, const struct step_settings *o,
+               const struct ceilings *ceilings, json_t *rows, FILE *table);
+
+// Checks the lists: ERR_INPUT says what is wrong.
+int bench_step_check(const struct step_settings *o);
 
 #endif
