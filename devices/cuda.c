@@ -4,6 +4,7 @@
 // the default one. Every verb makes the device's context current first: the program may use several
 // devices from one thread, and one device from several.
 #include "devices/cuda.h"
+#include "devices/cuda_fused.h"
 #include "devices/cuda_tuned.h"
 
 #include <stdio.h>
@@ -91,8 +92,10 @@ static int cuda_open(const struct device_info *info, unsigned flags, struct devi
     dev->base.info = *info;
     dev->base.flags = flags;
     dev->base.act = flags & OPEN_BF16 ? BF16 : F32;
+    dev->base.half_weights = dev->base.act == BF16 && !(flags & OPEN_PORTABLE);
     TRY_OUT(open_context(dev));
     TRY_OUT(open_kernels(dev));
+    dev->base.fused_width = cuda_fused_width(dev);
     *out = &dev->base;
     return 0;
 out:
@@ -320,6 +323,60 @@ static int cuda_launch(struct stream *s, enum kernel number, const int groups[3]
     return 0;
 }
 
+// ---- graphs ------------------------------------------------------------------------------------
+
+struct graph {
+    struct cuda_device *dev;
+    cuda_graph_exec exec;
+};
+
+static int cuda_capture(struct stream *s)
+{
+    TRY(enter(s->dev));
+    CU(s->dev->api, s->dev->api->capture_begin(s->cu, CUDA_CAPTURE_THREAD), "cuStreamBeginCapture");
+    return 0;
+}
+
+static void cuda_graph_free(struct graph *graph)
+{
+    if (!graph)
+        return;
+    if (graph->exec && enter(graph->dev) == 0)
+        graph->dev->api->graph_exec_destroy(graph->exec);
+    free(graph);
+}
+
+static int cuda_capture_end(struct stream *s, struct graph **out)
+{
+    const struct cuda_api *api = s->dev->api;
+    cuda_graph recorded = NULL;
+    *out = NULL;
+    TRY(enter(s->dev));
+    CU(api, api->capture_end(s->cu, &recorded), "cuStreamEndCapture");
+    struct graph *graph = calloc(1, sizeof *graph);
+    cuda_result code = CUDA_OK;
+    if (graph) {
+        graph->dev = s->dev;
+        code = api->graph_instantiate(&graph->exec, recorded, 0);
+    }
+    api->graph_destroy(recorded);
+    if (!graph)
+        return fail(ERR_NOMEM, "out of host memory");
+    if (code != CUDA_OK) {
+        cuda_graph_free(graph);
+        return cuda_fail(api, code, "cuGraphInstantiate");
+    }
+    *out = graph;
+    return 0;
+}
+
+static int cuda_replay(struct stream *s, struct graph *graph)
+{
+    TRY(enter(s->dev));
+    CU(s->dev->api, s->dev->api->graph_launch(graph->exec, s->cu), "cuGraphLaunch");
+    return 0;
+}
+
 // ---- events ------------------------------------------------------------------------------------
 
 static int cuda_event_new(struct device *base, struct event **out)
@@ -398,6 +455,10 @@ const struct backend backend_cuda = {
     .gemm_space = cuda_gemm_space,
     .gemm = cuda_gemm,
     .accelerate = cuda_accelerate,
+    .capture = cuda_capture,
+    .capture_end = cuda_capture_end,
+    .replay = cuda_replay,
+    .graph_free = cuda_graph_free,
     .event_new = cuda_event_new,
     .event_free = cuda_event_free,
     .record = cuda_record,

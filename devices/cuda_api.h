@@ -16,6 +16,9 @@ typedef struct CUmod_st *cuda_module;
 typedef struct CUfunc_st *cuda_function;
 typedef struct CUstream_st *cuda_stream;
 typedef struct CUevent_st *cuda_event;
+typedef struct CUtensorMap_st cuda_tensor_map; // 128 bytes, aligned to 64
+typedef struct CUgraph_st *cuda_graph;
+typedef struct CUgraphExec_st *cuda_graph_exec;
 
 enum {
     CUDA_OK = 0,
@@ -30,8 +33,13 @@ enum {
 
     CUDA_STREAM_NON_BLOCKING = 1, // does not wait for the default stream
     CUDA_EVENT_DEFAULT = 0,       // can be timed
+    CUDA_CAPTURE_THREAD = 1,      // a capture forbids calls that would break it in this thread only
 
     CUDA_FUNCTION_MAX_SHARED = 8, // attribute of a function: dynamic shared memory, bytes
+
+    CUDA_MAP_BF16 = 9, // of a tensor map: the type of its elements
+    CUDA_MAP_SWIZZLE_128 = 3,
+    CUDA_MAP_PROMOTE_256 = 3, // what it reads comes into L2 in pieces of so many bytes
 };
 
 // F(field of struct cuda_api, function of cuda.h, symbol in the library, parameters)
@@ -75,15 +83,25 @@ enum {
     F(launch, cuLaunchKernel, "cuLaunchKernel",                                                  \
       (cuda_function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned,      \
        cuda_stream, void **, void **))                                                           \
+    F(capture_begin, cuStreamBeginCapture, "cuStreamBeginCapture_v2", (cuda_stream, unsigned))   \
+    F(capture_end, cuStreamEndCapture, "cuStreamEndCapture", (cuda_stream, cuda_graph *))        \
+    F(graph_instantiate, cuGraphInstantiateWithFlags, "cuGraphInstantiateWithFlags",             \
+      (cuda_graph_exec *, cuda_graph, unsigned long long))                                       \
+    F(graph_launch, cuGraphLaunch, "cuGraphLaunch", (cuda_graph_exec, cuda_stream))              \
+    F(graph_destroy, cuGraphDestroy, "cuGraphDestroy", (cuda_graph))                             \
+    F(graph_exec_destroy, cuGraphExecDestroy, "cuGraphExecDestroy", (cuda_graph_exec))           \
     F(event_create, cuEventCreate, "cuEventCreate", (cuda_event *, unsigned))                    \
     F(event_destroy, cuEventDestroy, "cuEventDestroy_v2", (cuda_event))                          \
     F(event_record, cuEventRecord, "cuEventRecord", (cuda_event, cuda_stream))                   \
     F(event_elapsed, cuEventElapsedTime, "cuEventElapsedTime", (float *, cuda_event, cuda_event))
 
 // Those that a driver may lack; the field is then NULL.
-#define CUDA_OPTIONAL_FUNCTIONS(F)                                         \
-    F(parameter, cuFuncGetParamInfo, "cuFuncGetParamInfo", /* CUDA 12.4 */ \
-      (cuda_function, size_t, size_t *, size_t *))
+#define CUDA_OPTIONAL_FUNCTIONS(F)                                                                \
+    F(parameter, cuFuncGetParamInfo, "cuFuncGetParamInfo", /* CUDA 12.4 */                        \
+      (cuda_function, size_t, size_t *, size_t *))                                                \
+    F(tensor_map, cuTensorMapEncodeTiled, "cuTensorMapEncodeTiled", /* for Hopper and later */    \
+      (cuda_tensor_map *, unsigned, unsigned, void *, const uint64_t *, const uint64_t *,         \
+       const uint32_t *, const uint32_t *, unsigned, unsigned, unsigned, unsigned))
 
 struct cuda_api {
 #define CUDA_FIELD(field, function, symbol, parameters) cuda_result(*field) parameters;

@@ -31,6 +31,7 @@ struct device;
 struct mem;
 struct stream;
 struct event;
+struct graph;
 
 // What `ditmoe devices` shows; filled by a backend's list() and completed from hwloc by devices.c.
 struct device_info {
@@ -137,7 +138,23 @@ struct gemm {
 // runtime/ops_attention.c lists them: o, lse (NULL: not wanted), qkv, heads, tokens, head size, scale, lse wanted, images *
 // heads, and three block sizes of the CPU form; dqkv, delta, dout, o, lse, qkv, images, heads,
 // tokens, head size, scale.
-enum accelerated { ACCELERATE_ATTENTION_FWD, ACCELERATE_ATTENTION_BWD, ACCELERATE_COUNT };
+// Those of the others are structs of devices/accelerate.h.
+enum accelerated {
+    ACCELERATE_ATTENTION_FWD,
+    ACCELERATE_ATTENTION_BWD,
+    ACCELERATE_NORM_FWD,     // struct norm_forward
+    ACCELERATE_NORM_BWD,     // struct norm_backward
+    ACCELERATE_DISPATCH_FWD, // struct dispatch
+    ACCELERATE_COMBINE_BWD,  // struct combine_backward
+    ACCELERATE_QK_NORM_FWD,  // struct qk_norm
+    ACCELERATE_QK_NORM_BWD,
+    ACCELERATE_COLUMN_SUMS, // struct column_sums
+    ACCELERATE_ROUTER_DW,   // struct router_gradient
+    ACCELERATE_ROUTE,       // struct route
+    ACCELERATE_NORM2,       // struct norm2
+    ACCELERATE_ADAMW,       // struct adamw_step
+    ACCELERATE_COUNT
+};
 enum { NOT_MINE = 1 }; // accelerate()'s polite refusal: the portable kernel runs instead
 
 enum open_flags {
@@ -184,6 +201,14 @@ struct backend {
     int (*gemm_pack)(struct stream *s, const struct gemm *g);
     int (*accelerate)(struct stream *s, enum accelerated op, const void *args); // optional
 
+    // Optional: work recorded once and replayed as a whole. Between capture() and capture_end() the
+    // stream takes launches, products, copies and fills without doing them; nothing may be read,
+    // written from the host or waited for. The graph uses the memory that was named then.
+    int (*capture)(struct stream *s);
+    int (*capture_end)(struct stream *s, struct graph **out); // *out NULL: the capture failed
+    int (*replay)(struct stream *s, struct graph *graph);
+    void (*graph_free)(struct graph *graph);
+
     // events (for timing and for ordering streams) and the host's wait
     int (*event_new)(struct device *dev, struct event **out);
     void (*event_free)(struct event *event);
@@ -204,6 +229,7 @@ struct device {
     int swiglu_columns;   // gemm() takes SwiGLU in where F is a multiple of this; 0: never
     int fused_width;      // accelerate() fuses combine and LayerNorm up to this width; 0: never
     bool rebuilds_hidden; // SWIGLU_BACKWARD can write h again, so that it need not be kept
+    bool half_weights;    // products want weights as bf16: keep a rounded copy of the f32 ones
     unsigned flags;       // as opened
     uint64_t allocations; // alloc() calls so far; tests assert that training makes none
     uint64_t allocated;   // bytes allocated now

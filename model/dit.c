@@ -37,6 +37,12 @@ static int plan_parameters(struct dit *d)
 {
     const struct dit_options *o = &d->options;
     TRY(weights_plan(&d->w, &d->params, d->plan, PLAN_WEIGHTS));
+    if (d->ctx.dev->half_weights) {
+        d->half = calloc((size_t)d->params.group_count, sizeof *d->half);
+        if (!d->half)
+            return fail(ERR_NOMEM, "no host memory for %d weights", d->params.group_count);
+        TRY(weights_plan_half(&d->w, &d->params, d->plan, d->half));
+    }
     if (o->train)
         TRY(weights_plan(&d->g, &d->params, d->plan, PLAN_GRADIENTS));
     if (o->optimiser) {
@@ -136,7 +142,7 @@ int dit_layout(struct dit *d)
         TRY(PLAN_TENSOR(d->plan, "scratch", PLAN_ACTIVATIONS, F32, 0, PLAN_FOREVER, &c->space,
                         (int64_t)((c->space_wanted + 3) / 4)));
     TRY(plan_layout(d->plan, d->options.limit));
-    return d->options.pack ? packed_plan(d) : 0;
+    return d->options.pack && !d->half ? packed_plan(d) : 0;
 }
 
 int dit_commit(struct dit *d)
@@ -155,7 +161,7 @@ void dit_free(struct dit *d)
     weights_free(&d->w), weights_free(&d->g), weights_free(&d->m), weights_free(&d->v);
     weights_free(&d->ema);
     params_free(&d->params);
-    free(d->x), free(d->acts), free(d->routes), free(d->grads), free(d->packed);
+    free(d->x), free(d->acts), free(d->routes), free(d->grads), free(d->packed), free(d->half);
     free(d);
 }
 

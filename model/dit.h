@@ -96,6 +96,7 @@ struct dit {
     struct block_grad *grads;    // [L]
     struct packed *packed;       // of the weights, or NULL
     int packed_count;
+    struct packed *half;         // bf16 copies of the weights (device.h half_weights), or NULL
     struct final_act final;
 };
 

@@ -3,9 +3,11 @@
 #include "model/params.h"
 
 #include <math.h>
+#include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include "runtime/ops.h"
 #include "runtime/rng.h"
 
 // A device tensor: where it sits in the struct, and its shape.
@@ -255,6 +257,41 @@ int weights_plan(struct weights *w, const struct params *p, struct plan *plan, e
             continue;
         TRY(plan_tensor(plan, p->list[g->first].name, g->frozen ? PLAN_INPUT : class, F32, 0,
                         PLAN_FOREVER, member_of(w, g->block, g->member), g->ndim, g->shape));
+    }
+    return 0;
+}
+
+// Is a device tensor read by matrix products, which take bf16?
+static bool in_products(const struct group *g)
+{
+    const bool labels = g->block < 0 && g->member == offsetof(struct weights, labels);
+    const bool router = g->block >= 0 && g->member == offsetof(struct block_weights, gate_w);
+    return g->ndim > 1 && !g->frozen && !labels && !router;
+}
+
+int weights_plan_half(struct weights *w, const struct params *p, struct plan *plan,
+                      struct packed *half)
+{
+    for (int i = 0; i < p->group_count; i++) {
+        const struct group *g = &p->groups[i];
+        if (g->frozen)
+            continue;
+        TRY(plan_tensor(plan, p->list[g->first].name, PLAN_HALF, BF16, 0, PLAN_FOREVER,
+                        &half[i].copy, g->ndim, g->shape));
+        if (in_products(g))
+            member_of(w, g->block, g->member)->packed = &half[i];
+    }
+    return 0;
+}
+
+int weights_refresh_half(struct context *c, struct weights *w, const struct params *p)
+{
+    for (int i = 0; i < p->group_count; i++) {
+        const struct tensor *t = member_of(w, p->groups[i].block, p->groups[i].member);
+        if (!t->packed || t->packed->fresh)
+            continue;
+        TRY(op_round(c, &t->packed->copy, t));
+        t->packed->fresh = true;
     }
     return 0;
 }

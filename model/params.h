@@ -72,6 +72,13 @@ struct tensor *param_tensor(struct weights *w, const struct param *p);
 // Declares one copy of all parameters (class WEIGHTS, GRADIENTS, ...). `frozen` ones are declared
 // (as PLAN_INPUT) only with PLAN_WEIGHTS.
 int weights_plan(struct weights *w, const struct params *p, struct plan *plan, enum plan_class class);
+// Declares bf16 copies of all parameters (class HALF) in half[group_count] and lets the products of w's
+// matrices read them; not the router's, whose logits are f32 (dit.h).
+int weights_plan_half(struct weights *w, const struct params *p, struct plan *plan,
+                      struct packed *half);
+// Rounds the copies that are older than their weights, which products would do at their next use: for
+// work that is recorded.
+int weights_refresh_half(struct context *c, struct weights *w, const struct params *p);
 void weights_free(struct weights *w); // the block array; memory belongs to the plan
 
 // Host transfers of one parameter; `host` holds param_count() floats.

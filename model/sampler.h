@@ -4,6 +4,7 @@
 #define DITMOE_SAMPLER_H
 
 #include "model/dit.h"
+#include "runtime/recording.h"
 
 struct sample_options {
     int steps;        // Euler steps, equal in t
@@ -18,13 +19,18 @@ struct sampler {
     struct sample_options options;
     int batch;              // images at a time
     struct tensor z;        // [batch,C,S,S]
-    int32_t *labels;
+    int32_t *labels;        // of the rows of options.ahead steps, and their times
     float *times;
+    struct recording pass;  // the device's work on a step
     float *host;            // [batch,C,S,S]
 };
 
 // Called after each step of each batch; NULL: no one looks. Return < 0 to stop.
 typedef int (*sample_progress)(void *user, int done, int total);
+
+// The model that sampler_new() plans, for those who ask beforehand what it needs.
+struct dit_options sampler_model(const struct device *dev, const struct config *c, int batch,
+                                 const struct sample_options *o);
 
 // Plans and allocates a model for sampling; weights are loaded into (*out)->dit afterwards.
 int sampler_new(struct device *dev, struct stream *stream, const struct config *c, int batch,

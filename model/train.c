@@ -108,7 +108,8 @@ int trainer_new(struct device *dev, struct stream *stream, const struct config *
         t->t_host = calloc((size_t)o->batch, sizeof *t->t_host);
         t->y_host = calloc((size_t)o->batch, sizeof *t->y_host);
         t->entropy = calloc((size_t)c->layers, sizeof *t->entropy);
-        if (!t->t_host || !t->y_host || !t->entropy)
+        t->passes = calloc((size_t)o->accumulate, sizeof *t->passes);
+        if (!t->t_host || !t->y_host || !t->entropy || !t->passes)
             code = fail(ERR_NOMEM, "no host memory for a batch of %d", o->batch);
     }
     if (code >= 0)
@@ -136,8 +137,10 @@ void trainer_free(struct trainer *t)
 {
     if (!t)
         return;
+    for (int i = 0; t->passes && i < t->options.accumulate; i++)
+        recording_reset(&t->dit->ctx, &t->passes[i]);
     dit_free(t->dit);
-    free(t->t_host), free(t->y_host), free(t->entropy);
+    free(t->t_host), free(t->y_host), free(t->entropy), free(t->passes);
     free(t);
 }
 
@@ -161,19 +164,35 @@ int trainer_apply(struct trainer *t)
 {
     struct dit *d = t->dit;
     struct context *c = &d->ctx;
-    const struct tensor *w, *g, *m, *v, *ema;
+    const struct tensor *w, *g, *m, *v, *ema, *half;
     int n = plan_slabs(d->plan, PLAN_WEIGHTS, &w);
     BUG_IF(plan_slabs(d->plan, PLAN_GRADIENTS, &g) != n || plan_slabs(d->plan, PLAN_EMA, &ema) != n);
     BUG_IF(plan_slabs(d->plan, PLAN_MOMENT1, &m) != n || plan_slabs(d->plan, PLAN_MOMENT2, &v) != n);
+    BUG_IF(d->half && plan_slabs(d->plan, PLAN_HALF, &half) != n);
     for (int i = 0; i < n; i++)
         TRY(op_norm2(c, &t->control, &g[i], i > 0));
     TRY(op_adamw_control(c, &t->control, &t->counts, &t->losses, &t->options.adamw));
     for (int i = 0; i < n; i++) {
-        struct tensor wi = w[i], mi = m[i], vi = v[i], ei = ema[i];
-        TRY(op_adamw(c, &wi, &mi, &vi, &ei, &g[i], &t->control, NULL,
+        struct tensor wi = w[i], mi = m[i], vi = v[i], ei = ema[i], hi = {0};
+        if (d->half) { // the slab is told as f32
+            hi = half[i];
+            hi.dtype = BF16;
+            hi.shape[0] *= 2;
+        }
+        TRY(op_adamw(c, &wi, &mi, &vi, &ei, &g[i], &t->control, d->half ? &hi : NULL,
                      &t->options.adamw));
     }
     return 0;
+}
+
+// All that the device does between the inputs of a micro-batch and its end.
+static int micro_pass(void *user)
+{
+    struct trainer *t = user;
+    if (t->micro == 0)
+        TRY(dit_zero_gradients(t->dit));
+    TRY(flow_pass(t));
+    return t->micro + 1 == t->options.accumulate ? trainer_apply(t) : 0;
 }
 
 int trainer_micro(struct trainer *t, const float *images, const int32_t *labels, bool *done)
@@ -183,18 +202,15 @@ int trainer_micro(struct trainer *t, const float *images, const int32_t *labels,
     const int A = t->options.accumulate, N = t->options.batch;
     const int64_t micro = t->step * A + t->micro;
     *done = false;
-    if (t->micro == 0)
-        TRY(dit_zero_gradients(d));
     flow_draw_times(t->options.time, t->options.seed, micro, N, t->t_host);
     drop_labels(t, micro, labels, t->y_host);
     TRY(tensor_write(c, &t->images, images));
     TRY(tensor_write(c, &d->t, t->t_host));
     TRY(tensor_write(c, &d->labels, t->y_host));
     TRY(op_normal(c, &t->noise, t->options.seed, rng_stream(RNG_NOISE, (uint64_t)micro)));
-    TRY(flow_pass(t));
+    TRY(recording_run(c, &t->passes[t->micro], micro_pass, t));
     if (++t->micro < A)
         return 0;
-    TRY(trainer_apply(t));
     t->micro = 0;
     t->step++;
     *done = true;

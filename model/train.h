@@ -6,6 +6,7 @@
 #define DITMOE_TRAIN_H
 
 #include "model/dit.h"
+#include "runtime/recording.h"
 
 // Distribution of t: sigmoid of a normal; uniform; sigmoid of a normal, one draw per 1/N quantile.
 enum flow_time { TIME_LOGIT_NORMAL, TIME_UNIFORM, TIME_STRATIFIED };
@@ -30,6 +31,7 @@ struct trainer {
     float *t_host;  // [N]
     int32_t *y_host;
     double *entropy; // [L], for reports
+    struct recording *passes; // [accumulate] the device's work on each micro-batch of a step
 };
 
 // What a finished step tells.

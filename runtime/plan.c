@@ -49,6 +49,7 @@ static const char *const class_names[PLAN_CLASSES] = {
     [PLAN_MOMENT1] = "first moments",   [PLAN_MOMENT2] = "second moments",
     [PLAN_EMA] = "EMA weights",         [PLAN_ACTIVATIONS] = "activations",
     [PLAN_INPUT] = "input and results", [PLAN_PACKED] = "packed weights",
+    [PLAN_HALF] = "bf16 weights",
 };
 
 const char *plan_class_name(enum plan_class class)
@@ -90,6 +91,11 @@ int plan_new(struct device *dev, struct plan **out)
     return 0;
 }
 
+static bool holds_parameters(enum plan_class class)
+{
+    return class != PLAN_ACTIVATIONS && class != PLAN_INPUT && class != PLAN_PACKED;
+}
+
 static void set_shape(struct tensor *t, enum dtype type, int ndim, const int64_t *shape)
 {
     BUG_IF(ndim < 1 || ndim > TENSOR_DIMS);
@@ -109,13 +115,15 @@ int plan_tensor(struct plan *p, const char *name, enum plan_class class, enum dt
     if (!copy)
         return fail(ERR_NOMEM, "memory plan: no host memory");
     set_shape(t, type, ndim, shape);
-    size_t bytes = round_up(tensor_bytes(t), p->align);
+    // parameters of 4 bytes take twice the alignment, so that those of 2 bytes lie alike
+    const size_t align = holds_parameters(class) && type != BF16 ? 2 * p->align : p->align;
+    size_t bytes = round_up(tensor_bytes(t), align);
     p->entries[p->count++] = (struct entry){.name = copy,
                                             .class = class,
                                             .first = first,
                                             .last = last,
                                             .tensor = t,
-                                            .bytes = bytes ? bytes : p->align};
+                                            .bytes = bytes ? bytes : align};
     p->laid_out = false;
     return 0;
 }
@@ -334,11 +342,6 @@ static int make_part(struct plan *p, const struct view *v)
     return make_view(p, v->of->mem, (size_t)v->start * dtype_size(v->of->dtype), v->out);
 }
 
-static bool holds_parameters(int k)
-{
-    return k != PLAN_ACTIVATIONS && k != PLAN_INPUT && k != PLAN_PACKED;
-}
-
 static int allocate_slabs(struct plan *p, struct stream *stream)
 {
     const struct backend *api = p->dev->api;
@@ -348,7 +351,7 @@ static int allocate_slabs(struct plan *p, struct stream *stream)
             int code = api->alloc(p->dev, slab_bytes(s, i), &s->flat[i].mem);
             if (code < 0)
                 return fail_in(code, "%s", class_names[k]);
-            if (holds_parameters(k))
+            if (holds_parameters((enum plan_class)k))
                 TRY(api->fill(stream, s->flat[i].mem, 0, slab_bytes(s, i), 0));
         }
     }

@@ -17,6 +17,7 @@ enum plan_class {
     PLAN_MOMENT1, // Adam's first moment
     PLAN_MOMENT2, // Adam's second moment
     PLAN_EMA,
+    PLAN_HALF,   // weights once more, rounded to bf16; its slabs match those of the weights
     PLAN_PACKED, // weights once more, in the form that products read
     PLAN_ACTIVATIONS,
     PLAN_INPUT, // batch, noise, results
@@ -34,7 +35,8 @@ void plan_free(struct plan *p); // frees views and slabs
 // Declares a tensor: sets dtype and shape of *t now, its memory at commit. `t` must stay where it is.
 // The class gives the slab; lifetimes share bytes only within a class. A tensor whose life ends at
 // PLAN_FOREVER shares with nobody; these lie first in their slab, in the order of declaration, so that
-// classes declared alike (weights, gradients, moments, EMA) have the same layout.
+// classes declared alike (weights, gradients, moments, EMA) have the same layout: element i of one slab
+// belongs to element i of the other, also where one class is f32 and the other bf16.
 int plan_tensor(struct plan *p, const char *name, enum plan_class class, enum dtype type, int first,
                 int last, struct tensor *t, int ndim, const int64_t *shape);
 #define PLAN_TENSOR(p, name, class, type, first, last, t, ...)                                     \

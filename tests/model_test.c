@@ -340,6 +340,47 @@ static int bf16_tracks_f32(void)
     return PASSED;
 }
 
+// Products that read bf16 copies of the weights: the copies follow every step, and bf16 training is
+// not changed by them beyond the rounding of weights.
+static int half_weights(void)
+{
+    struct rig plain = {0}, half = {0};
+    struct train_report a, b;
+    struct device *dev = test_device(OPEN_BF16 | OPEN_GPU_FORMS);
+    if (!dev)
+        return SKIPPED;
+    const bool before = dev->half_weights;
+    dev->half_weights = false;
+    int result = open_rig(&plain, OPEN_BF16 | OPEN_GPU_FORMS, &tiny, train_defaults());
+    dev->half_weights = true;
+    if (result == PASSED)
+        result = open_rig(&half, OPEN_BF16 | OPEN_GPU_FORMS, &tiny, train_defaults());
+    dev->half_weights = before;
+    if (result != PASSED)
+        return result;
+    CHECK(randomise(plain.t->dit) == PASSED && randomise(half.t->dit) == PASSED, "weights");
+    for (int i = 0; i < 4; i++) {
+        CHECK(train_steps(plain.t, 1) == PASSED && train_steps(half.t, 1) == PASSED, "steps");
+        OK(trainer_report(plain.t, &a));
+        OK(trainer_report(half.t, &b));
+        CHECK(fabs(a.loss - b.loss) <= 0.02 * a.loss, "loss %g, without copies %g", b.loss, a.loss);
+    }
+    int64_t n, m;
+    float *w = read_slab(half.t->dit, PLAN_WEIGHTS, &n), *h = read_slab(half.t->dit, PLAN_HALF, &m);
+    CHECK(w && h && n == 2 * m, "slabs of %lld and %lld", (long long)n, (long long)m);
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t bits, want;
+        memcpy(&bits, &w[i], sizeof bits);
+        want = (bits + 0x7fff + (bits >> 16 & 1)) >> 16; // round to nearest even
+        uint16_t got;
+        memcpy(&got, (const char *)h + 2 * i, sizeof got);
+        CHECK(got == want, "weight %lld: %04x, not %04x", (long long)i, got, want);
+    }
+    free(w), free(h);
+    close_rig(&plain), close_rig(&half);
+    return PASSED;
+}
+
 // ---- initial values, inference, sampling -----------------------------------------------------------------
 
 static int initial_output_is_zero(void)
@@ -550,6 +591,7 @@ const struct test model_tests[] = {
     {"bad_steps_are_skipped", bad_steps_are_skipped},
     {"resume_is_exact", resume_is_exact},
     {"bf16_tracks_f32", bf16_tracks_f32},
+    {"half_weights", half_weights},
     {"config_is_inferred", config_is_inferred},
     {"batch_size_does_not_matter", batch_size_does_not_matter},
     {"packed_weights", packed_weights},

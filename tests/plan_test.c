@@ -262,11 +262,33 @@ static int parameters(void)
         for (int i = 0; i < PARAMETERS; i++) {
             CHECK(t[k][i].mem->offset == t[0][i].mem->offset, "class %d, parameter %d", k, i);
             CHECK(t[k][i].mem->offset == (t[k][i].mem->offset ? end : 0), "gap before %d", i);
-            end = (t[k][i].mem->offset + tensor_bytes(&t[k][i]) + 127) / 128 * 128;
+            end = (t[k][i].mem->offset + tensor_bytes(&t[k][i]) + 255) / 256 * 256;
         }
         CHECK(plan_class_bytes(p, alike[k]) == plan_class_bytes(p, PLAN_WEIGHTS), "class %d", k);
     }
     CHECK(plan_total(p) == 5 * plan_class_bytes(p, PLAN_EMA), "total");
+    plan_free(p);
+    return books_closed();
+}
+
+// The bf16 copies of parameters lie as the parameters do, element by element.
+static int half_copies(void)
+{
+    struct device dev = new_device(UINT64_MAX, UINT64_MAX);
+    static struct tensor whole[PARAMETERS], half[PARAMETERS];
+    const struct tensor *slab;
+    struct plan *p;
+    OK(plan_new(&dev, &p));
+    for (int i = 0; i < PARAMETERS; i++) {
+        OK(PLAN_TENSOR(p, "w", PLAN_WEIGHTS, F32, 0, PLAN_FOREVER, &whole[i], 7 + 31 * i));
+        OK(PLAN_TENSOR(p, "h", PLAN_HALF, BF16, 0, PLAN_FOREVER, &half[i], 7 + 31 * i));
+    }
+    OK(plan_layout(p, 0));
+    OK(plan_commit(p));
+    for (int i = 0; i < PARAMETERS; i++)
+        CHECK(whole[i].mem->offset == 2 * half[i].mem->offset, "parameter %d", i);
+    CHECK(plan_class_bytes(p, PLAN_WEIGHTS) == 2 * plan_class_bytes(p, PLAN_HALF), "slabs");
+    CHECK(plan_slabs(p, PLAN_HALF, &slab) == 1, "one slab");
     plan_free(p);
     return books_closed();
 }
@@ -381,6 +403,7 @@ const struct test plan_tests[] = {
     {"lifetimes", lifetimes},
     {"chain", chain},
     {"parameters", parameters},
+    {"half_copies", half_copies},
     {"views", views},
     {"too_large", too_large},
     {"too_large_for_one", too_large_for_one},

@@ -129,7 +129,7 @@ static int plan_memory(struct run *r)
     uint64_t limit = o->memory ? o->memory : dev->info.memory, sampling = 0;
     char need[32], have[32];
     if (wants_samples(r))
-        TRY(train_samples_plan(&r->session, &r->config, UINT64_MAX / 2, &sampling, NULL));
+        TRY(train_samples_plan(&r->session, &r->config, r->o, UINT64_MAX / 2, &sampling, NULL));
     struct train_options t = trainer_options(o, limit > sampling ? limit - sampling : 1);
     int code = trainer_new(r->session.dev, r->session.stream, &r->config, &t, &r->trainer);
     if (code < 0 && (code != ERR_NOMEM || !r->trainer))

@@ -71,8 +71,9 @@ struct train_samples {
 };
 
 // Bytes that sampling will take on the device, with its table on `table` (NULL: no table).
-int train_samples_plan(const struct session *s, const struct config *c, uint64_t limit,
-                       uint64_t *bytes, FILE *table);
+int train_samples_plan(const struct session *s, const struct config *c,
+                       const struct train_settings *o, uint64_t limit, uint64_t *bytes,
+                       FILE *table);
 int train_samples_new(const struct session *s, const struct config *c,
                       const struct train_settings *o, struct train_samples *out);
 void train_samples_free(struct train_samples *s);

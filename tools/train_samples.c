@@ -14,12 +14,22 @@ static int sample_batch(const struct config *c)
     return rows * SAMPLE_COLUMNS < SAMPLE_BATCH ? rows * SAMPLE_COLUMNS : SAMPLE_BATCH;
 }
 
-int train_samples_plan(const struct session *s, const struct config *c, uint64_t limit,
-                       uint64_t *bytes, FILE *table)
+static struct sample_options sample_options(const struct config *c, const struct train_settings *o,
+                                            uint64_t limit)
 {
-    struct dit_options options = {.batch = 2 * sample_batch(c), .limit = limit};
+    return (struct sample_options){.steps = o->sample_steps,
+                                   .cfg = c->class_dropout > 0 ? o->sample_cfg : 1.0f,
+                                   .seed = o->seed,
+                                   .limit = limit};
+}
+
+int train_samples_plan(const struct session *s, const struct config *c,
+                       const struct train_settings *o, uint64_t limit, uint64_t *bytes, FILE *table)
+{
+    const struct sample_options options = sample_options(c, o, limit);
+    const struct dit_options model = sampler_model(s->dev, c, sample_batch(c), &options);
     struct dit *d = NULL;
-    int code = dit_new(s->dev, s->stream, c, &options, &d);
+    int code = dit_new(s->dev, s->stream, c, &model, &d);
     if (code >= 0)
         code = dit_layout(d);
     if (d) {
@@ -34,12 +44,8 @@ int train_samples_plan(const struct session *s, const struct config *c, uint64_t
 int train_samples_new(const struct session *s, const struct config *c,
                       const struct train_settings *o, struct train_samples *out)
 {
-    bool guided = c->class_dropout > 0;
-    struct sample_options options = {.steps = o->sample_steps,
-                                     .cfg = guided ? o->sample_cfg : 1.0f,
-                                     .seed = o->seed,
-                                     .limit =
-                                         UINT64_MAX / 2}; // train_samples_plan() has been asked
+    // memory: train_samples_plan() has been asked
+    const struct sample_options options = sample_options(c, o, UINT64_MAX / 2);
     *out = (struct train_samples){.rows = c->classes < SAMPLE_ROWS ? c->classes : SAMPLE_ROWS};
     out->count = out->rows * SAMPLE_COLUMNS;
     for (int i = 0; i < out->count; i++)
