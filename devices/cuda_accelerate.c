@@ -1,15 +1,15 @@
 // Which whole operations the CUDA backend takes over (device.h: enum accelerated).
-#include "devices/cuda_tuned.h"
+#include "devices/cuda_fused.h"
 
 int cuda_accelerate(struct stream *s, enum accelerated op, const void *args)
 {
-    (void)s;
-    (void)args;
     switch (op) {
     case ACCELERATE_ATTENTION_FWD:
     case ACCELERATE_ATTENTION_BWD:
     case ACCELERATE_COUNT:
         break;
+    default:
+        return cuda_fused(s, op, args);
     }
     return NOT_MINE;
 }

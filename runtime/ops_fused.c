@@ -3,6 +3,12 @@
 // checks hold for both.
 #include "runtime/ops_internal.h"
 
+// N, T, D and W of x[N*T,D] and mod[N,W], and the columns, for either struct
+#define NORM_SIZES(x, mod, at)                                                                 \
+    .images = arg_int((mod)->shape[0]), .tokens = arg_int((x)->shape[0] / (mod)->shape[0]),    \
+    .width = arg_int((x)->shape[1]), .mod_width = arg_int((mod)->shape[1]), .gate = (at).gate, \
+    .shift = (at).shift, .scale = (at).scale
+
 bool op_combine_norm_fuses(const struct context *c, int64_t width)
 {
     return width <= c->dev->fused_width && width % 8 == 0;
@@ -14,6 +20,19 @@ int op_residual_norm_fwd(struct context *c, struct tensor *y, struct tensor *h,
                          const struct tensor *router_w)
 {
     BUG_IF(!logits != !router_w);
+    const struct norm_forward args = {.y = y->mem,
+                                      .h = h->mem,
+                                      .stats = stats->mem,
+                                      .logits = MEM(logits),
+                                      .x = x->mem,
+                                      .z = z->mem,
+                                      .mod = mod->mem,
+                                      .router_w = MEM(router_w),
+                                      NORM_SIZES(x, mod, at),
+                                      .experts = logits ? arg_int(router_w->shape[0]) : 0};
+    int code = ACCELERATE(c, ACCELERATE_NORM_FWD, &args, y, h, stats, logits, x, z, mod, router_w);
+    if (code != NOT_MINE)
+        return code;
     TRY(op_gate_residual_fwd(c, y, x, z, mod, at.gate));
     TRY(op_layernorm_mod_fwd(c, h, stats, y, mod, at.shift, at.scale));
     return logits ? op_linear(c, logits, h, router_w, NULL) : 0;
@@ -26,6 +45,22 @@ int op_combine_norm_fwd(struct context *c, struct tensor *y, struct tensor *h, s
                         struct norm_columns at)
 {
     struct tensor unkept = *x; // stands for a z that is not kept while shapes are checked
+    const struct norm_forward args = {.y = y->mem,
+                                      .h = h->mem,
+                                      .stats = stats->mem,
+                                      .kept = MEM(z),
+                                      .x = x->mem,
+                                      .rows = rows->mem,
+                                      .slot = slot->mem,
+                                      .weight = weight->mem,
+                                      .shared = MEM(shared),
+                                      .mod = mod->mem,
+                                      NORM_SIZES(x, mod, at),
+                                      .choices = arg_int(slot->shape[1])};
+    int code = ACCELERATE(c, ACCELERATE_NORM_FWD, &args, y, h, stats, z, x, rows, slot, weight,
+                          shared, mod);
+    if (code != NOT_MINE)
+        return code;
     BUG_IF(!z && !(c->dry && op_combine_norm_fuses(c, x->shape[1])));
     if (!z)
         z = &unkept;
@@ -41,6 +76,27 @@ int op_norm_gate_bwd(struct context *c, struct tensor *dx, struct tensor *dz, st
                      const struct tensor *mod, struct norm_columns at)
 {
     BUG_IF(!drows != !slot || !dlogits != !router_w || (dz && !z));
+    op_want_norm_backward(c, y, mod);
+    const struct norm_backward args = {.dx = dx->mem,
+                                       .dz = MEM(dz),
+                                       .dmod = dmod->mem,
+                                       .partial = c->space.mem,
+                                       .dh = dh->mem,
+                                       .drows = MEM(drows),
+                                       .slot = MEM(slot),
+                                       .dlogits = MEM(dlogits),
+                                       .router_w = MEM(router_w),
+                                       .y = y->mem,
+                                       .stats = stats->mem,
+                                       .z = dz ? MEM(z) : NULL,
+                                       .mod = mod->mem,
+                                       NORM_SIZES(y, mod, at),
+                                       .experts = dlogits ? arg_int(router_w->shape[0]) : 0,
+                                       .choices = slot ? arg_int(slot->shape[1]) : 0};
+    int code = ACCELERATE(c, ACCELERATE_NORM_BWD, &args, dx, dz, dmod, dh, drows, slot, dlogits,
+                          router_w, y, stats, z, mod);
+    if (code != NOT_MINE)
+        return code;
     if (drows)
         TRY(op_dispatch_bwd(c, dh, drows, slot));
     if (dlogits)

@@ -4,11 +4,13 @@
 #ifndef DITMOE_OPS_INTERNAL_H
 #define DITMOE_OPS_INTERNAL_H
 
+#include "devices/accelerate.h"
 #include "runtime/ops.h"
 #include "runtime/profile.h"
 
 #define BUF(tensor) ((union arg){.b = (tensor)->mem})
 #define BUF_OR_NULL(tensor) ((union arg){.b = (tensor) ? (tensor)->mem : NULL})
+#define MEM(tensor) ((tensor) ? (tensor)->mem : NULL) // for the structs of devices/accelerate.h
 #define INT(value) ((union arg){.i = arg_int(value)})
 #define UINT(value) ((union arg){.u = arg_uint(value)})
 #define FLOAT(value) ((union arg){.f = (value)})
@@ -89,6 +91,15 @@ static inline int64_t op_chunk(const struct context *c, int64_t count, int64_t l
     int units = c->dev->info.compute_units;
     int64_t chunk = cover(count, 8 * (int64_t)(units > 0 ? units : 1));
     return chunk < least ? least : chunk > most ? most : chunk;
+}
+
+// Asks for what a device that fuses the backward of LayerNorm wants (devices/accelerate.h).
+static inline void op_want_norm_backward(struct context *c, const struct tensor *x,
+                                         const struct tensor *mod)
+{
+    int64_t images = mod->shape[0], parts = cover(x->shape[0] / images, NORM_ROWS);
+    if (c->dev->fused_width > 0)
+        op_want_space(c, (size_t)(3 * images * parts * x->shape[1]) * sizeof(float));
 }
 
 static inline bool is_act(const struct context *c, const struct tensor *t)

@@ -178,6 +178,19 @@ int op_layernorm_mod_fwd(struct context *c, struct tensor *y, struct tensor *sta
     int64_t tokens = mod_tokens(c, x, mod, shift);
     mod_tokens(c, x, mod, scale);
     BUG_IF(!like(c, y, x) || stats->dtype != F32 || tensor_count(stats) != 2 * rows);
+    const struct norm_forward args = {.h = y->mem,
+                                      .stats = stats->mem,
+                                      .x = x->mem,
+                                      .mod = mod->mem,
+                                      .images = arg_int(mod->shape[0]),
+                                      .tokens = arg_int(tokens),
+                                      .width = arg_int(width),
+                                      .mod_width = arg_int(mod->shape[1]),
+                                      .shift = shift,
+                                      .scale = scale};
+    int code = ACCELERATE(c, ACCELERATE_NORM_FWD, &args, y, stats, x, mod);
+    if (code != NOT_MINE)
+        return code;
     int64_t groups = row_groups(c, rows, width, &chunk);
     return LAUNCH(c, FORM(c, layernorm_mod_fwd), groups, 1, 1, BUF(y), BUF(stats), BUF(x), BUF(mod),
                   INT(width), INT(tokens), INT(mod->shape[1]), INT(shift), INT(scale), INT(rows),
@@ -204,6 +217,23 @@ int op_layernorm_mod_bwd(struct context *c, struct tensor *dx, struct tensor *dm
     mod_tokens(c, x, mod, scale);
     BUG_IF(!like(c, dx, x) || !like(c, dy, x) || !like(c, dmod, mod));
     BUG_IF(stats->dtype != F32 || tensor_count(stats) != 2 * rows);
+    op_want_norm_backward(c, x, mod);
+    const struct norm_backward args = {.dx = dx->mem,
+                                       .dmod = dmod->mem,
+                                       .partial = c->space.mem,
+                                       .dh = dy->mem,
+                                       .y = x->mem,
+                                       .stats = stats->mem,
+                                       .mod = mod->mem,
+                                       .images = arg_int(images),
+                                       .tokens = arg_int(tokens),
+                                       .width = arg_int(width),
+                                       .mod_width = arg_int(mod->shape[1]),
+                                       .shift = shift,
+                                       .scale = scale};
+    int code = ACCELERATE(c, ACCELERATE_NORM_BWD, &args, dx, dmod, dy, x, stats, mod);
+    if (code != NOT_MINE)
+        return code;
     int64_t chunk = sum_chunk(c, images, tokens), chunks = cover(tokens, chunk);
     op_want_space(c, (size_t)(images * chunks * 2 * width) * sizeof(float));
     TRY(LAUNCH(c, FORM(c, layernorm_mod_bwd), chunks, images, 1, BUF(dx), BUF(&c->space), BUF(dy),

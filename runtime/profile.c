@@ -210,6 +210,17 @@ static const char *accelerated_name(enum accelerated op)
     static const char *const names[ACCELERATE_COUNT] = {
         [ACCELERATE_ATTENTION_FWD] = "attention_fwd",
         [ACCELERATE_ATTENTION_BWD] = "attention_bwd",
+        [ACCELERATE_NORM_FWD] = "norm_fwd",
+        [ACCELERATE_NORM_BWD] = "norm_bwd",
+        [ACCELERATE_DISPATCH_FWD] = "dispatch_fwd",
+        [ACCELERATE_COMBINE_BWD] = "combine_bwd",
+        [ACCELERATE_QK_NORM_FWD] = "qk_norm_fwd",
+        [ACCELERATE_QK_NORM_BWD] = "qk_norm_bwd",
+        [ACCELERATE_COLUMN_SUMS] = "column_sums",
+        [ACCELERATE_ROUTER_DW] = "router_dw",
+        [ACCELERATE_ROUTE] = "route",
+        [ACCELERATE_NORM2] = "norm2",
+        [ACCELERATE_ADAMW] = "adamw",
     };
     return names[op] ? names[op] : "accelerated";
 }

@@ -1,0 +1,92 @@
+// The arguments of the operations that a backend may take over whole (enum accelerated in device.h),
+// one struct each; the operations are those of runtime/ops.h, whose letters these are. In each the
+// memories come first, so that a backend can turn them into addresses in place: device code includes
+// this with ACCELERATE_MEM defined as void *. Tensors of activations are bf16 where the device was
+// opened so, parameters and statistics f32, index, slot, token and offsets int32.
+#ifndef DITMOE_ACCELERATE_H
+#define DITMOE_ACCELERATE_H
+
+#ifndef ACCELERATE_MEM
+#include "devices/device.h"
+#define ACCELERATE_MEM struct mem *
+#endif
+
+typedef ACCELERATE_MEM accelerate_mem;
+
+enum {
+    NORM_ROWS = 16,    // partial sums of norm_backward: one for so many rows of an image, or fewer
+    SUM_PARTS = 256,   // the most partial sums of a column that column_sums and router_dw make
+    ROUTE_ROWS = 256,  // rows a partial of `route` and of `qk_norm` counts, or fewer
+    NORM2_PARTS = 4096 // the most partial sums of norm2
+};
+
+// op_layernorm_mod_fwd (y, z and rows NULL), op_residual_norm_fwd (z), op_combine_norm_fwd (rows, slot,
+// weight, shared; kept: its z). Logits and router_w, shared, kept: NULL where absent.
+struct norm_forward {
+    accelerate_mem y, h, stats, logits, kept;
+    accelerate_mem x, z, rows, slot, weight, shared, mod, router_w;
+    int images, tokens, width, mod_width, gate, shift, scale, experts, choices;
+};
+
+// op_layernorm_mod_bwd (dz NULL), op_norm_gate_bwd. partial: scratch of
+// 3 * images * ceil(tokens / NORM_ROWS) * width floats.
+struct norm_backward {
+    accelerate_mem dx, dz, dmod, partial;
+    accelerate_mem dh, drows, slot, dlogits, router_w, y, stats, z, mod;
+    int images, tokens, width, mod_width, gate, shift, scale, experts, choices;
+};
+
+// op_dispatch_fwd: out[count,width] = x[token[r],:]
+struct dispatch {
+    accelerate_mem out, x, token;
+    int count, width;
+};
+
+// op_combine_bwd, tokens = M
+struct combine_backward {
+    accelerate_mem drows, dweight, dout, rows, slot, weight;
+    int tokens, choices, width;
+};
+
+// op_qk_norm_fwd (out, qkv, stats, parameters), op_qk_norm_bwd (out: dqkv; gradients d*; partial:
+// scratch of 4 * ceil(rows / 8) * head size floats)
+struct qk_norm {
+    accelerate_mem out, qkv, stats, wq, bq, wk, bk, dwq, dbq, dwk, dbk, partial;
+    int rows, heads, head;
+};
+
+// out[columns] f32 += the sum over the rows of a[rows,columns] (ACT). partial: SUM_PARTS * columns floats
+struct column_sums {
+    accelerate_mem out, a, partial;
+    int rows, columns;
+};
+
+// op_router_dw; added: dw += instead of =. partial: SUM_PARTS * experts * width floats
+struct router_gradient {
+    accelerate_mem dw, dlogits, h, partial;
+    int rows, width, experts, added;
+};
+
+// op_router_route. fraction and mean_prob [groups, experts] may be NULL. partial: scratch of
+// 2 * ceil(rows / ROUTE_ROWS) * experts words.
+struct route {
+    accelerate_mem probs, weight, index, offsets, slot, token, fraction, mean_prob;
+    accelerate_mem logits, partial;
+    int rows, experts, choices, groups, renormalise;
+};
+
+// op_norm2: control[0] (added: +=) the sum of squares of g. partial: NORM2_PARTS floats
+struct norm2 {
+    accelerate_mem control, g, partial;
+    unsigned long long count;
+    int added;
+};
+
+// op_adamw; ema and half may be NULL
+struct adamw_step {
+    accelerate_mem w, m, v, ema, g, control, half;
+    unsigned long long count;
+    float beta1, rest1, beta2, rest2, eps, decay;
+};
+
+#endif

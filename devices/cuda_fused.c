@@ -1,0 +1,177 @@
+// Memory-bound operations in one pass (fused.cu): which shapes, and how they are launched.
+//
+// Every kernel moves 16 bytes at a time, so widths and first columns are multiples of 8 and addresses
+// of 16 bytes; what is not goes to the portable kernels.
+#include "devices/cuda_fused.h"
+
+#include <string.h>
+
+#include "devices/accelerate.h"
+
+enum { WARP = 32, THREADS = 256, WIDTH_MAX = 2048, VECTOR = 8, IMAGES_MAX = 65535 };
+
+// The kernel `name` of fused.cu; `name` is a literal.
+#define KERNEL_OF(s, name) cuda_tuned((s)->dev, IMAGE_fused, name, 0)
+
+// ---- arguments ----------------------------------------------------------------------------------
+
+// Turns the first `count` fields of a struct of accelerate.h into addresses. False when one that is
+// not NULL does not start at a multiple of 16 bytes.
+static bool to_addresses(void *fields, size_t count)
+{
+    bool aligned = true;
+    for (size_t i = 0; i < count; i++) {
+        char *field = (char *)fields + i * sizeof(void *);
+        struct mem *mem;
+        memcpy(&mem, field, sizeof mem);
+        uintptr_t address = mem ? (uintptr_t)mem->address : 0;
+        memcpy(field, &address, sizeof address);
+        aligned = aligned && address % 16 == 0;
+    }
+    return aligned;
+}
+
+// a: a struct whose first member that is not memory is `scalar`
+#define TO_ADDRESSES(a, scalar) to_addresses(&(a), offsetof(__typeof__(a), scalar) / sizeof(void *))
+
+// The struct at `args`, a copy whose memories are addresses; else NOT_MINE.
+#define TAKE(type, a, scalar)     \
+    struct type a;                \
+    memcpy(&a, args, sizeof a);   \
+    if (!TO_ADDRESSES(a, scalar)) \
+    return NOT_MINE
+
+static int cover(int64_t count, int64_t size)
+{
+    return (int)((count + size - 1) / size);
+}
+
+static bool good_width(int width)
+{
+    return width % VECTOR == 0 && width <= WIDTH_MAX;
+}
+
+// Threads of one group: whole warps that cover the columns; and of a block of as many groups as fit.
+static int group_threads(int width)
+{
+    return cover(width / VECTOR, WARP) * WARP;
+}
+
+static int block_threads(int width)
+{
+    int group = group_threads(width);
+    return THREADS / group * group;
+}
+
+static int launch(struct stream *s, cuda_function function, int x, int y, int threads, void **args)
+{
+    const unsigned grid[3] = {(unsigned)x, (unsigned)y, 1};
+    return cuda_tuned_launch(s, function, grid, (unsigned)threads, 0, args);
+}
+
+// ---- LayerNorm with what comes before and after it ----------------------------------------------
+
+static bool good_columns(const int *columns, int count)
+{
+    for (int i = 0; i < count; i++)
+        if (columns[i] % VECTOR != 0)
+            return false;
+    return true;
+}
+
+// The kernel of this many rows a group at a time.
+static cuda_function forward_kernel(struct stream *s, const struct norm_forward *a, int rows)
+{
+    if (a->rows)
+        return rows == 4   ? KERNEL_OF(s, "combine_norm_4")
+               : rows == 2 ? KERNEL_OF(s, "combine_norm_2")
+                           : KERNEL_OF(s, "combine_norm_1");
+    if (a->logits)
+        return rows == 4   ? KERNEL_OF(s, "residual_norm_router_4")
+               : rows == 2 ? KERNEL_OF(s, "residual_norm_router_2")
+                           : KERNEL_OF(s, "residual_norm_router_1");
+    if (a->z)
+        return rows == 4   ? KERNEL_OF(s, "residual_norm_4")
+               : rows == 2 ? KERNEL_OF(s, "residual_norm_2")
+                           : KERNEL_OF(s, "residual_norm_1");
+    return rows == 4   ? KERNEL_OF(s, "layernorm_4")
+           : rows == 2 ? KERNEL_OF(s, "layernorm_2")
+                       : KERNEL_OF(s, "layernorm_1");
+}
+
+// Rows a group of threads takes at a time: more keep more loads in flight, but every multiprocessor
+// must have blocks enough.
+static int rows_at_once(const struct stream *s, int64_t groups_of_rows)
+{
+    int64_t units = s->dev->base.info.compute_units;
+    return groups_of_rows >= 16 * units ? 4 : groups_of_rows >= 8 * units ? 2 : 1;
+}
+
+static int norm_forward(struct stream *s, const void *args)
+{
+    TAKE(norm_forward, a, images);
+    const int columns[] = {a.mod_width, a.gate, a.shift, a.scale};
+    if (!good_width(a.width) || !good_columns(columns, 4) || a.images > IMAGES_MAX)
+        return NOT_MINE;
+    int threads = block_threads(a.width), groups = threads / group_threads(a.width);
+    int rows = rows_at_once(s, (int64_t)a.images * a.tokens / groups);
+    cuda_function function = forward_kernel(s, &a, rows);
+    if (!function)
+        return NOT_MINE;
+    int chunk = groups * rows;
+    return launch(s, function, cover(a.tokens, chunk), a.images, threads, (void *[]){&a, &chunk});
+}
+
+static cuda_function backward_kernel(struct stream *s, const struct norm_backward *a, int rows)
+{
+    if (a->drows || a->dlogits)
+        return rows == 4   ? KERNEL_OF(s, "norm_back_branches_4")
+               : rows == 2 ? KERNEL_OF(s, "norm_back_branches_2")
+                           : KERNEL_OF(s, "norm_back_branches_1");
+    return rows == 4   ? KERNEL_OF(s, "norm_back_4")
+           : rows == 2 ? KERNEL_OF(s, "norm_back_2")
+                       : KERNEL_OF(s, "norm_back_1");
+}
+
+static int norm_backward(struct stream *s, const void *args)
+{
+    TAKE(norm_backward, a, images);
+    const int columns[] = {a.mod_width, a.gate, a.shift, a.scale};
+    if (!good_width(a.width) || !good_columns(columns, 4) || a.images > IMAGES_MAX)
+        return NOT_MINE;
+    int threads = block_threads(a.width), groups = threads / group_threads(a.width);
+    int rows = rows_at_once(s, (int64_t)a.images * a.tokens / groups) > 1 ? 2 : 1;
+    cuda_function function = backward_kernel(s, &a, rows), sums = KERNEL_OF(s, "norm_back_sums");
+    if (!function || !sums)
+        return NOT_MINE;
+    // long chunks make few partial sums, but every multiprocessor must have blocks enough
+    int64_t units = s->dev->base.info.compute_units;
+    int chunk =
+        (int64_t)a.images * cover(a.tokens, 2 * NORM_ROWS) >= 3 * units ? 2 * NORM_ROWS : NORM_ROWS;
+    int chunks = cover(a.tokens, chunk);
+    TRY(launch(s, function, chunks, a.images, threads, (void *[]){&a, &chunk}));
+    const unsigned grid[3] = {(unsigned)cover(a.width, 4 * 64), a.dz ? 3 : 2, (unsigned)a.images};
+    return cuda_tuned_launch(s, sums, grid, 64, 0, (void *[]){&a, &chunks});
+}
+
+// ---- the door -----------------------------------------------------------------------------------
+
+int cuda_fused_width(struct cuda_device *dev)
+{
+    const bool there = dev->base.act == BF16 && cuda_tuned(dev, IMAGE_fused, "combine_norm_1", 0);
+    return there ? WIDTH_MAX : 0;
+}
+
+int cuda_fused(struct stream *s, enum accelerated op, const void *args)
+{
+    if (s->dev->base.act != BF16)
+        return NOT_MINE;
+    switch (op) {
+    case ACCELERATE_NORM_FWD:
+        return norm_forward(s, args);
+    case ACCELERATE_NORM_BWD:
+        return norm_backward(s, args);
+    default:
+        return NOT_MINE;
+    }
+}

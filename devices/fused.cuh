@@ -1,0 +1,115 @@
+// What the kernels of fused.cu share: 16-byte vectors of 8 bf16, sums over warps, barriers of a few
+// warps.
+#ifndef DITMOE_FUSED_CUH
+#define DITMOE_FUSED_CUH
+
+#define ACCELERATE_MEM void *
+#include "devices/accelerate.h"
+
+#define INLINE static __device__ __forceinline__
+
+enum { WARP = 32, WARPS = 8, THREADS = WARP * WARPS, V = 8 }; // V: bf16 of a 16-byte vector
+
+INLINE uint4 load16(const void *base, size_t vector)
+{
+    return static_cast<const uint4 *>(base)[vector];
+}
+
+INLINE void store16(void *base, size_t vector, uint4 value)
+{
+    static_cast<uint4 *>(base)[vector] = value;
+}
+
+INLINE void unpack(float (&out)[V], uint4 in)
+{
+    const unsigned words[4] = {in.x, in.y, in.z, in.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        out[2 * i] = __uint_as_float(words[i] << 16);
+        out[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+    }
+}
+
+// Two floats rounded to nearest even, the first in the lower half.
+INLINE unsigned pack2(float low, float high)
+{
+    unsigned word;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+    return word;
+}
+
+INLINE uint4 pack(const float (&in)[V])
+{
+    return make_uint4(pack2(in[0], in[1]), pack2(in[2], in[3]), pack2(in[4], in[5]),
+                      pack2(in[6], in[7]));
+}
+
+// 8 floats at p, 16-byte aligned, of a parameter that nothing writes meanwhile
+INLINE void load_parameters(float (&out)[V], const float *p)
+{
+    float4 low = __ldg(reinterpret_cast<const float4 *>(p));
+    float4 high = __ldg(reinterpret_cast<const float4 *>(p) + 1);
+    out[0] = low.x, out[1] = low.y, out[2] = low.z, out[3] = low.w;
+    out[4] = high.x, out[5] = high.y, out[6] = high.z, out[7] = high.w;
+}
+
+INLINE float warp_sum(float v)
+{
+#pragma unroll
+    for (int step = WARP / 2; step > 0; step /= 2)
+        v += __shfl_xor_sync(~0u, v, step);
+    return v;
+}
+
+// Sums N values (a power of 2, at most 32) over the warp. Lane l returns the sum of v[l * N / 32]: each
+// step halves the number of values a lane works on.
+template <int N, int STEP = WARP / 2> INLINE float warp_sums(float (&v)[N])
+{
+    if constexpr (N == 1) {
+#pragma unroll
+        for (int step = STEP; step > 0; step /= 2)
+            v[0] += __shfl_xor_sync(~0u, v[0], step);
+        return v[0];
+    } else {
+        const bool upper = threadIdx.x & STEP;
+        float half[N / 2];
+#pragma unroll
+        for (int i = 0; i < N / 2; i++) {
+            const float keep = upper ? v[i + N / 2] : v[i], give = upper ? v[i] : v[i + N / 2];
+            half[i] = keep + __shfl_xor_sync(~0u, give, STEP);
+        }
+        return warp_sums<N / 2, STEP / 2>(half);
+    }
+}
+
+// A barrier of the `threads` threads that share row group `group` (hardware barriers 1 to 15).
+INLINE void group_barrier(int group, int threads)
+{
+    asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "r"(threads) : "memory");
+}
+
+// Where a thread works: blocks go through rows in groups of whole warps, a thread on the same 8
+// columns of every row.
+struct place {
+    int lanes; // threads of a group
+    int group, groups;
+    int thread;     // within the group
+    bool works;     // has columns
+    int first, end; // rows of this block within its image, [first, end)
+};
+
+// `chunk` rows a block, the x grid goes through an image's rows
+INLINE place find_place(int width, int rows, int chunk)
+{
+    place p;
+    p.lanes = (width / V + WARP - 1) / WARP * WARP;
+    p.group = threadIdx.x / p.lanes;
+    p.groups = blockDim.x / p.lanes;
+    p.thread = threadIdx.x % p.lanes;
+    p.works = p.thread < width / V;
+    p.first = blockIdx.x * chunk;
+    p.end = min(p.first + chunk, rows);
+    return p;
+}
+
+#endif
