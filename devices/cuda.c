@@ -50,6 +50,16 @@ static int open_context(struct cuda_device *dev)
     return enter(dev);
 }
 
+// Plans with what is left: other programs, and the context and kernels of this one, use some.
+static int note_free_memory(struct cuda_device *dev)
+{
+    size_t free = 0, all = 0;
+    CU(dev->api, dev->api->memory(&free, &all), "cuMemGetInfo");
+    if (free < dev->base.info.memory)
+        dev->base.info.memory = free;
+    return 0;
+}
+
 // Finds kernel `i`; appends what is wrong with it to `wrong`. That it has no more arguments than
 // kernels.def says, and of which types, was checked when it was compiled (kernels.cu).
 static void find_kernel(struct cuda_device *dev, int i, char *wrong, size_t size)
@@ -95,6 +105,7 @@ static int cuda_open(const struct device_info *info, unsigned flags, struct devi
     dev->base.half_weights = dev->base.act == BF16 && !(flags & OPEN_PORTABLE);
     TRY_OUT(open_context(dev));
     TRY_OUT(open_kernels(dev));
+    TRY_OUT(note_free_memory(dev));
     dev->base.fused_width = cuda_fused_width(dev);
     *out = &dev->base;
     return 0;
@@ -123,6 +134,20 @@ static int check_fits(const struct device *dev, size_t bytes)
     return 0;
 }
 
+static int alloc_fail(const struct cuda_device *dev, cuda_result code, size_t bytes)
+{
+    const struct device_info *info = &dev->base.info;
+    size_t free = 0, all = 0;
+    if (code != CUDA_OUT_OF_MEMORY || dev->api->memory(&free, &all) != CUDA_OK) {
+        int failed = cuda_fail(dev->api, code, "cuMemAlloc");
+        return fail_in(failed, "%s: %.1f MiB", info->key, mib(bytes));
+    }
+    return fail(ERR_NOMEM,
+                "%s is out of memory: %.1f MiB more is wanted, %.1f of %.1f MiB are free; this "
+                "program uses %.1f MiB",
+                info->key, mib(bytes), mib(free), mib(all), mib(dev->base.allocated));
+}
+
 static int cuda_alloc(struct device *base, size_t bytes, struct mem **out)
 {
     struct cuda_device *dev = cuda_device_of(base);
@@ -136,8 +161,7 @@ static int cuda_alloc(struct device *base, size_t bytes, struct mem **out)
     cuda_result code = dev->api->alloc(&mem->address, bytes);
     if (code != CUDA_OK) {
         free(mem);
-        int failed = cuda_fail(dev->api, code, "cuMemAlloc");
-        return fail_in(failed, "%s: %.1f MiB", base->info.key, mib(bytes));
+        return alloc_fail(dev, code, bytes);
     }
     mem->dev = dev;
     mem->bytes = bytes;
@@ -208,7 +232,9 @@ static void cuda_stream_free(struct stream *s)
 {
     if (!s)
         return;
-    if (cuda_sync(s) == 0)
+    int code = cuda_sync(s);
+    cuda_staging_free(s);
+    if (code == 0)
         s->dev->api->stream_destroy(s->cu);
     free(s);
 }
@@ -218,8 +244,9 @@ static bool inside(const struct mem *mem, size_t offset, size_t bytes)
     return offset <= mem->bytes && bytes <= mem->bytes - offset;
 }
 
-// Waits, because the driver does not promise on every machine that it is done with `src` earlier:
-// where the GPU reads pageable host memory itself, it copies later.
+// Small writes go by way of page-locked memory and do not wait. Larger ones wait, because the driver
+// does not promise on every machine that it is done with `src` earlier: where the GPU reads pageable
+// host memory itself, it copies later.
 static int cuda_write(struct stream *s, struct mem *dst, size_t offset, const void *src,
                       size_t bytes)
 {
@@ -227,6 +254,9 @@ static int cuda_write(struct stream *s, struct mem *dst, size_t offset, const vo
     if (bytes == 0)
         return 0;
     TRY(enter(s->dev));
+    int code = cuda_write_staged(s, dst->address + offset, src, bytes);
+    if (code != CUDA_NOT_STAGED)
+        return code;
     CU(s->dev->api, s->dev->api->write(dst->address + offset, src, bytes, s->cu),
        "cuMemcpyHtoDAsync");
     return cuda_sync(s);
@@ -438,6 +468,7 @@ const struct backend backend_cuda = {
     .name = "cuda",
     .list = cuda_list,
     .note = cuda_note,
+    .link = cuda_link,
     .open = cuda_open,
     .close = cuda_close,
     .alloc = cuda_alloc,

@@ -37,6 +37,7 @@ struct mem {
 struct stream {
     struct cuda_device *dev;
     cuda_stream cu;
+    struct cuda_staging *staging; // cuda_staging.c's own state, or NULL
 };
 
 struct event {
@@ -50,7 +51,8 @@ static inline struct cuda_device *cuda_device_of(struct device *dev)
     return (struct cuda_device *)(void *)dev;
 }
 
-// Sets the message "CUDA: WHAT failed: NAME (code)" and returns ERR_NOMEM or ERR_DRIVER.
+// Sets the message "CUDA: WHAT failed: NAME (code)" and returns ERR_NOMEM or ERR_DRIVER; of errors
+// after which the driver refuses all further work on the device it says so and returns ERR_LOST.
 int cuda_fail(const struct cuda_api *api, cuda_result code, const char *what);
 
 // Passes a failed driver call up: CU(api, api->stream_sync(s), "cuStreamSynchronize").
@@ -64,6 +66,19 @@ int cuda_fail(const struct cuda_api *api, cuda_result code, const char *what);
 // cuda_list.c: see list and note in device.h.
 int cuda_list(struct device_info *out, int max);
 const char *cuda_note(void);
+
+// cuda_links.c: see link in device.h. NVLink connections of a device that are up, 0 where NVML is not
+// installed; the driver's own version ("580.95.05"), or "".
+int cuda_link(const struct device_info *from, const struct device_info *to,
+              struct device_link *out);
+int cuda_nvlinks(const char *pci);
+void cuda_driver_name(char *out, size_t size);
+
+// cuda_staging.c: a write that does not wait; CUDA_NOT_STAGED when it is too large for that, or there
+// is no page-locked memory. The stream has no work left when its staging is freed.
+enum { CUDA_STAGED_MAX = 4 << 20, CUDA_NOT_STAGED = 1 };
+int cuda_write_staged(struct stream *s, cuda_address to, const void *from, size_t bytes);
+void cuda_staging_free(struct stream *s);
 
 // cuda_gemm.c: see struct gemm and gemm_space in device.h.
 int cuda_gemm(struct stream *s, const struct gemm *g);

@@ -58,27 +58,69 @@ const struct cuda_api *cuda_driver(const char **why)
 
 static struct cublaslt_api cublaslt;
 static bool cublaslt_good;
+static char cublaslt_says[96];
+
+static void *open_first(const char *const *names)
+{
+    void *library = NULL;
+    for (; *names && !library; names++)
+        library = dlopen(*names, RTLD_NOW | RTLD_LOCAL);
+    return library;
+}
+
+// "cuBLASLt 13.1.0" of 130100
+static void name_version(void *library)
+{
+    size_t (*version)(void);
+    if (find(library, "cublasLtGetVersion", &version)) {
+        const size_t number = version();
+        snprintf(cublaslt_says, sizeof cublaslt_says, "cuBLASLt %zu.%zu.%zu", number / 10000,
+                 number / 100 % 100, number % 100);
+    } else {
+        snprintf(cublaslt_says, sizeof cublaslt_says, "cuBLASLt");
+    }
+}
 
 static void open_cublaslt(void)
 {
-    static const char *const names[] = {"libcublasLt.so.13", "libcublasLt.so.12",
-                                        "/usr/local/cuda/lib64/libcublasLt.so.13",
-                                        "/usr/local/cuda/lib64/libcublasLt.so.12"};
-    void *library = NULL;
-    for (size_t i = 0; i < sizeof names / sizeof names[0] && !library; i++)
-        library = dlopen(names[i], RTLD_NOW | RTLD_LOCAL);
-    if (!library)
+    static const char *const names[] = {
+        "libcublasLt.so.13", "libcublasLt.so.12", "/usr/local/cuda/lib64/libcublasLt.so.13",
+        "/usr/local/cuda/lib64/libcublasLt.so.12", NULL};
+    static const char *const old[] = {"libcublasLt.so.11", "libcublasLt.so.10", NULL};
+    const char *missing = NULL;
+    void *library = open_first(names);
+    if (!library) {
+        snprintf(cublaslt_says, sizeof cublaslt_says, "%s; own kernels multiply matrices",
+                 open_first(old) ? "cuBLASLt is too old: 12 or 13 is wanted"
+                                 : "no cuBLASLt 12 or 13 found");
         return;
-    cublaslt_good = true;
-#define FIND(field, function, parameters) \
-    cublaslt_good = find(library, #function, &cublaslt.field) && cublaslt_good;
+    }
+#define FIND(field, function, parameters)              \
+    if (!find(library, #function, &cublaslt.field)) \
+        missing = #function;
     CUBLASLT_FUNCTIONS(FIND)
 #undef FIND
+    cublaslt_good = !missing;
+    if (missing)
+        snprintf(cublaslt_says, sizeof cublaslt_says, "cuBLASLt has no %s: too old", missing);
+    else
+        name_version(library);
+}
+
+static void open_cublaslt_once(void)
+{
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    pthread_once(&once, open_cublaslt);
 }
 
 const struct cublaslt_api *cublaslt_library(void)
 {
-    static pthread_once_t once = PTHREAD_ONCE_INIT;
-    pthread_once(&once, open_cublaslt);
+    open_cublaslt_once();
     return cublaslt_good ? &cublaslt : NULL;
+}
+
+const char *cublaslt_text(void)
+{
+    open_cublaslt_once();
+    return cublaslt_says;
 }

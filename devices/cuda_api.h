@@ -25,6 +25,25 @@ enum {
     CUDA_OUT_OF_MEMORY = 2,
     CUDA_NO_DEVICE = 100,
 
+    // after these the driver refuses all further work of the process on the device
+    CUDA_ECC_UNCORRECTABLE = 214,
+    CUDA_NVLINK_UNCORRECTABLE = 220,
+    CUDA_CONTAINED = 226,
+    CUDA_ILLEGAL_ADDRESS = 700,
+    CUDA_LAUNCH_TIMEOUT = 702,
+    CUDA_CONTEXT_IS_DESTROYED = 709,
+    CUDA_ASSERT = 710,
+    CUDA_HARDWARE_STACK_ERROR = 714,
+    CUDA_ILLEGAL_INSTRUCTION = 715,
+    CUDA_MISALIGNED_ADDRESS = 716,
+    CUDA_INVALID_ADDRESS_SPACE = 717,
+    CUDA_INVALID_PC = 718,
+    CUDA_LAUNCH_FAILED = 719,
+    CUDA_UNKNOWN = 999,
+
+    CUDA_P2P_RANK = 1, // attributes from device to device
+    CUDA_P2P_ATOMICS = 3,
+
     CUDA_CLOCK_RATE = 13, // attributes of a device
     CUDA_MULTIPROCESSORS = 16,
     CUDA_INTEGRATED = 18,
@@ -33,6 +52,7 @@ enum {
 
     CUDA_STREAM_NON_BLOCKING = 1, // does not wait for the default stream
     CUDA_EVENT_DEFAULT = 0,       // can be timed
+    CUDA_EVENT_NO_TIMING = 2,
     CUDA_CAPTURE_THREAD = 1,      // a capture forbids calls that would break it in this thread only
 
     CUDA_FUNCTION_MAX_SHARED = 8, // attribute of a function: dynamic shared memory, bytes
@@ -69,6 +89,9 @@ enum {
     F(free, cuMemFree, "cuMemFree_v2", (cuda_address))                                           \
     F(write, cuMemcpyHtoDAsync, "cuMemcpyHtoDAsync_v2",                                          \
       (cuda_address, const void *, size_t, cuda_stream))                                         \
+    F(memory, cuMemGetInfo, "cuMemGetInfo_v2", (size_t *, size_t *))                             \
+    F(host_alloc, cuMemHostAlloc, "cuMemHostAlloc", (void **, size_t, unsigned))                 \
+    F(host_free, cuMemFreeHost, "cuMemFreeHost", (void *))                                       \
     F(read, cuMemcpyDtoHAsync, "cuMemcpyDtoHAsync_v2",                                           \
       (void *, cuda_address, size_t, cuda_stream))                                               \
     F(copy, cuMemcpyDtoDAsync, "cuMemcpyDtoDAsync_v2",                                           \
@@ -93,6 +116,7 @@ enum {
     F(event_create, cuEventCreate, "cuEventCreate", (cuda_event *, unsigned))                    \
     F(event_destroy, cuEventDestroy, "cuEventDestroy_v2", (cuda_event))                          \
     F(event_record, cuEventRecord, "cuEventRecord", (cuda_event, cuda_stream))                   \
+    F(event_sync, cuEventSynchronize, "cuEventSynchronize", (cuda_event))                        \
     F(event_elapsed, cuEventElapsedTime, "cuEventElapsedTime", (float *, cuda_event, cuda_event))
 
 // Those that a driver may lack; the field is then NULL.
@@ -101,7 +125,11 @@ enum {
       (cuda_function, size_t, size_t *, size_t *))                                                \
     F(tensor_map, cuTensorMapEncodeTiled, "cuTensorMapEncodeTiled", /* for Hopper and later */    \
       (cuda_tensor_map *, unsigned, unsigned, void *, const uint64_t *, const uint64_t *,         \
-       const uint32_t *, const uint32_t *, unsigned, unsigned, unsigned, unsigned))
+       const uint32_t *, const uint32_t *, unsigned, unsigned, unsigned, unsigned))               \
+    F(can_access_peer, cuDeviceCanAccessPeer, "cuDeviceCanAccessPeer",                            \
+      (int *, cuda_device_id, cuda_device_id))                                                    \
+    F(p2p_attribute, cuDeviceGetP2PAttribute, "cuDeviceGetP2PAttribute",                          \
+      (int *, unsigned, cuda_device_id, cuda_device_id))
 
 struct cuda_api {
 #define CUDA_FIELD(field, function, symbol, parameters) cuda_result(*field) parameters;
@@ -178,5 +206,7 @@ struct cublaslt_api {
 
 // cuBLASLt 13 or 12, or NULL on a machine without it.
 const struct cublaslt_api *cublaslt_library(void);
+// "cuBLASLt 13.0.0", or what is wrong with it: "no cuBLASLt 12 or 13: ...".
+const char *cublaslt_text(void);
 
 #endif

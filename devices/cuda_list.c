@@ -2,6 +2,7 @@
 //
 // A device that could not run this build's kernels is not listed; cuda_note() says why.
 #include "devices/cuda.h"
+#include "devices/cuda_tuned.h"
 
 #include <ctype.h>
 #include <stdio.h>
@@ -17,11 +18,32 @@ enum { MATRIX_ALIGN = 256 }; // what cuMemAlloc gives, and the widest loads of l
 
 static char note[256];
 
+// Errors that stay: every later call of the process on the device returns them too.
+static bool is_lost(cuda_result code)
+{
+    static const cuda_result lost[] = {
+        CUDA_ECC_UNCORRECTABLE,    CUDA_NVLINK_UNCORRECTABLE, CUDA_CONTAINED,
+        CUDA_ILLEGAL_ADDRESS,      CUDA_LAUNCH_TIMEOUT,       CUDA_CONTEXT_IS_DESTROYED,
+        CUDA_ASSERT,               CUDA_HARDWARE_STACK_ERROR, CUDA_ILLEGAL_INSTRUCTION,
+        CUDA_MISALIGNED_ADDRESS,   CUDA_INVALID_ADDRESS_SPACE, CUDA_INVALID_PC,
+        CUDA_LAUNCH_FAILED,        CUDA_UNKNOWN,
+    };
+    for (size_t i = 0; i < sizeof lost / sizeof lost[0]; i++)
+        if (code == lost[i])
+            return true;
+    return false;
+}
+
 int cuda_fail(const struct cuda_api *api, cuda_result code, const char *what)
 {
     const char *name = NULL;
     if (api->error_name(code, &name) != CUDA_OK || !name)
         name = "an unknown code";
+    if (is_lost(code))
+        return fail(ERR_LOST,
+                    "the CUDA device failed: %s (%u), seen at %s; nothing on it can be used any "
+                    "more, so start again",
+                    name, code, what);
     return fail(code == CUDA_OUT_OF_MEMORY ? ERR_NOMEM : ERR_DRIVER, "CUDA: %s failed: %s (%u)",
                 what, name, code);
 }
@@ -62,7 +84,7 @@ static bool driver_fits(const struct cuda_api *api, int *version)
 static void describe(const struct cuda_api *api, cuda_device_id id, int index, int version,
                      struct device_info *info)
 {
-    char number[16];
+    char number[16], name[40];
     size_t memory = 0;
     memset(info, 0, sizeof *info);
     info->backend = &backend_cuda;
@@ -72,10 +94,15 @@ static void describe(const struct cuda_api *api, cuda_device_id id, int index, i
     snprintf(info->vendor, sizeof info->vendor, "NVIDIA Corporation");
     if (api->device_name(info->name, sizeof info->name, id) != CUDA_OK)
         snprintf(info->name, sizeof info->name, "NVIDIA GPU");
+    const int major = attribute(api, id, CUDA_CAPABILITY_MAJOR);
+    const int minor = attribute(api, id, CUDA_CAPABILITY_MINOR);
     version_text(version, number, sizeof number);
-    snprintf(info->driver, sizeof info->driver, "%s", number);
-    snprintf(info->language, sizeof info->language, "compute capability %d.%d",
-             attribute(api, id, CUDA_CAPABILITY_MAJOR), attribute(api, id, CUDA_CAPABILITY_MINOR));
+    cuda_driver_name(name, sizeof name);
+    snprintf(info->driver, sizeof info->driver, "%s%s%s%s", number, name[0] ? " (driver " : "", name,
+             name[0] ? ")" : "");
+    snprintf(info->language, sizeof info->language, "compute capability %d.%d", major, minor);
+    snprintf(info->library, sizeof info->library, "%s", cublaslt_text());
+    cuda_tuned_text(10 * major + minor, info->tuned, sizeof info->tuned);
     info->kind = DEVICE_GPU;
     if (api->device_memory(&memory, id) == CUDA_OK)
         info->memory_driver = memory;
@@ -92,6 +119,7 @@ static void describe(const struct cuda_api *api, cuda_device_id id, int index, i
         info->pci[0] = 0;
     for (char *c = info->pci; *c; c++)
         *c = (char)tolower((unsigned char)*c);
+    info->nvlinks = cuda_nvlinks(info->pci);
 }
 
 static bool capable(const struct device_info *info)

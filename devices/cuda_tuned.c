@@ -1,5 +1,6 @@
 #include "devices/cuda_tuned.h"
 
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -33,6 +34,27 @@ static const void *image_bytes(enum cuda_image image)
         break;
     }
     return NULL;
+}
+
+static bool has_code_for(const char *image, int capability)
+{
+    const char *only = strstr(image, "_sm"); // code of one architecture, without PTX for later ones
+    return !only || atoi(only + 3) == capability;
+}
+
+void cuda_tuned_text(int capability, char *out, size_t size)
+{
+    static const char *const names[] = {
+#define NAME(name) #name,
+        CUDA_IMAGES(NAME)
+#undef NAME
+    };
+    size_t length = 0;
+    out[0] = 0;
+    for (int i = 0; i < IMAGE_COUNT; i++)
+        if (image_bytes((enum cuda_image)i) && has_code_for(names[i], capability) && length < size)
+            length += (size_t)snprintf(out + length, size - length, "%s%s", length ? ", " : "",
+                                       names[i]);
 }
 
 static cuda_module module(struct cuda_device *dev, enum cuda_image image)

@@ -28,6 +28,9 @@ cuda_function cuda_tuned(struct cuda_device *dev, enum cuda_image image, const c
 int cuda_tuned_launch(struct stream *s, cuda_function function, const unsigned grid[3],
                       unsigned threads, unsigned shared, void **arguments);
 
+// The images that have code for a device of this compute capability (90 for 9.0): "attention, fused".
+void cuda_tuned_text(int capability, char *out, size_t size);
+
 void cuda_tuned_close(struct cuda_device *dev);
 
 // accelerate() of device.h, one function an operation: 0, a negative code, or NOT_MINE.

@@ -57,6 +57,17 @@ struct device_info {
     int numa;              // NUMA node from hwloc, or -1: at the machine's root
     char place[64];        // hwloc's words for it: "NUMANode 0 / PCI 0000:3b:00.0" or "Machine"
     char twin[24];         // key of the same device (PCI id) through another backend, or ""
+    char library[96];      // the library that multiplies matrices, or why there is none; or ""
+    char tuned[96];        // the tuned kernels that it has: "attention, fused"; or ""
+    int nvlinks;           // NVLink connections that are up; 0 also where that is not known
+};
+
+// How a device reaches another of its backend: what copies between them can use.
+struct device_link {
+    bool peer;    // reads and writes the other's memory itself
+    bool nvlink;  // by NVLink, not PCIe alone
+    bool atomics; // with atomic operations
+    int rank;     // the driver's word for how fast links are, beside each other: 0 is the fastest
 };
 
 // Every device of every backend, in the order of their keys. Returns the count (<= max), 0 when there
@@ -169,6 +180,8 @@ struct backend {
     // devices
     int (*list)(struct device_info *out, int max);
     const char *(*note)(void); // optional: why the last list() left devices out, one line, or ""
+    int (*link)(const struct device_info *from, const struct device_info *to,
+                struct device_link *out); // optional; both of this backend
     int (*open)(const struct device_info *info, unsigned flags, struct device **out);
     void (*close)(struct device *dev);
 

@@ -11,6 +11,7 @@
     X(NODEVICE, "no device") /* no such device, platform or driver */                              \
     X(NOMEM, "out of memory") /* host or device memory */                                          \
     X(DRIVER, "driver error") /* a driver call failed */                                           \
+    X(LOST, "device lost") /* the device failed; nothing in this process can use it any more */    \
     X(INPUT, "bad input") /* a file, option or shape that cannot be used */                        \
     X(IO, "I/O error") /* reading or writing failed: disk full, missing file */                    \
     X(STOPPED, "stopped") /* asked to stop (signal) */

@@ -33,7 +33,26 @@ static void print_memory(const char *margin, const struct device_info *d)
     printf("; %.2f GiB in one buffer\n", gib(d->max_alloc));
 }
 
-static void print_device(int depth, const struct device_info *d, bool is_auto)
+// "PCIe", "NVLink": how a device reaches another.
+static const char *road(const struct device_link *l)
+{
+    return l->nvlink ? "NVLink" : l->peer ? "PCIe, directly" : "the host's memory";
+}
+
+// A line for each other device of the same backend, where the backend knows.
+static void print_links(const char *margin, const struct device_info *d,
+                        const struct device_info *list, int count)
+{
+    struct device_link l;
+    for (int i = 0; i < count; i++)
+        if (d->backend->link && list[i].backend == d->backend && list[i].index != d->index &&
+            d->backend->link(d, &list[i], &l) >= 0)
+            printf("%sto %-7s %s%s\n", margin, list[i].key, road(&l),
+                   l.atomics ? ", with atomics" : "");
+}
+
+static void print_device(int depth, const struct device_info *d, bool is_auto,
+                         const struct device_info *list, int count)
 {
     char margin[64];
     printf("%*s%-10s %s%s\n", depth * 2, "", d->key, d->name,
@@ -51,6 +70,13 @@ static void print_device(int depth, const struct device_info *d, bool is_auto)
         printf("%stwin      %s is the same device\n", margin, d->twin);
     printf("%sdriver    %s %s, %s, by %s\n", margin, d->platform, d->driver, d->language,
            d->vendor);
+    if (d->library[0])
+        printf("%slibrary   %s\n", margin, d->library);
+    if (d->tuned[0])
+        printf("%stuned     %s (with --precision bf16)\n", margin, d->tuned);
+    if (d->nvlinks)
+        printf("%snvlink    %d connections up\n", margin, d->nvlinks);
+    print_links(margin, d, list, count);
 }
 
 static int compare_nodes(const void *a, const void *b)
@@ -74,7 +100,7 @@ static void print_tree(const struct device_info *list, int count, const char *be
         const struct device_info *d = sorted[i];
         if (d->numa != node)
             printf("  NUMANode %d\n", node = d->numa);
-        print_device(node < 0 ? 1 : 2, d, !strcmp(d->key, best));
+        print_device(node < 0 ? 1 : 2, d, !strcmp(d->key, best), list, count);
     }
     if (devices_note()[0])
         printf("  %s\n", devices_note());
@@ -82,28 +108,52 @@ static void print_tree(const struct device_info *list, int count, const char *be
 
 // ---- JSON --------------------------------------------------------------------------------------
 
-static json_t *device_json(const struct device_info *d, bool is_auto)
+static json_t *text_or_null(const char *text)
 {
-    return json_pack("{s:s, s:s, s:b, s:s, s:s, s:s, s:s, s:s, s:s, s:I, s:I, s:I, s:I, s:b, s:i, "
-                     "s:i, s:i, s:b, "
-                     "s:b, s:o, s:o, s:s, s:o}",
-                     "key", d->key, "backend", d->backend->name, "auto", is_auto, "kind",
-                     device_kind_name(d->kind), "name", d->name, "platform", d->platform, "vendor",
-                     d->vendor, "driver", d->driver, "language", d->language, "memory",
-                     (json_int_t)d->memory, "memory_driver", (json_int_t)d->memory_driver,
-                     "max_alloc", (json_int_t)d->max_alloc, "align", (json_int_t)d->align,
-                     "unified", d->unified, "compute_units", d->compute_units, "clock_mhz",
-                     d->clock_mhz, "vector_width", d->vector_width, "fp16", d->fp16, "fp64",
-                     d->fp64, "pci", d->pci[0] ? json_string(d->pci) : json_null(), "numa",
-                     d->numa >= 0 ? json_integer(d->numa) : json_null(), "place", d->place, "twin",
-                     d->twin[0] ? json_string(d->twin) : json_null());
+    return text[0] ? json_string(text) : json_null();
+}
+
+static json_t *links_json(const struct device_info *d, const struct device_info *list, int count)
+{
+    json_t *links = json_array();
+    struct device_link l;
+    for (int i = 0; i < count; i++)
+        if (d->backend->link && list[i].backend == d->backend && list[i].index != d->index &&
+            d->backend->link(d, &list[i], &l) >= 0)
+            json_array_append_new(links, json_pack("{s:s, s:b, s:b, s:b, s:i}", "to", list[i].key,
+                                                   "peer", l.peer, "nvlink", l.nvlink, "atomics",
+                                                   l.atomics, "rank", l.rank));
+    return links;
+}
+
+static json_t *device_json(const struct device_info *d, bool is_auto,
+                           const struct device_info *list, int count)
+{
+    json_t *json = json_pack(
+        "{s:s, s:s, s:b, s:s, s:s, s:s, s:s, s:s, s:s, s:I, s:I, s:I, s:I, s:b, s:i, s:i, s:i, "
+        "s:b, s:b, s:o, s:o, s:s, s:o}",
+        "key", d->key, "backend", d->backend->name, "auto", is_auto, "kind",
+        device_kind_name(d->kind), "name", d->name, "platform", d->platform, "vendor", d->vendor,
+        "driver", d->driver, "language", d->language, "memory", (json_int_t)d->memory,
+        "memory_driver", (json_int_t)d->memory_driver, "max_alloc", (json_int_t)d->max_alloc,
+        "align", (json_int_t)d->align, "unified", d->unified, "compute_units", d->compute_units,
+        "clock_mhz", d->clock_mhz, "vector_width", d->vector_width, "fp16", d->fp16, "fp64",
+        d->fp64, "pci", text_or_null(d->pci), "numa",
+        d->numa >= 0 ? json_integer(d->numa) : json_null(), "place", d->place, "twin",
+        text_or_null(d->twin));
+    json_object_set_new(json, "library", text_or_null(d->library));
+    json_object_set_new(json, "tuned", text_or_null(d->tuned));
+    json_object_set_new(json, "nvlinks", json_integer(d->nvlinks));
+    json_object_set_new(json, "links", links_json(d, list, count));
+    return json;
 }
 
 static void print_json(const struct device_info *list, int count, const char *best)
 {
     json_t *devices = json_array();
     for (int i = 0; i < count; i++)
-        json_array_append_new(devices, device_json(&list[i], !strcmp(list[i].key, best)));
+        json_array_append_new(devices,
+                              device_json(&list[i], !strcmp(list[i].key, best), list, count));
     json_t *root = json_pack("{s:o}", "devices", devices);
     json_dumpf(root, stdout, JSON_INDENT(2));
     printf("\n");
