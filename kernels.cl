@@ -18,6 +18,10 @@
 #define LOCAL_PTR __local
 #endif
 #define KERNEL(gx, gy) __kernel __attribute__((reqd_work_group_size(gx, gy, 1)))
+// two groups should have room on a compute unit at a time (CUDA: 128 registers an item of 256)
+#ifndef KERNEL_DENSE
+#define KERNEL_DENSE(gx, gy) KERNEL(gx, gy)
+#endif
 #define GLOBAL __global
 
 // ---- storage types -----------------------------------------------------------------------------------
@@ -136,6 +140,11 @@ INLINE float16 sigmoid16(float16 x)
 }
 #endif // CPU_FORMS
 
+inline float sigmoid(float x)
+{
+    return 1.0f / (1.0f + exp(-x));
+}
+
 // ---- matrix products -----------------------------------------------------------------------------------
 //
 // Every form of struct gemm (devices/device.h): C[m,n] (+)= op(A) op(B) (+ bias), plain or ragged.
@@ -144,6 +153,8 @@ INLINE float16 sigmoid16(float16 x)
 #define GEMM_A_BF16 2
 #define GEMM_B_BF16 4
 #define GEMM_C_BF16 8
+#define GEMM_SWIGLU_FORWARD 128 // SwiGLU within the product (devices/device.h)
+#define GEMM_SWIGLU_BACKWARD 256
 
 inline float gemm_load(const GLOBAL void *p, size_t i, int bf16)
 {
@@ -186,117 +197,480 @@ inline int gemm_block(const GLOBAL int *offsets, int groups, int block, int size
 
 // ---- matrix products: the GPU form
 //
-// A work-group of 16x16 items makes a tile of 128x64, an item 8x4 of it: rows y, y+16..., columns x,
-// x+16..., so that neighbours read neighbouring words of local memory and write neighbouring words
-// of C. K goes in steps of 16 through local memory, whose rows are padded by 2 words: the loads that
-// run along K then hit 32 different banks.
-enum { GEMM_TM = 128, GEMM_TN = 64, GEMM_TK = 16, GEMM_PM = 130, GEMM_PN = 66 };
+// A work-group of 256 items makes a tile of C of 128x128 or, where there are too few of those to fill
+// the device, 64x64. An item makes 8 columns of 8 or 2 rows of it: 4 columns side by side in each half
+// of the tile, so that local memory is read 4 words at a time and neighbours read neighbours. SwiGLU
+// needs no more: the first half of its tiles are columns of g, the second half those of u that belong
+// to them.
+//
+// K goes in steps of 8 (16 for 64x64). An item brings 4 elements of A and 4 of B from memory while it
+// works on the step before, and puts them into the other of two local tiles [k][rows]: one barrier a
+// step. Every sum runs over k in order, so results do not depend on the tile.
+enum { GEMM_LARGE = 128, GEMM_SMALL = 64, GEMM_LOCAL = 2 * 16 * (GEMM_SMALL + 4) / 4 };
+#define GEMM_ITEM_ROWS(tile) ((tile) == GEMM_LARGE ? 8 : 2)
+#define GEMM_STEP(tile) (1024 / (tile))
+#define GEMM_TILE_PITCH(tile) ((tile) + 4)
 
-// Brings the step [k0, k0+16) of `width` rows (or columns) from `first` of an operand into `tile`
-// [16][pitch]. along_k: the operand is stored with k running fastest, `ld` elements a row.
-// Elements outside [.., last) x [.., k_end) become zero.
-inline void gemm_fetch(LOCAL_PTR float *tile, const GLOBAL void *p, int bf16, int along_k, size_t ld,
-                       int first, int last, int width, int pitch, int k0, int k_end, int item)
+// Operands of other types than the activations' device are not brought 4 at a time.
+#ifdef ACT_BF16
+#define GEMM_QUADS(a_bf16, b_bf16) 1
+#define GEMM_QUAD_BF16(bf16) (bf16)
+#else
+#define GEMM_QUADS(a_bf16, b_bf16) (!(a_bf16) && !(b_bf16))
+#define GEMM_QUAD_BF16(bf16) 0
+#endif
+
+// One operand of a tile, stored in rows of `ld` elements: along k, or (not along_k) a row for each k.
+struct gemm_side {
+    const GLOBAL void *p; // the tile's first element of the present step
+    int bf16, along_k, ld;
+    int count;        // rows of the tile (columns, if it is B) that there are
+    int halves, jump; // SwiGLU: count is for each half of the tile; `jump` more rows lie between them
+};
+
+inline const GLOBAL void *gemm_at(const GLOBAL void *p, size_t i, int bf16)
 {
-    for (int i = item; i < width * GEMM_TK; i += 256) {
-        int k = along_k ? i % GEMM_TK : i / width, r = along_k ? i / GEMM_TK : i % width;
-        int row = first + r, col = k0 + k;
-        float v = 0.0f;
-        if (row < last && col < k_end)
-            v = gemm_load(p, along_k ? (size_t)row * ld + col : (size_t)col * ld + row, bf16);
-        tile[k * pitch + r] = v;
+    return bf16 ? (const GLOBAL void *)((const GLOBAL ushort *)p + i)
+                : (const GLOBAL void *)((const GLOBAL float *)p + i);
+}
+
+// Which four elements of a step an item brings: those from row *r and k *k on. Where they lie along k,
+// 32 neighbours take 16 rows at 2 places of k, which are 32 banks when they are put down.
+inline void gemm_quad(const int tile, const int along_k, int item, int *r, int *k)
+{
+    if (!along_k) {
+        *r = item % (tile / 4) * 4;
+        *k = item / (tile / 4);
+    } else if (tile == GEMM_LARGE) {
+        *r = item / 2;
+        *k = item % 2 * 4;
+    } else {
+        *r = item / 2 % 16 + item / 64 * 16;
+        *k = item % 2 * 4 + item / 32 % 2 * 8;
     }
 }
 
-// Tile of rows [row0, row_end), columns from col0, summed over [k0, k_end). A and B are stored with k
-// running fastest where a_along_k, b_along_k (constants at every call).
-inline void gemm_tile(LOCAL_PTR float *ta, LOCAL_PTR float *tb, const GLOBAL void *a, int a_along_k,
-                      size_t lda, const GLOBAL void *b, int b_along_k, size_t ldb, GLOBAL void *c,
-                      const GLOBAL float *bias, int row0, int row_end, int col0, int n, int k0,
-                      int k_end, int flags)
+// Row r of the tile as a row of the operand, counted from side->p; *there: is there such a row?
+inline int gemm_row(const struct gemm_side *side, const int tile, int r, int *there)
 {
-    int x = (int)get_local_id(0), y = (int)get_local_id(1), item = y * 16 + x;
-    float acc[8][4];
-    for (int i = 0; i < 8; i++)
+    int second = side->halves && r >= tile / 2;
+    *there = (second ? r - tile / 2 : r) < side->count;
+    return second ? r + side->jump : r;
+}
+
+// The distance of an item's four elements from side->p. A row that is not there is the last one again:
+// what comes of it is not written.
+inline uint gemm_quad_offset(const struct gemm_side *side, const int tile, int item)
+{
+    int r, k, there;
+    gemm_quad(tile, side->along_k, item, &r, &k);
+    if (!side->along_k)
+        return (uint)k * (uint)side->ld + (uint)min(r, side->count - 4);
+    int row = gemm_row(side, tile, r, &there);
+    if (!there)
+        row = side->count - 1; // of the first half
+    return (uint)row * (uint)side->ld + (uint)k;
+}
+
+// Four neighbours as they are stored: 4 words of f32, 2 of bf16.
+inline void gemm_bring(uint quad[4], const GLOBAL void *p, size_t i, int bf16)
+{
+    if (bf16) {
+        const uint2 v = *(const GLOBAL uint2 *)((const GLOBAL ushort *)p + i);
+        quad[0] = v.x;
+        quad[1] = v.y;
+    } else {
+        const uint4 v = *(const GLOBAL uint4 *)((const GLOBAL uint *)p + i);
+        quad[0] = v.x;
+        quad[1] = v.y;
+        quad[2] = v.z;
+        quad[3] = v.w;
+    }
+}
+
+inline void gemm_quad_floats(float v[4], const uint quad[4], int bf16)
+{
+    v[0] = as_float(bf16 ? quad[0] << 16 : quad[0]);
+    v[1] = as_float(bf16 ? quad[0] & 0xffff0000u : quad[1]);
+    v[2] = as_float(bf16 ? quad[1] << 16 : quad[2]);
+    v[3] = as_float(bf16 ? quad[1] & 0xffff0000u : quad[3]);
+}
+
+inline void gemm_put(LOCAL_PTR float *to, const int tile, const uint quad[4], int bf16,
+                     const int along_k, int item)
+{
+    float v[4];
+    int r, k;
+    gemm_quad(tile, along_k, item, &r, &k);
+    gemm_quad_floats(v, quad, bf16);
+    to += k * GEMM_TILE_PITCH(tile) + r;
+    if (along_k) {
         for (int j = 0; j < 4; j++)
+            to[j * GEMM_TILE_PITCH(tile)] = v[j];
+    } else {
+        float4 q;
+        q.x = v[0];
+        q.y = v[1];
+        q.z = v[2];
+        q.w = v[3];
+        *(LOCAL_PTR float4 *)to = q;
+    }
+}
+
+// The same element by element, for the last `left` of k and for odd matrices: zeros where there is
+// nothing.
+inline void gemm_put_singly(LOCAL_PTR float *to, const int tile, const struct gemm_side *side, int left,
+                            int item)
+{
+    int r0, k0, there;
+    gemm_quad(tile, side->along_k, item, &r0, &k0);
+    for (int j = 0; j < 4; j++) {
+        int r = side->along_k ? r0 : r0 + j, k = side->along_k ? k0 + j : k0;
+        int row = gemm_row(side, tile, r, &there);
+        size_t i = side->along_k ? (size_t)row * side->ld + k : (size_t)k * side->ld + row;
+        to[k * GEMM_TILE_PITCH(tile) + r] =
+            there && k < left ? gemm_load(side->p, i, side->bf16) : 0.0f;
+    }
+}
+
+inline void gemm_advance(struct gemm_side *side, const int tile)
+{
+    size_t k = GEMM_STEP(tile);
+    side->p = gemm_at(side->p, side->along_k ? k : k * side->ld, side->bf16);
+}
+
+inline void gemm_take(float v[4], const LOCAL_PTR float *p)
+{
+    const float4 q = *(const LOCAL_PTR float4 *)p;
+    v[0] = q.x;
+    v[1] = q.y;
+    v[2] = q.z;
+    v[3] = q.w;
+}
+
+// acc += the products at one k; ta, tb: the item's first row and column there.
+inline void gemm_multiply_add(float acc[8][8], const int tile, const LOCAL_PTR float *ta,
+                              const LOCAL_PTR float *tb)
+{
+    float a[8], b[8];
+    if (GEMM_ITEM_ROWS(tile) == 8) {
+        gemm_take(a, ta);
+        gemm_take(a + 4, ta + tile / 2);
+    } else {
+        const float2 q = *(const LOCAL_PTR float2 *)ta;
+        a[0] = q.x;
+        a[1] = q.y;
+    }
+    gemm_take(b, tb);
+    gemm_take(b + 4, tb + tile / 2);
+#pragma unroll
+    for (int i = 0; i < GEMM_ITEM_ROWS(tile); i++)
+#pragma unroll
+        for (int j = 0; j < 8; j++)
+            acc[i][j] = fma(a[i], b[j], acc[i][j]);
+}
+
+// An item's first row and column: 32 neighbours are 8 across and 4 down, so that they read few
+// different words.
+inline void gemm_place(const int tile, int item, int *y, int *x)
+{
+    const int across = tile / 64; // such blocks
+    *x = (item / 32 % across * 8 + item % 8) * 4;
+    *y = (item / 32 / across * 4 + item / 8 % 4) * (GEMM_ITEM_ROWS(tile) == 8 ? 4 : 2);
+}
+
+// acc = an item's sums over `left` of k. ta, tb: local, GEMM_LOCAL float4 each. quads: the operands can
+// be brought 4 elements at a time.
+inline void gemm_sums(float acc[8][8], const int tile, LOCAL_PTR float *ta, LOCAL_PTR float *tb,
+                      struct gemm_side *a, struct gemm_side *b, int left, int quads)
+{
+    const int step = GEMM_STEP(tile), pitch = GEMM_TILE_PITCH(tile), size = step * pitch;
+    int item = (int)get_local_id(0), x, y;
+    gemm_place(tile, item, &y, &x);
+#pragma unroll
+    for (int i = 0; i < GEMM_ITEM_ROWS(tile); i++)
+#pragma unroll
+        for (int j = 0; j < 8; j++)
             acc[i][j] = 0.0f;
-    for (int k = k0; k < k_end; k += GEMM_TK) {
-        gemm_fetch(ta, a, flags & GEMM_A_BF16, a_along_k, lda, row0, row_end, GEMM_TM, GEMM_PM, k,
-                   k_end, item);
-        gemm_fetch(tb, b, flags & GEMM_B_BF16, b_along_k, ldb, col0, n, GEMM_TN, GEMM_PN, k, k_end,
-                   item);
-        barrier(CLK_LOCAL_MEM_FENCE);
-        for (int s = 0; s < GEMM_TK; s++) {
-            float av[8], bv[4];
-            for (int i = 0; i < 8; i++)
-                av[i] = ta[s * GEMM_PM + y + 16 * i];
-            for (int j = 0; j < 4; j++)
-                bv[j] = tb[s * GEMM_PN + x + 16 * j];
-            for (int i = 0; i < 8; i++)
-                for (int j = 0; j < 4; j++)
-                    acc[i][j] = fma(av[i], bv[j], acc[i][j]);
+    if (quads && left >= step) {
+        const int a_bf16 = GEMM_QUAD_BF16(a->bf16), b_bf16 = GEMM_QUAD_BF16(b->bf16);
+        uint at_a = gemm_quad_offset(a, tile, item), at_b = gemm_quad_offset(b, tile, item);
+        uint quad_a[4], quad_b[4];
+        int now = 0;
+        gemm_bring(quad_a, a->p, at_a, a_bf16);
+        gemm_bring(quad_b, b->p, at_b, b_bf16);
+        for (;;) {
+            gemm_put(ta + now, tile, quad_a, a_bf16, a->along_k, item);
+            gemm_put(tb + now, tile, quad_b, b_bf16, b->along_k, item);
+            barrier(CLK_LOCAL_MEM_FENCE);
+            gemm_advance(a, tile);
+            gemm_advance(b, tile);
+            left -= step;
+            if (left >= step) {
+                gemm_bring(quad_a, a->p, at_a, a_bf16);
+                gemm_bring(quad_b, b->p, at_b, b_bf16);
+            }
+#pragma unroll
+            for (int s = 0; s < step; s++)
+                gemm_multiply_add(acc, tile, ta + now + s * pitch + y, tb + now + s * pitch + x);
+            if (left < step)
+                break;
+            now = size - now;
         }
-        barrier(CLK_LOCAL_MEM_FENCE);
     }
-    for (int i = 0; i < 8; i++) {
-        int row = row0 + y + 16 * i;
-        for (int j = 0; j < 4; j++) {
-            int col = col0 + x + 16 * j;
-            if (row < row_end && col < n)
-                gemm_store(c, (size_t)row * n + col, acc[i][j] + (bias ? bias[col] : 0.0f), flags);
+    for (; left > 0; left -= step) {
+        barrier(CLK_LOCAL_MEM_FENCE);
+        gemm_put_singly(ta, tile, a, left, item);
+        gemm_put_singly(tb, tile, b, left, item);
+        barrier(CLK_LOCAL_MEM_FENCE);
+#pragma unroll 1
+        for (int s = 0; s < step; s++)
+            gemm_multiply_add(acc, tile, ta + s * pitch + y, tb + s * pitch + x);
+        gemm_advance(a, tile);
+        gemm_advance(b, tile);
+    }
+}
+
+// Four neighbours of a result, of which `count` are there; quads: they may be moved at once.
+inline void gemm_get(float v[4], const GLOBAL void *p, size_t i, int count, int quads, int bf16)
+{
+    if (quads && count >= 4) {
+        uint quad[4];
+        gemm_bring(quad, p, i, bf16);
+        gemm_quad_floats(v, quad, bf16);
+        return;
+    }
+    for (int j = 0; j < 4; j++)
+        v[j] = j < count ? gemm_load(p, i + j, bf16) : 0.0f;
+}
+
+inline void gemm_set(GLOBAL void *p, size_t i, const float v[4], int count, int quads, int bf16)
+{
+    if (!quads || count < 4) {
+        for (int j = 0; j < 4; j++)
+            if (j < count)
+                gemm_store(p, i + j, v[j], bf16 ? GEMM_C_BF16 : 0);
+    } else if (bf16) {
+        uint2 q;
+        q.x = (uint)float_to_bf16(v[0]) | (uint)float_to_bf16(v[1]) << 16;
+        q.y = (uint)float_to_bf16(v[2]) | (uint)float_to_bf16(v[3]) << 16;
+        *(GLOBAL uint2 *)((GLOBAL ushort *)p + i) = q;
+    } else {
+        float4 q;
+        q.x = v[0];
+        q.y = v[1];
+        q.z = v[2];
+        q.w = v[3];
+        *(GLOBAL float4 *)((GLOBAL float *)p + i) = q;
+    }
+}
+
+// Where the results go: C[rows, n], or what SwiGLU makes of it (devices/device.h).
+struct gemm_result {
+    GLOBAL void *c, *h;
+    const GLOBAL float *bias;
+    int n, flags;
+};
+
+// `count` sums of columns col.. of a row.
+inline void gemm_finish_plain(float v[4], const struct gemm_result *to, size_t row, int col, int count,
+                              int quads)
+{
+    int bf16 = to->flags & GEMM_C_BF16;
+    size_t at = row * to->n + col;
+    if (to->bias)
+        for (int j = 0; j < 4; j++)
+            v[j] += j < count ? to->bias[col + j] : 0.0f;
+    if (to->flags & GEMM_ACCUMULATE) {
+        float old[4];
+        gemm_get(old, to->c, at, count, quads, bf16);
+        for (int j = 0; j < 4; j++)
+            v[j] += old[j];
+    }
+    gemm_set(to->c, at, v, count, quads, bf16);
+}
+
+// SWIGLU_FORWARD: columns f.. of g and u.
+inline void gemm_finish_forward(const float g[4], const float u[4], const struct gemm_result *to,
+                                size_t row, int f, int count, int quads)
+{
+    int bf16 = to->flags & GEMM_C_BF16, F = to->n / 2;
+    float v[4];
+    for (int j = 0; j < 4; j++)
+        v[j] = g[j] * sigmoid(g[j]) * u[j];
+    gemm_set(to->h, row * F + f, v, count, quads, bf16);
+    if (to->c) {
+        gemm_set(to->c, row * to->n + f, g, count, quads, bf16);
+        gemm_set(to->c, row * to->n + F + f, u, count, quads, bf16);
+    }
+}
+
+// SWIGLU_BACKWARD: columns f.. of dh.
+inline void gemm_finish_backward(const float dh[4], const struct gemm_result *to, size_t row, int f,
+                                 int count, int quads)
+{
+    int bf16 = to->flags & GEMM_C_BF16, F = to->n;
+    size_t at = row * 2 * F + f;
+    float g[4], u[4], h[4];
+    gemm_get(g, to->c, at, count, quads, bf16);
+    gemm_get(u, to->c, at + F, count, quads, bf16);
+    for (int j = 0; j < 4; j++) {
+        float s = sigmoid(g[j]), ds = dh[j] * s;
+        h[j] = g[j] * s * u[j];
+        u[j] = ds * u[j] * fma(g[j], 1.0f - s, 1.0f);
+        g[j] = ds * g[j];
+    }
+    gemm_set(to->c, at, u, count, quads, bf16);
+    gemm_set(to->c, at + F, g, count, quads, bf16);
+    if (to->h)
+        gemm_set(to->h, row * F + f, h, count, quads, bf16);
+}
+
+// Writes the tile of rows [row0, end) and columns from col0 on (SWIGLU_FORWARD: of g and of u).
+inline void gemm_finish(float acc[8][8], const int tile, const struct gemm_result *to, int row0,
+                        int end, int col0)
+{
+    int item = (int)get_local_id(0), forward = to->flags & GEMM_SWIGLU_FORWARD, x, y;
+    int columns = forward ? to->n / 2 : to->n, quads = columns % 4 == 0;
+    gemm_place(tile, item, &y, &x);
+    int first = col0 + x, second = first + tile / 2;
+#pragma unroll
+    for (int i = 0; i < GEMM_ITEM_ROWS(tile); i++) {
+        int row = row0 + y + i % 4 + i / 4 * (tile / 2);
+        if (row >= end)
+            continue;
+        if (forward) {
+            gemm_finish_forward(acc[i], acc[i] + 4, to, row, first, columns - first, quads);
+        } else if (to->flags & GEMM_SWIGLU_BACKWARD) {
+            gemm_finish_backward(acc[i], to, row, first, columns - first, quads);
+            gemm_finish_backward(acc[i] + 4, to, row, second, columns - second, quads);
+        } else {
+            gemm_finish_plain(acc[i], to, row, first, columns - first, quads);
+            gemm_finish_plain(acc[i] + 4, to, row, second, columns - second, quads);
         }
     }
 }
 
-// C = A B^T: A [m,k], B [groups][n,k]; ragged over the rows of A where there are offsets.
-// Groups: (columns / 64, row blocks of 128: m / 128 + number of groups).
-KERNEL(16, 16)
-void gemm_nt(const GLOBAL float *a, const GLOBAL float *b, GLOBAL float *c, const GLOBAL float *bias,
-             const GLOBAL int *offsets, int groups, int m, int n, int k, int flags)
-{
-    LOCAL float ta[GEMM_TK * GEMM_PM], tb[GEMM_TK * GEMM_PN];
-    int group, end;
-    int row0 = gemm_block(offsets, groups, (int)get_group_id(1), GEMM_TM, m, &group, &end);
-    if (row0 >= end)
-        return;
-    size_t skip = (size_t)group * n * k;
-    const GLOBAL void *bg = flags & GEMM_B_BF16 ? (const GLOBAL void *)((const GLOBAL ushort *)b + skip)
-                                                : (const GLOBAL void *)(b + skip);
-    gemm_tile(ta, tb, a, 1, k, bg, 1, k, c, bias, row0, end, (int)get_group_id(0) * GEMM_TN, n, 0, k,
-              flags);
-}
+#define GEMM_ARGUMENTS                                                                             \
+    const GLOBAL float *a, const GLOBAL float *b, GLOBAL float *c, const GLOBAL float *bias,       \
+        GLOBAL float *h, const GLOBAL int *offsets, int groups, int m, int n, int k, int flags
+#define GEMM_PASSED a, b, c, bias, h, offsets, groups, m, n, k, flags
 
-// C = A B: A [m,k], B [groups][k,n]. Groups as gemm_nt.
-KERNEL(16, 16)
-void gemm_nn(const GLOBAL float *a, const GLOBAL float *b, GLOBAL float *c, const GLOBAL float *bias,
-             const GLOBAL int *offsets, int groups, int m, int n, int k, int flags)
+// C = A B: A [m,k], B [groups][n,k] (along_k) or [k,n]; ragged over the rows of A where there are
+// offsets. Groups: (columns / tile, row blocks: m / tile + number of groups); SWIGLU_FORWARD: a tile
+// has half as many columns of g.
+inline void gemm_rows(LOCAL_PTR float *ta, LOCAL_PTR float *tb, const int tile, const int along_k,
+                      GEMM_ARGUMENTS)
 {
-    LOCAL float ta[GEMM_TK * GEMM_PM], tb[GEMM_TK * GEMM_PN];
-    int group, end;
-    int row0 = gemm_block(offsets, groups, (int)get_group_id(1), GEMM_TM, m, &group, &end);
+    int group, end, row0 = gemm_block(offsets, groups, (int)get_group_id(1), tile, m, &group, &end);
+    int forward = along_k && flags & GEMM_SWIGLU_FORWARD, columns = forward ? n / 2 : n;
+    int col0 = (int)get_group_id(0) * (forward ? tile / 2 : tile);
+    int a_bf16 = flags & GEMM_A_BF16, b_bf16 = flags & GEMM_B_BF16;
     if (row0 >= end)
         return;
-    size_t skip = (size_t)group * n * k;
-    const GLOBAL void *bg = flags & GEMM_B_BF16 ? (const GLOBAL void *)((const GLOBAL ushort *)b + skip)
-                                                : (const GLOBAL void *)(b + skip);
-    gemm_tile(ta, tb, a, 1, k, bg, 0, n, c, bias, row0, end, (int)get_group_id(0) * GEMM_TN, n, 0, k,
-              flags);
+    struct gemm_side sa, sb;
+    struct gemm_result to;
+    float acc[8][8];
+    sa.p = gemm_at(a, (size_t)row0 * k, a_bf16);
+    sa.bf16 = a_bf16;
+    sa.along_k = 1;
+    sa.ld = k;
+    sa.count = end - row0;
+    sa.halves = 0;
+    sb.p = gemm_at(b, (size_t)group * n * k + (along_k ? (size_t)col0 * k : (size_t)col0), b_bf16);
+    sb.bf16 = b_bf16;
+    sb.along_k = along_k;
+    sb.ld = along_k ? k : n;
+    sb.count = columns - col0;
+    sb.halves = forward;
+    sb.jump = columns - tile / 2;
+    gemm_sums(acc, tile, ta, tb, &sa, &sb, k,
+              k % 4 == 0 && sb.ld % 4 == 0 && GEMM_QUADS(a_bf16, b_bf16));
+    to.c = c;
+    to.h = h;
+    to.bias = bias;
+    to.n = n;
+    to.flags = flags;
+    gemm_finish(acc, tile, &to, row0, end, col0);
 }
 
 // C[group] = A^T B: A [k,m], B [k,n], summed over the group's rows (all k rows without offsets).
-// Groups: (columns / 64, rows / 128, number of groups).
-KERNEL(16, 16)
-void gemm_tn(const GLOBAL float *a, const GLOBAL float *b, GLOBAL float *c, const GLOBAL float *bias,
-             const GLOBAL int *offsets, int groups, int m, int n, int k, int flags)
+// Groups: (columns / tile, rows / tile, number of groups).
+inline void gemm_columns(LOCAL_PTR float *ta, LOCAL_PTR float *tb, const int tile, GEMM_ARGUMENTS)
 {
-    LOCAL float ta[GEMM_TK * GEMM_PM], tb[GEMM_TK * GEMM_PN];
-    int group = (int)get_group_id(2);
+    int group = (int)get_group_id(2), a_bf16 = flags & GEMM_A_BF16, b_bf16 = flags & GEMM_B_BF16;
     int k0 = offsets ? offsets[group] : 0, k_end = offsets ? offsets[group + 1] : k;
+    int row0 = (int)get_group_id(1) * tile, col0 = (int)get_group_id(0) * tile;
+    struct gemm_side sa, sb;
+    struct gemm_result to;
+    float acc[8][8];
+    sa.p = gemm_at(a, (size_t)k0 * m + row0, a_bf16);
+    sa.bf16 = a_bf16;
+    sa.along_k = 0;
+    sa.ld = m;
+    sa.count = m - row0;
+    sa.halves = 0;
+    sb.p = gemm_at(b, (size_t)k0 * n + col0, b_bf16);
+    sb.bf16 = b_bf16;
+    sb.along_k = 0;
+    sb.ld = n;
+    sb.count = n - col0;
+    sb.halves = 0;
+    gemm_sums(acc, tile, ta, tb, &sa, &sb, k_end - k0,
+              m % 4 == 0 && n % 4 == 0 && GEMM_QUADS(a_bf16, b_bf16));
     size_t skip = (size_t)group * m * n;
-    GLOBAL void *cg = flags & GEMM_C_BF16 ? (GLOBAL void *)((GLOBAL ushort *)c + skip)
-                                          : (GLOBAL void *)(c + skip);
-    gemm_tile(ta, tb, a, 0, m, b, 0, n, cg, bias, (int)get_group_id(1) * GEMM_TM, m,
-              (int)get_group_id(0) * GEMM_TN, n, k0, k_end, flags);
+    to.c = flags & GEMM_C_BF16 ? (GLOBAL void *)((GLOBAL ushort *)c + skip)
+                               : (GLOBAL void *)(c + skip);
+    to.h = 0;
+    to.bias = bias;
+    to.n = n;
+    to.flags = flags;
+    gemm_finish(acc, tile, &to, row0, m, col0);
+}
+
+#define GEMM_TILES LOCAL float4 ta[GEMM_LOCAL], tb[GEMM_LOCAL]
+#define GEMM_TILE_ARGUMENTS (LOCAL_PTR float *)ta, (LOCAL_PTR float *)tb
+
+KERNEL_DENSE(256, 1)
+void gemm_nt(GEMM_ARGUMENTS)
+{
+    GEMM_TILES;
+    gemm_rows(GEMM_TILE_ARGUMENTS, GEMM_LARGE, 1, GEMM_PASSED);
+}
+
+KERNEL_DENSE(256, 1)
+void gemm_nn(GEMM_ARGUMENTS)
+{
+    GEMM_TILES;
+    gemm_rows(GEMM_TILE_ARGUMENTS, GEMM_LARGE, 0, GEMM_PASSED);
+}
+
+KERNEL_DENSE(256, 1)
+void gemm_tn(GEMM_ARGUMENTS)
+{
+    GEMM_TILES;
+    gemm_columns(GEMM_TILE_ARGUMENTS, GEMM_LARGE, GEMM_PASSED);
+}
+
+KERNEL_DENSE(256, 1)
+void gemm_nt_small(GEMM_ARGUMENTS)
+{
+    GEMM_TILES;
+    gemm_rows(GEMM_TILE_ARGUMENTS, GEMM_SMALL, 1, GEMM_PASSED);
+}
+
+KERNEL_DENSE(256, 1)
+void gemm_nn_small(GEMM_ARGUMENTS)
+{
+    GEMM_TILES;
+    gemm_rows(GEMM_TILE_ARGUMENTS, GEMM_SMALL, 0, GEMM_PASSED);
+}
+
+KERNEL_DENSE(256, 1)
+void gemm_tn_small(GEMM_ARGUMENTS)
+{
+    GEMM_TILES;
+    gemm_columns(GEMM_TILE_ARGUMENTS, GEMM_SMALL, GEMM_PASSED);
 }
 
 // ---- matrix products: column sums (the gradient of a bias)
@@ -540,10 +914,8 @@ ALWAYS_INLINE void gemm_multiply_tail(vec *tile, const float *a, int row, int st
 // B is not packed: it is stored [k,n] in f32 and n is whole panels.
 #define GEMM_B_IN_PLACE 64
 
-// SwiGLU within the product (devices/device.h), n and n/2 being whole panels.
-// Forward: half a panel is columns of g, the other half those of u that belong to them.
-#define GEMM_SWIGLU_FORWARD 128
-#define GEMM_SWIGLU_BACKWARD 256
+// SwiGLU: n and n/2 are whole panels. Forward: half a panel is columns of g, the other half those of
+// u that belong to them.
 
 // Where the sums of one step of k go. K is cut into steps, and between two of them the sums lie in
 // `sums`, which is f32: C itself or, where C is bf16, a matrix of C's shape in scratch memory.
@@ -926,11 +1298,6 @@ inline void any_store(GLOBAL void *p, size_t i, float v, int f32)
         ((GLOBAL float *)p)[i] = v;
     else
         act_store((GLOBAL act *)p, i, v);
-}
-
-inline float sigmoid(float x)
-{
-    return 1.0f / (1.0f + exp(-x));
 }
 
 // GELU, tanh form: x * sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3), since 1 + tanh(u) = 2 sigmoid(2u)

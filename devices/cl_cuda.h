@@ -4,6 +4,7 @@
 
 #define __kernel extern "C" __global__
 #define reqd_work_group_size(x, y, z) launch_bounds((x) * (y) * (z))
+#define KERNEL_DENSE(gx, gy) __kernel __attribute__((launch_bounds((gx) * (gy), 2)))
 #define __global
 #define LOCAL __shared__
 #define LOCAL_PTR

@@ -211,5 +211,5 @@ int cuda_gemm(struct stream *s, const struct gemm *g)
     gemm_check(&s->dev->base, g);
     struct cuda_gemm *gemm = suits(g) ? library(s->dev) : NULL;
     struct plan *p = gemm ? plan_for(gemm, g) : NULL;
-    return p && p->usable ? multiply(s, gemm, p, g) : gemm_gpu(s->dev->base.api, s, g);
+    return p && p->usable ? multiply(s, gemm, p, g) : gemm_gpu(&s->dev->base, s, g);
 }

@@ -1,6 +1,6 @@
 #include "devices/gemm_gpu.h"
 
-enum { TILE_M = 128, TILE_N = 64 }; // GEMM_TM, GEMM_TN in kernels.cl
+enum { LARGE = 128, SMALL = 64 }; // tiles: GEMM_LARGE, GEMM_SMALL in kernels.cl
 
 void gemm_check(const struct device *dev, const struct gemm *g)
 {
@@ -16,23 +16,38 @@ void gemm_check(const struct device *dev, const struct gemm *g)
     BUG_IF(g->trans_a || g->bias || g->accumulate);
 }
 
-int gemm_gpu(const struct backend *api, struct stream *s, const struct gemm *g)
+// Work-groups in x, y, z of the kernels with square tiles of `tile`.
+static void tiles_of(const struct gemm *g, int tile, int groups[3])
+{
+    const bool forward = g->swiglu == SWIGLU_FORWARD;
+    groups[0] = forward ? gemm_cover(g->n / 2, tile / 2) : gemm_cover(g->n, tile);
+    groups[1] = gemm_cover(g->m, tile);
+    groups[2] = g->ragged == GEMM_RAGGED_K ? g->groups : 1;
+    if (g->ragged == GEMM_RAGGED_M)
+        groups[1] += g->groups; // every expert may end with a part of a tile
+}
+
+int gemm_gpu(const struct device *dev, struct stream *s, const struct gemm *g)
 {
     enum kernel kernel = g->trans_a ? KERNEL_gemm_tn : g->trans_b ? KERNEL_gemm_nt : KERNEL_gemm_nn;
-    int rows = gemm_cover(g->m, TILE_M);
-    if (g->ragged == GEMM_RAGGED_M)
-        rows += g->groups; // every expert may end with a part of a tile
-    const int groups[3] = {gemm_cover(g->n, TILE_N), rows,
-                           g->ragged == GEMM_RAGGED_K ? g->groups : 1};
+    int groups[3];
+    tiles_of(g, LARGE, groups);
+    if ((int64_t)groups[0] * groups[1] * groups[2] < 2 * (int64_t)dev->info.compute_units) {
+        kernel = g->trans_a   ? KERNEL_gemm_tn_small
+                 : g->trans_b ? KERNEL_gemm_nt_small
+                              : KERNEL_gemm_nn_small;
+        tiles_of(g, SMALL, groups);
+    }
     const union arg args[] = {{.b = g->a},
                               {.b = g->b},
                               {.b = g->c},
                               {.b = g->bias},
+                              {.b = g->swiglu == SWIGLU_NONE ? NULL : g->h},
                               {.b = g->ragged == GEMM_PLAIN ? NULL : g->offsets},
                               {.i = g->groups},
                               {.i = g->m},
                               {.i = g->n},
                               {.i = g->k},
                               {.i = gemm_flags(g)}};
-    return api->launch(s, kernel, groups, args, sizeof args / sizeof args[0]);
+    return dev->api->launch(s, kernel, groups, args, sizeof args / sizeof args[0]);
 }

@@ -32,7 +32,10 @@ static inline int gemm_cover(int count, int size)
 // Aborts on a product that device.h does not define, or not for this device.
 void gemm_check(const struct device *dev, const struct gemm *g);
 
-// Any product, by the tiled kernels gemm_nt, gemm_nn and gemm_tn of a device opened through `api`.
-int gemm_gpu(const struct backend *api, struct stream *s, const struct gemm *g);
+// SwiGLU fits into the kernels where F is a multiple of this (4 numbers are moved at once).
+enum { GEMM_GPU_SWIGLU = 4 };
+
+// Any product, by the tiled kernels gemm_nt, gemm_nn and gemm_tn of the stream's device.
+int gemm_gpu(const struct device *dev, struct stream *s, const struct gemm *g);
 
 #endif

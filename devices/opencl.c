@@ -49,7 +49,9 @@ static int opencl_open(const struct device_info *info, unsigned flags, struct de
     dev->base.flags = flags;
     dev->base.act = flags & OPEN_BF16 ? BF16 : F32;
     dev->base.cpu_forms = info->kind == DEVICE_CPU && !(flags & OPEN_GPU_FORMS);
-    dev->base.swiglu_columns = dev->base.cpu_forms ? opencl_gemm_cpu_panel(dev) : 0;
+    dev->base.swiglu_columns =
+        dev->base.cpu_forms ? opencl_gemm_cpu_panel(dev) : GEMM_GPU_SWIGLU;
+    dev->base.rebuilds_hidden = !dev->base.cpu_forms;
     dev->id = ids[info->index];
     dev->platform = owners[info->index];
     TRY_OUT(open_context(dev));

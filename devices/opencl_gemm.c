@@ -15,7 +15,7 @@ static size_t own_space(struct opencl_device *dev, const struct gemm *g)
 
 static int own_gemm(struct stream *s, const struct gemm *g)
 {
-    return s->dev->base.cpu_forms ? opencl_gemm_cpu(s, g) : gemm_gpu(s->dev->base.api, s, g);
+    return s->dev->base.cpu_forms ? opencl_gemm_cpu(s, g) : gemm_gpu(&s->dev->base, s, g);
 }
 
 size_t opencl_gemm_space(struct device *base, const struct gemm *g)
