@@ -210,8 +210,8 @@ static const char *accelerated_name(enum accelerated op)
     static const char *const names[ACCELERATE_COUNT] = {
         [ACCELERATE_ATTENTION_FWD] = "attention_fwd",
         [ACCELERATE_ATTENTION_BWD] = "attention_bwd",
-        [ACCELERATE_NORM_FWD] = "norm_fwd",
-        [ACCELERATE_NORM_BWD] = "norm_bwd",
+        [ACCELERATE_NORM_FWD] = "residual, norm_fwd",
+        [ACCELERATE_NORM_BWD] = "residual, norm_bwd",
         [ACCELERATE_DISPATCH_FWD] = "dispatch_fwd",
         [ACCELERATE_COMBINE_BWD] = "combine_bwd",
         [ACCELERATE_QK_NORM_FWD] = "qk_norm_fwd",
@@ -241,6 +241,6 @@ int profile_end_accelerated(struct profile *p, enum accelerated op, const void *
     if (op == ACCELERATE_ATTENTION_BWD)
         flops =
             attention_flops(KERNEL_attention_bwd_cpu, (double)tensor_count(operands[0]), list[8].i);
-    snprintf(name, sizeof name, "%s (device's own)", accelerated_name(op));
+    snprintf(name, sizeof name, "%s (tuned)", accelerated_name(op));
     return profile_end(p, name, mems, used, flops);
 }

@@ -376,6 +376,50 @@ static int test_large_fill(void) // by a kernel on CPU devices: any offset, noth
     return PASSED;
 }
 
+// The host's memory belongs to the caller again when write() returns, however busy the device is and
+// however the writes fill and leave what the backend keeps between.
+static int test_writes(void)
+{
+    enum { CHUNKS = 60, LARGEST = 5 << 20, BUSY = 64 << 20 };
+    struct device *dev = test_device(0);
+    struct mem *busy, *out;
+    struct stream *s;
+    CHECK(dev, "no device");
+    uint32_t *host = malloc(LARGEST), *back = malloc(LARGEST), seed = 12345;
+    CHECK(host && back, "memory");
+    OK(dev->api->stream_new(dev, &s));
+    OK(dev->api->alloc(dev, BUSY, &busy));
+    OK(dev->api->alloc(dev, (size_t)CHUNKS * LARGEST / 4, &out));
+    const int fills = dev->info.kind == DEVICE_CPU ? 1 : 100;
+    size_t at = 0, starts[CHUNKS + 1];
+    for (int i = 0; i < CHUNKS; i++) {
+        const bool large = i % 12 == 5;
+        seed = seed * 1664525u + 1013904223u;
+        const size_t words = large ? LARGEST / 4 - (size_t)i : 1 + (seed >> 8) % (LARGEST / 32);
+        for (int k = 0; k < fills && i % 4 == 0; k++)
+            OK(dev->api->fill(s, busy, 0, BUSY, 1));
+        for (size_t k = 0; k < words; k++)
+            host[k] = (uint32_t)((size_t)i * 2654435761u + k);
+        OK(dev->api->write(s, out, at, host, 4 * words));
+        memset(host, 0xee, 4 * words);
+        starts[i] = at;
+        at += 4 * words;
+    }
+    starts[CHUNKS] = at;
+    for (int i = 0; i < CHUNKS; i++) {
+        const size_t bytes = starts[i + 1] - starts[i];
+        OK(dev->api->read(s, out, starts[i], back, bytes));
+        for (size_t k = 0; k < bytes / 4; k++)
+            CHECK(back[k] == (uint32_t)((size_t)i * 2654435761u + k), "chunk %d, word %zu is %x", i, k,
+                  back[k]);
+    }
+    free(host), free(back);
+    dev->api->free(busy);
+    dev->api->free(out);
+    dev->api->stream_free(s);
+    return PASSED;
+}
+
 // From the memory of one opened device to another's; here both are the same piece of hardware.
 static int test_peer(void)
 {
@@ -776,6 +820,7 @@ const struct test devices_tests[] = {
     {"names", test_names},
     {"transfers", test_transfers},
     {"large_fill", test_large_fill},
+    {"writes", test_writes},
     {"peer", test_peer},
     {"views", test_views},
     {"too_large", test_too_large},
