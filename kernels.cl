@@ -3172,14 +3172,32 @@ void round_bf16(GLOBAL ushort *copy, const GLOBAL float *w, uint count_low, uint
         copy[i] = float_to_bf16(w[i]);
 }
 
-// AdamW (Loshchilov and Hutter, arXiv 1711.05101) and EMA; copy, where wanted, gets w rounded to bf16.
-// rest = 1 - beta, rounded once.
+// A weight in two halves: bf16, which products read, and the 16 bits that rounding took away (signed:
+// bf16 is the nearest). Together they are the f32 to the last bit.
+inline float join_halves(ushort high, ushort low)
+{
+    return as_float(((uint)high << 16) + (uint)(int)(short)low);
+}
+
+// out = the f32 of both halves; of bf16 alone where low is NULL
+KERNEL(256, 1)
+void widen_bf16(GLOBAL float *out, const GLOBAL ushort *high, const GLOBAL ushort *low,
+                uint count_low, uint count_high)
+{
+    size_t i = get_global_id(0);
+    if (i < ((size_t)count_high << 32 | count_low))
+        out[i] = join_halves(high[i], low ? low[i] : (ushort)0);
+}
+
+// AdamW (Loshchilov and Hutter, arXiv 1711.05101) and EMA. rest = 1 - beta, rounded once. With `low`,
+// w is bf16 and low the other half of the weights.
 KERNEL(256, 1)
 void adamw(GLOBAL float *w, GLOBAL float *m, GLOBAL float *v, GLOBAL float *ema,
-           const GLOBAL float *g, const GLOBAL float *control, GLOBAL ushort *copy, uint count_low,
+           const GLOBAL float *g, const GLOBAL float *control, GLOBAL ushort *low, uint count_low,
            uint count_high, float beta1, float rest1, float beta2, float rest2, float eps,
            float decay)
 {
+    GLOBAL ushort *high = (GLOBAL ushort *)w;
     size_t i = get_global_id(0);
     size_t count = (size_t)count_high << 32 | count_low;
     if (i >= count || control[6] != 0.0f)
@@ -3188,13 +3206,18 @@ void adamw(GLOBAL float *w, GLOBAL float *m, GLOBAL float *v, GLOBAL float *ema,
     float m1 = fma(beta1, m[i], rest1 * gradient);
     float v1 = fma(beta2, v[i], rest2 * gradient * gradient);
     float divisor = sqrt(v1 / control[4]) + eps;
-    float w1 = fma(-rate * decay, w[i], w[i]);
+    float w1 = low ? join_halves(high[i], low[i]) : w[i];
+    w1 = fma(-rate * decay, w1, w1);
     w1 = fma(-rate / control[3], m1 / divisor, w1);
     m[i] = m1;
     v[i] = v1;
-    w[i] = w1;
-    if (copy)
-        copy[i] = float_to_bf16(w1);
+    if (low) {
+        uint bits = as_uint(w1), nearest = (bits + 0x8000u) >> 16;
+        high[i] = (ushort)nearest;
+        low[i] = (ushort)(bits - (nearest << 16));
+    } else {
+        w[i] = w1;
+    }
     if (ema)
         ema[i] = fma(1.0f - control[5], w1 - ema[i], ema[i]);
 }
@@ -3650,7 +3673,7 @@ void norm2_partial_cpu(GLOBAL float *partial, const GLOBAL float *g, uint count_
 
 KERNEL(1, 1)
 void adamw_cpu(GLOBAL float *w, GLOBAL float *m, GLOBAL float *v, GLOBAL float *ema,
-               const GLOBAL float *g, const GLOBAL float *control, GLOBAL ushort *copy,
+               const GLOBAL float *g, const GLOBAL float *control,
                uint count_low, uint count_high, float beta1, float rest1, float beta2, float rest2,
                float eps, float decay, uint chunk)
 {
@@ -3669,8 +3692,6 @@ void adamw_cpu(GLOBAL float *w, GLOBAL float *m, GLOBAL float *v, GLOBAL float *
         vstore16(m1, 0, m + i);
         vstore16(v1, 0, v + i);
         vstore16(w1, 0, w + i);
-        if (copy)
-            *(GLOBAL ushort16_unaligned *)(copy + i) = float16_to_bf16(w1);
         if (ema) {
             float16 e = vload16(0, ema + i);
             vstore16(fma((float16)towards, w1 - e, e), 0, ema + i);
@@ -3684,8 +3705,6 @@ void adamw_cpu(GLOBAL float *w, GLOBAL float *m, GLOBAL float *v, GLOBAL float *
         m[i] = m1;
         v[i] = v1;
         w[i] = w1;
-        if (copy)
-            copy[i] = float_to_bf16(w1);
         if (ema)
             ema[i] = fma(towards, w1 - ema[i], ema[i]);
     }

@@ -36,13 +36,10 @@ int plan_activation(struct dit *d, int layer, const char *name, enum dtype type,
 static int plan_parameters(struct dit *d)
 {
     const struct dit_options *o = &d->options;
-    TRY(weights_plan(&d->w, &d->params, d->plan, PLAN_WEIGHTS));
-    if (d->ctx.dev->half_weights) {
-        d->half = calloc((size_t)d->params.group_count, sizeof *d->half);
-        if (!d->half)
-            return fail(ERR_NOMEM, "no host memory for %d weights", d->params.group_count);
-        TRY(weights_plan_half(&d->w, &d->params, d->plan, d->half));
-    }
+    if (d->ctx.dev->half_weights)
+        TRY(weights_plan_half(&d->w, o->optimiser ? &d->low : NULL, &d->params, d->plan));
+    else
+        TRY(weights_plan(&d->w, &d->params, d->plan, PLAN_WEIGHTS));
     if (o->train)
         TRY(weights_plan(&d->g, &d->params, d->plan, PLAN_GRADIENTS));
     if (o->optimiser) {
@@ -142,7 +139,7 @@ int dit_layout(struct dit *d)
         TRY(PLAN_TENSOR(d->plan, "scratch", PLAN_ACTIVATIONS, F32, 0, PLAN_FOREVER, &c->space,
                         (int64_t)((c->space_wanted + 3) / 4)));
     TRY(plan_layout(d->plan, d->options.limit));
-    return d->options.pack && !d->half ? packed_plan(d) : 0;
+    return d->options.pack && !d->ctx.dev->half_weights ? packed_plan(d) : 0;
 }
 
 int dit_commit(struct dit *d)
@@ -159,9 +156,9 @@ void dit_free(struct dit *d)
     if (d->plan)
         plan_free(d->plan);
     weights_free(&d->w), weights_free(&d->g), weights_free(&d->m), weights_free(&d->v);
-    weights_free(&d->ema);
+    weights_free(&d->ema), weights_free(&d->low);
     params_free(&d->params);
-    free(d->x), free(d->acts), free(d->routes), free(d->grads), free(d->packed), free(d->half);
+    free(d->x), free(d->acts), free(d->routes), free(d->grads), free(d->packed);
     free(d);
 }
 
@@ -196,11 +193,11 @@ int dit_zero_gradients(struct dit *d)
 
 int dit_copy_ema(struct dit *d)
 {
-    const struct tensor *from, *to;
-    int n = plan_slabs(d->plan, PLAN_WEIGHTS, &from);
-    BUG_IF(plan_slabs(d->plan, PLAN_EMA, &to) != n);
-    for (int i = 0; i < n; i++)
-        TRY(tensor_copy(&d->ctx, &to[i], &from[i]));
+    for (int i = 0; i < d->params.count; i++) {
+        const struct param *p = &d->params.list[i];
+        if (!p->frozen && p->start == 0) // once a tensor
+            TRY(weight_copy(&d->ctx, param_tensor(&d->ema, p), param_tensor(&d->w, p)));
+    }
     return 0;
 }
 

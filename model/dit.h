@@ -79,6 +79,7 @@ struct dit {
     struct context ctx;
     struct plan *plan;
     struct weights w, g, m, v, ema;
+    struct weights low; // with an optimiser, where products read bf16 (struct tensor)
 
     bool lean; // keep less for the backward pass
 
@@ -96,7 +97,6 @@ struct dit {
     struct block_grad *grads;    // [L]
     struct packed *packed;       // of the weights, or NULL
     int packed_count;
-    struct packed *half;         // bf16 copies of the weights (device.h half_weights), or NULL
     struct final_act final;
 };
 

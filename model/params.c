@@ -246,22 +246,13 @@ struct tensor *param_tensor(struct weights *w, const struct param *p)
     return member_of(w, p->block, p->member);
 }
 
-int weights_plan(struct weights *w, const struct params *p, struct plan *plan, enum plan_class class)
+static int new_blocks(struct weights *w, const struct params *p)
 {
     w->blocks = calloc((size_t)p->config.layers, sizeof *w->blocks);
-    if (!w->blocks)
-        return fail(ERR_NOMEM, "no host memory for %d blocks", p->config.layers);
-    for (int i = 0; i < p->group_count; i++) {
-        const struct group *g = &p->groups[i];
-        if (g->frozen && class != PLAN_WEIGHTS)
-            continue;
-        TRY(plan_tensor(plan, p->list[g->first].name, g->frozen ? PLAN_INPUT : class, F32, 0,
-                        PLAN_FOREVER, member_of(w, g->block, g->member), g->ndim, g->shape));
-    }
-    return 0;
+    return w->blocks ? 0 : fail(ERR_NOMEM, "no host memory for %d blocks", p->config.layers);
 }
 
-// Is a device tensor read by matrix products, which take bf16?
+// Is a device tensor read by matrix products, which may want it as bf16?
 static bool in_products(const struct group *g)
 {
     const bool labels = g->block < 0 && g->member == offsetof(struct weights, labels);
@@ -269,29 +260,41 @@ static bool in_products(const struct group *g)
     return g->ndim > 1 && !g->frozen && !labels && !router;
 }
 
-int weights_plan_half(struct weights *w, const struct params *p, struct plan *plan,
-                      struct packed *half)
+// Declares the tensors that products read, or the others.
+static int plan_groups(struct weights *w, const struct params *p, struct plan *plan, bool products,
+                       enum plan_class class, enum dtype type)
 {
     for (int i = 0; i < p->group_count; i++) {
         const struct group *g = &p->groups[i];
-        if (g->frozen)
+        if (in_products(g) != products || (g->frozen && class != PLAN_WEIGHTS))
             continue;
-        TRY(plan_tensor(plan, p->list[g->first].name, PLAN_HALF, BF16, 0, PLAN_FOREVER,
-                        &half[i].copy, g->ndim, g->shape));
-        if (in_products(g))
-            member_of(w, g->block, g->member)->packed = &half[i];
+        TRY(plan_tensor(plan, p->list[g->first].name, g->frozen ? PLAN_INPUT : class, type, 0,
+                        PLAN_FOREVER, member_of(w, g->block, g->member), g->ndim, g->shape));
     }
     return 0;
 }
 
-int weights_refresh_half(struct context *c, struct weights *w, const struct params *p)
+int weights_plan(struct weights *w, const struct params *p, struct plan *plan, enum plan_class class)
 {
+    TRY(new_blocks(w, p));
+    TRY(plan_groups(w, p, plan, true, class, F32));
+    return plan_groups(w, p, plan, false, class, F32);
+}
+
+int weights_plan_half(struct weights *w, struct weights *low, const struct params *p,
+                      struct plan *plan)
+{
+    TRY(new_blocks(w, p));
+    TRY(plan_groups(w, p, plan, true, PLAN_HALF, BF16));
+    TRY(plan_groups(w, p, plan, false, PLAN_WEIGHTS, F32));
+    if (!low)
+        return 0;
+    TRY(new_blocks(low, p));
+    TRY(plan_groups(low, p, plan, true, PLAN_LOW, BF16));
     for (int i = 0; i < p->group_count; i++) {
-        const struct tensor *t = member_of(w, p->groups[i].block, p->groups[i].member);
-        if (!t->packed || t->packed->fresh)
-            continue;
-        TRY(op_round(c, &t->packed->copy, t));
-        t->packed->fresh = true;
+        const struct group *g = &p->groups[i];
+        if (in_products(g))
+            member_of(w, g->block, g->member)->low = member_of(low, g->block, g->member);
     }
     return 0;
 }
@@ -302,17 +305,105 @@ void weights_free(struct weights *w)
     w->blocks = NULL;
 }
 
+// ---- host transfers ------------------------------------------------------------------------------------
+
+static int write_at(struct context *c, const struct tensor *t, int64_t start, const void *host,
+                    int64_t count)
+{
+    const size_t size = dtype_size(t->dtype);
+    return c->dev->api->write(c->stream, t->mem, (size_t)start * size, host, (size_t)count * size);
+}
+
+static int read_at(struct context *c, const struct tensor *t, int64_t start, void *host,
+                   int64_t count)
+{
+    const size_t size = dtype_size(t->dtype);
+    return c->dev->api->read(c->stream, t->mem, (size_t)start * size, host, (size_t)count * size);
+}
+
+// An f32 as its nearest bf16 and what is left (struct tensor). NaN stays one.
+static void split(float value, uint16_t *high, uint16_t *low)
+{
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    const uint32_t nearest = isnan(value) ? bits >> 16 : (bits + 0x8000u) >> 16;
+    *high = (uint16_t)nearest;
+    *low = (uint16_t)(bits - (nearest << 16));
+}
+
+static float join(uint16_t high, uint16_t low)
+{
+    const uint32_t bits = ((uint32_t)high << 16) + (uint32_t)(int16_t)low;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+static int halves_write(struct context *c, const struct tensor *t, int64_t start, int64_t count,
+                        const float *host, uint16_t *high, uint16_t *low)
+{
+    for (int64_t i = 0; i < count; i++)
+        split(host[i], &high[i], &low[i]);
+    TRY(write_at(c, t, start, high, count));
+    return t->low ? write_at(c, t->low, start, low, count) : 0;
+}
+
+static int halves_read(struct context *c, const struct tensor *t, int64_t start, int64_t count,
+                       float *host, uint16_t *high, uint16_t *low)
+{
+    TRY(read_at(c, t, start, high, count));
+    if (t->low)
+        TRY(read_at(c, t->low, start, low, count));
+    for (int64_t i = 0; i < count; i++)
+        host[i] = join(high[i], t->low ? low[i] : 0);
+    return 0;
+}
+
+static int new_halves(int64_t count, uint16_t **high, uint16_t **low)
+{
+    *high = malloc((size_t)count * 2 * sizeof **high);
+    if (!*high)
+        return fail(ERR_NOMEM, "no host memory for %lld weights", (long long)count);
+    *low = *high + count;
+    return 0;
+}
+
 int param_write(struct context *c, struct weights *w, const struct param *p, const float *host)
 {
-    tensor_changed(param_tensor(w, p));
-    return c->dev->api->write(c->stream, param_tensor(w, p)->mem, (size_t)p->start * sizeof(float),
-                              host, (size_t)param_count(p) * sizeof(float));
+    const struct tensor *t = param_tensor(w, p);
+    const int64_t count = param_count(p);
+    uint16_t *high = NULL, *low = NULL;
+    tensor_changed(t);
+    if (t->dtype == F32)
+        return write_at(c, t, p->start, host, count);
+    TRY(new_halves(count, &high, &low));
+    int code = halves_write(c, t, p->start, count, host, high, low);
+    free(high);
+    return code;
 }
 
 int param_read(struct context *c, struct weights *w, const struct param *p, float *host)
 {
-    return c->dev->api->read(c->stream, param_tensor(w, p)->mem, (size_t)p->start * sizeof(float),
-                             host, (size_t)param_count(p) * sizeof(float));
+    const struct tensor *t = param_tensor(w, p);
+    const int64_t count = param_count(p);
+    uint16_t *high = NULL, *low = NULL;
+    if (t->dtype == F32)
+        return read_at(c, t, p->start, host, count);
+    TRY(new_halves(count, &high, &low));
+    int code = halves_read(c, t, p->start, count, host, high, low);
+    free(high);
+    return code;
+}
+
+int weight_copy(struct context *c, struct tensor *to, const struct tensor *from)
+{
+    BUG_IF(to->low && !from->low);
+    tensor_changed(to);
+    if (to->low)
+        TRY(tensor_copy(c, to->low, from->low));
+    if (to->dtype == from->dtype)
+        return tensor_copy(c, to, from);
+    return to->dtype == F32 ? op_widen(c, to, from, from->low) : op_round(c, to, from);
 }
 
 // ---- initial values --------------------------------------------------------------------------------------

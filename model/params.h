@@ -70,20 +70,23 @@ const struct param *params_find(const struct params *p, const char *name);
 struct tensor *param_tensor(struct weights *w, const struct param *p);
 
 // Declares one copy of all parameters (class WEIGHTS, GRADIENTS, ...). `frozen` ones are declared
-// (as PLAN_INPUT) only with PLAN_WEIGHTS.
+// (as PLAN_INPUT) only with PLAN_WEIGHTS. Those that products read come first in every class.
 int weights_plan(struct weights *w, const struct params *p, struct plan *plan, enum plan_class class);
-// Declares bf16 copies of all parameters (class HALF) in half[group_count] and lets the products of w's
-// matrices read them; not the router's, whose logits are f32 (dit.h).
-int weights_plan_half(struct weights *w, const struct params *p, struct plan *plan,
-                      struct packed *half);
-// Rounds the copies that are older than their weights, which products would do at their next use: for
-// work that is recorded.
-int weights_refresh_half(struct context *c, struct weights *w, const struct params *p);
+// The weights on a device that wants them as bf16 for products: those are PLAN_HALF, the others, the
+// router's among them (its logits are f32), PLAN_WEIGHTS. With `low`, which training wants, their low
+// halves are declared in it as PLAN_LOW.
+int weights_plan_half(struct weights *w, struct weights *low, const struct params *p,
+                      struct plan *plan);
 void weights_free(struct weights *w); // the block array; memory belongs to the plan
 
-// Host transfers of one parameter; `host` holds param_count() floats.
+// Host transfers of one parameter; `host` holds param_count() floats. A bf16 weight is rounded and
+// widened, or with its low half exact.
 int param_write(struct context *c, struct weights *w, const struct param *p, const float *host);
 int param_read(struct context *c, struct weights *w, const struct param *p, float *host);
+
+// A whole device tensor from another of the same shape, each f32, bf16 or bf16 with its low half; not
+// from f32 to a pair.
+int weight_copy(struct context *c, struct tensor *to, const struct tensor *from);
 
 // Initial values as published, a pure function of (seed, parameter).
 void param_init(const struct params *all, const struct param *p, uint64_t seed, float *host);

@@ -140,8 +140,6 @@ int sampler_run(struct sampler *s, int count, const int32_t *classes, const floa
     struct dit *d = s->dit;
     const size_t image = (size_t)tensor_count(&s->z) / (size_t)s->batch;
     const int steps = s->options.steps, batches = (count + s->batch - 1) / s->batch;
-    if (d->half)
-        TRY(weights_refresh_half(&d->ctx, &d->w, &d->params));
     for (int first = 0, done = 0; first < count; first += s->batch) {
         const int now = count - first < s->batch ? count - first : s->batch;
         TRY(start_batch(s, first, now, classes, noise));

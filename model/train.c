@@ -129,6 +129,7 @@ int trainer_new(struct device *dev, struct stream *stream, const struct config *
 int trainer_commit(struct trainer *t)
 {
     TRY(dit_commit(t->dit));
+    TRY(optimiser_commit(t));
     TRY(tensor_zero(&t->dit->ctx, &t->control));
     return tensor_zero(&t->dit->ctx, &t->counts);
 }
@@ -158,31 +159,6 @@ static int flow_pass(struct trainer *t)
     const size_t bytes = tensor_bytes(&t->loss);
     TRY(c->dev->api->copy(c->stream, t->losses.mem, (size_t)t->micro * bytes, t->loss.mem, 0, bytes));
     return dit_backward(d);
-}
-
-int trainer_apply(struct trainer *t)
-{
-    struct dit *d = t->dit;
-    struct context *c = &d->ctx;
-    const struct tensor *w, *g, *m, *v, *ema, *half;
-    int n = plan_slabs(d->plan, PLAN_WEIGHTS, &w);
-    BUG_IF(plan_slabs(d->plan, PLAN_GRADIENTS, &g) != n || plan_slabs(d->plan, PLAN_EMA, &ema) != n);
-    BUG_IF(plan_slabs(d->plan, PLAN_MOMENT1, &m) != n || plan_slabs(d->plan, PLAN_MOMENT2, &v) != n);
-    BUG_IF(d->half && plan_slabs(d->plan, PLAN_HALF, &half) != n);
-    for (int i = 0; i < n; i++)
-        TRY(op_norm2(c, &t->control, &g[i], i > 0));
-    TRY(op_adamw_control(c, &t->control, &t->counts, &t->losses, &t->options.adamw));
-    for (int i = 0; i < n; i++) {
-        struct tensor wi = w[i], mi = m[i], vi = v[i], ei = ema[i], hi = {0};
-        if (d->half) { // the slab is told as f32
-            hi = half[i];
-            hi.dtype = BF16;
-            hi.shape[0] *= 2;
-        }
-        TRY(op_adamw(c, &wi, &mi, &vi, &ei, &g[i], &t->control, d->half ? &hi : NULL,
-                     &t->options.adamw));
-    }
-    return 0;
 }
 
 // All that the device does between the inputs of a micro-batch and its end.

@@ -28,6 +28,7 @@ struct trainer {
     int64_t step;   // steps taken
     int micro;      // micro-batches of the current step done
     struct tensor images, noise, loss, losses, control, counts;
+    struct tensor rest[4]; // moments, EMA, gradients of the weights that stay f32 (half_weights)
     float *t_host;  // [N]
     int32_t *y_host;
     double *entropy; // [L], for reports
@@ -66,6 +67,7 @@ int trainer_restore(struct trainer *t, int64_t step, int32_t applied, int32_t sk
 
 // The optimiser alone: norm, clipping, AdamW and EMA with the gradients as they are.
 int trainer_apply(struct trainer *t);
+int optimiser_commit(struct trainer *t); // its views of memory; trainer_commit() calls it
 
 // The parity door: loss of given x, t, y, noise; gradients stay in t->dit->g (not applied).
 int trainer_loss(struct trainer *t, const float *x, const float *time, const int32_t *y,

@@ -181,6 +181,13 @@ int op_router_bwd(struct context *c, struct tensor *dlogits, const struct tensor
                   const struct tensor *probs, const struct tensor *index,
                   const struct tensor *fraction, float alpha, bool renormalise);
 
+// op_router_fwd, op_route and op_balance (unless fraction and mean_prob are NULL) together: all that
+// lies between the router's logits and the experts. Two launches where a device has it in one.
+int op_router_route(struct context *c, struct tensor *probs, struct tensor *weight,
+                    struct tensor *index, struct tensor *offsets, struct tensor *slot,
+                    struct tensor *token, struct tensor *fraction, struct tensor *mean_prob,
+                    const struct tensor *logits, bool renormalise);
+
 // dw[E,D] f32 += dlogits[M,E]^T h[M,D]: the gradient of the router's weight, where dlogits are f32 and h
 // ACT. (Written instead of added where the context has fresh_gradients.)
 int op_router_dw(struct context *c, struct tensor *dw, const struct tensor *dlogits,
@@ -273,13 +280,16 @@ int op_norm2(struct context *c, struct tensor *control, const struct tensor *g, 
 int op_adamw_control(struct context *c, struct tensor *control, struct tensor *counts,
                      const struct tensor *loss, const struct adamw *a);
 // One pass over one slab of parameters: w, m, v, ema updated from g and control; nothing is touched
-// when the step is skipped. ema may be NULL. All f32 [count]. half, bf16 [count], gets the new w
-// rounded to nearest even, the copy that products read; NULL: none.
+// when the step is skipped. ema may be NULL. All f32 [count], low NULL; or w is bf16 and low [count] the
+// 16 bits beside it that make it f32 (struct tensor), not on CPU devices.
 int op_adamw(struct context *c, struct tensor *w, struct tensor *m, struct tensor *v,
              struct tensor *ema, const struct tensor *g, const struct tensor *control,
-             struct tensor *half, const struct adamw *a);
+             struct tensor *low, const struct adamw *a);
 
 // half (bf16) = w (f32) rounded to nearest even; same count
 int op_round(struct context *c, struct tensor *half, const struct tensor *w);
+// out (f32) = high (bf16), with the low halves where low is not NULL; same count
+int op_widen(struct context *c, struct tensor *out, const struct tensor *high,
+             const struct tensor *low);
 
 #endif

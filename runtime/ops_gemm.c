@@ -24,45 +24,15 @@ static int multiply(struct context *c, struct gemm *g)
     return c->profile ? profile_end_gemm(c->profile, g) : 0;
 }
 
-// A weight's bf16 copy stands for the weight in every product.
-static bool has_half(const struct tensor *w)
-{
-    return w->packed && w->packed->copy.dtype == BF16;
-}
-
-static int use_half(struct context *c, struct gemm *g, const struct tensor *w)
-{
-    struct packed *half = w->packed;
-    if (!half->fresh && !c->dry) {
-        TRY(op_round(c, &half->copy, w));
-        half->fresh = true;
-    }
-    g->b = half->copy.mem;
-    g->type_b = BF16;
-    return 0;
-}
-
-// The product of g, whose B is the weight w, transposed: with w's copy where there is one.
+// The product of g, whose B is the weight w, transposed: with w's packed copy where there is one.
 static int multiply_weight(struct context *c, struct gemm *g, const struct tensor *w)
 {
-    if (has_half(w)) {
-        TRY(use_half(c, g, w));
-        return multiply(c, g);
-    }
     if (!w->packed || c->dry)
         return multiply(c, g);
     g->packed = w->packed->copy.mem;
     if (!w->packed->fresh)
         TRY(c->dev->api->gemm_pack(c->stream, g));
     w->packed->fresh = true;
-    return multiply(c, g);
-}
-
-// The same where B is w as it is stored, as in the backward pass: panels do not serve there.
-static int multiply_back(struct context *c, struct gemm *g, const struct tensor *w)
-{
-    if (has_half(w))
-        TRY(use_half(c, g, w));
     return multiply(c, g);
 }
 
@@ -89,12 +59,17 @@ static struct gemm product(const struct tensor *out, const struct tensor *a, con
                          .type_c = out->dtype};
 }
 
+static bool is_weight(const struct tensor *w)
+{
+    return w->dtype == F32 || w->dtype == BF16;
+}
+
 // ---- linear layers ------------------------------------------------------------------------------
 
 static struct gemm linear(const struct tensor *y, const struct tensor *x, const struct tensor *w)
 {
     int64_t m = rows_of(x), k = x->shape[1], n = rows_of(w);
-    BUG_IF(!has_shape2(y, m, n) || w->shape[1] != k || w->dtype != F32);
+    BUG_IF(!has_shape2(y, m, n) || w->shape[1] != k || !is_weight(w));
     struct gemm g = product(y, x, w);
     g.m = arg_int(m);
     g.n = arg_int(n);
@@ -116,7 +91,7 @@ static struct gemm linear_dx(const struct tensor *dx, const struct tensor *dy,
                              const struct tensor *w)
 {
     int64_t m = rows_of(dy), k = dy->shape[1], n = dx->shape[1];
-    BUG_IF(!has_shape2(dx, m, n) || !has_shape2(w, k, n) || w->dtype != F32);
+    BUG_IF(!has_shape2(dx, m, n) || !has_shape2(w, k, n) || !is_weight(w));
     struct gemm g = product(dx, dy, w);
     g.m = arg_int(m);
     g.n = arg_int(n);
@@ -129,7 +104,7 @@ int op_linear_dx(struct context *c, struct tensor *dx, const struct tensor *dy,
 {
     struct gemm g = linear_dx(dx, dy, w);
     g.accumulate = accumulate;
-    return multiply_back(c, &g, w);
+    return multiply(c, &g);
 }
 
 // out[n] += sum over the rows of a[m,n]: parts of `rows` rows each, then the parts in order.
@@ -137,6 +112,13 @@ static int add_column_sums(struct context *c, struct tensor *out, const struct t
 {
     int64_t m = rows_of(a), n = a->shape[1], rows = op_chunk(c, m, 32, 256),
             chunks = cover(m, rows);
+    if (a->dtype == BF16 && c->dev->fused_width > 0) {
+        op_want_space(c, SUM_PARTS * (size_t)n * sizeof(float));
+        const struct column_sums args = {out->mem, a->mem, c->space.mem, arg_int(m), arg_int(n)};
+        int code = ACCELERATE(c, ACCELERATE_COLUMN_SUMS, &args, out, a);
+        if (code != NOT_MINE)
+            return code;
+    }
     op_want_space(c, (size_t)(chunks * n) * sizeof(float));
     TRY(LAUNCH(c, FORM(c, column_sums_part), c->dev->cpu_forms ? 1 : cover(n, 64), chunks, 1,
                BUF(&c->space), BUF(a), INT(a->dtype == BF16), INT(m), INT(n), INT(rows)));
@@ -164,7 +146,7 @@ int op_linear_dw(struct context *c, struct tensor *dw, struct tensor *dbias,
 
 static int expert_count(const struct tensor *w, const struct tensor *offsets)
 {
-    BUG_IF(w->ndim != 3 || w->dtype != F32 || offsets->dtype != I32);
+    BUG_IF(w->ndim != 3 || !is_weight(w) || offsets->dtype != I32);
     BUG_IF(tensor_count(offsets) != w->shape[0] + 1);
     return arg_int(w->shape[0]);
 }
@@ -209,7 +191,7 @@ int op_experts_dx(struct context *c, struct tensor *dx, const struct tensor *dy,
                   const struct tensor *w, const struct tensor *offsets)
 {
     struct gemm g = experts_dx(dx, dy, w, offsets);
-    return multiply_back(c, &g, w);
+    return multiply(c, &g);
 }
 
 int op_experts_dw(struct context *c, struct tensor *dw, const struct tensor *dy,
@@ -220,7 +202,7 @@ int op_experts_dw(struct context *c, struct tensor *dw, const struct tensor *dy,
     g.groups = expert_count(dw, offsets);
     g.offsets = offsets->mem;
     BUG_IF(rows_of(dy) != rows_of(x));
-    BUG_IF(dy->shape[1] != dw->shape[1] || x->shape[1] != dw->shape[2]);
+    BUG_IF(dy->shape[1] != dw->shape[1] || x->shape[1] != dw->shape[2] || dw->dtype != F32);
     g.m = arg_int(dy->shape[1]);
     g.n = arg_int(x->shape[1]);
     g.k = arg_int(rows_of(dy));
@@ -264,7 +246,7 @@ static int swiglu_fwd(struct context *c, struct tensor *h, struct tensor *gu, st
 
 // g: the product dh = dy w, whose C is not set.
 static int swiglu_bwd(struct context *c, struct tensor *gu, struct tensor *dh, struct tensor *h,
-                      struct gemm *g, const struct tensor *w)
+                      struct gemm *g)
 {
     BUG_IF(!has_shape2(gu, g->m, 2 * g->n) || !is_act(c, gu));
     BUG_IF(h && (!op_swiglu_rebuilds(c, g->n) || !has_shape2(h, g->m, g->n) || !is_act(c, h)));
@@ -272,11 +254,11 @@ static int swiglu_bwd(struct context *c, struct tensor *gu, struct tensor *dh, s
         g->swiglu = SWIGLU_BACKWARD;
         g->c = gu->mem;
         g->h = h ? h->mem : NULL;
-        return multiply_back(c, g, w);
+        return multiply(c, g);
     }
     BUG_IF(!dh || !has_shape2(dh, g->m, g->n) || !is_act(c, dh));
     g->c = dh->mem;
-    TRY(multiply_back(c, g, w));
+    TRY(multiply(c, g));
     return op_swiglu_bwd(c, gu, dh, gu);
 }
 
@@ -293,7 +275,7 @@ int op_linear_swiglu_dx(struct context *c, struct tensor *gu, struct tensor *dh,
 {
     struct tensor shape = matrix(c, rows_of(dy), w->shape[1]);
     struct gemm g = linear_dx(&shape, dy, w);
-    return swiglu_bwd(c, gu, dh, h, &g, w);
+    return swiglu_bwd(c, gu, dh, h, &g);
 }
 
 int op_experts_swiglu(struct context *c, struct tensor *h, struct tensor *gu,
@@ -310,5 +292,5 @@ int op_experts_swiglu_dx(struct context *c, struct tensor *gu, struct tensor *dh
 {
     struct tensor shape = matrix(c, rows_of(dy), w->shape[2]);
     struct gemm g = experts_dx(&shape, dy, w, offsets);
-    return swiglu_bwd(c, gu, dh, h, &g, w);
+    return swiglu_bwd(c, gu, dh, h, &g);
 }

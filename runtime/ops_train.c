@@ -120,34 +120,29 @@ int op_adamw_control(struct context *c, struct tensor *control, struct tensor *c
                   FLOAT((float)a->ema));
 }
 
+// w as one f32 slab, or as bf16 beside the low halves.
+static bool is_weights(const struct tensor *w, const struct tensor *low, int64_t count)
+{
+    return low ? is_bf16_vector(w, count) && is_bf16_vector(low, count) : is_f32_vector(w, count);
+}
+
 int op_adamw(struct context *c, struct tensor *w, struct tensor *m, struct tensor *v,
              struct tensor *ema, const struct tensor *g, const struct tensor *control,
-             struct tensor *half, const struct adamw *a)
+             struct tensor *low, const struct adamw *a)
 {
-    int64_t count = tensor_count(w);
-    BUG_IF(!is_f32_vector(w, count) || !is_f32_vector(m, count) || !is_f32_vector(v, count));
+    int64_t count = tensor_count(w), chunk = op_chunk(c, count, 256, 8192) / 16 * 16;
+    BUG_IF(!is_weights(w, low, count) || !is_f32_vector(m, count) || !is_f32_vector(v, count));
     BUG_IF(!is_f32_vector(g, count) || (ema && !is_f32_vector(ema, count)));
-    BUG_IF(!is_f32_vector(control, CONTROL_COUNT) || (half && !is_bf16_vector(half, count)));
-    const union arg args[] = {BUF(w),
-                              BUF(m),
-                              BUF(v),
-                              BUF_OR_NULL(ema),
-                              BUF(g),
-                              BUF(control),
-                              BUF_OR_NULL(half),
-                              HALVES(count),
-                              FLOAT((float)a->beta1),
-                              FLOAT((float)(1.0 - a->beta1)),
-                              FLOAT((float)a->beta2),
-                              FLOAT((float)(1.0 - a->beta2)),
-                              FLOAT((float)a->eps),
-                              FLOAT((float)a->decay),
-                              UINT(op_chunk(c, count, 256, 8192) / 16 * 16)};
-    const int given = (int)(sizeof args / sizeof *args);
-    int64_t chunk = args[given - 1].u;
+    BUG_IF(!is_f32_vector(control, CONTROL_COUNT) || (low && c->dev->cpu_forms));
+#define SCALARS                                                                                    \
+    HALVES(count), FLOAT((float)a->beta1), FLOAT((float)(1.0 - a->beta1)), FLOAT((float)a->beta2), \
+        FLOAT((float)(1.0 - a->beta2)), FLOAT((float)a->eps), FLOAT((float)a->decay)
     if (c->dev->cpu_forms)
-        return op_launch(c, KERNEL_adamw_cpu, cover(count, chunk), 1, 1, args, given);
-    return op_launch(c, KERNEL_adamw, cover(count, GROUP), 1, 1, args, given - 1);
+        return LAUNCH(c, KERNEL_adamw_cpu, cover(count, chunk), 1, 1, BUF(w), BUF(m), BUF(v),
+                      BUF_OR_NULL(ema), BUF(g), BUF(control), SCALARS, UINT(chunk));
+    return LAUNCH(c, KERNEL_adamw, cover(count, GROUP), 1, 1, BUF(w), BUF(m), BUF(v),
+                  BUF_OR_NULL(ema), BUF(g), BUF(control), BUF_OR_NULL(low), SCALARS);
+#undef SCALARS
 }
 
 int op_round(struct context *c, struct tensor *half, const struct tensor *w)
@@ -156,4 +151,14 @@ int op_round(struct context *c, struct tensor *half, const struct tensor *w)
     BUG_IF(!is_f32_vector(w, count) || !is_bf16_vector(half, count));
     return LAUNCH(c, KERNEL_round_bf16, cover(count, GROUP), 1, 1, BUF(half), BUF(w),
                   HALVES(count));
+}
+
+int op_widen(struct context *c, struct tensor *out, const struct tensor *high,
+             const struct tensor *low)
+{
+    int64_t count = tensor_count(out);
+    BUG_IF(!is_f32_vector(out, count) || !is_bf16_vector(high, count));
+    BUG_IF(low && !is_bf16_vector(low, count));
+    return LAUNCH(c, KERNEL_widen_bf16, cover(count, GROUP), 1, 1, BUF(out), BUF(high),
+                  BUF_OR_NULL(low), HALVES(count));
 }

@@ -49,7 +49,7 @@ static const char *const class_names[PLAN_CLASSES] = {
     [PLAN_MOMENT1] = "first moments",   [PLAN_MOMENT2] = "second moments",
     [PLAN_EMA] = "EMA weights",         [PLAN_ACTIVATIONS] = "activations",
     [PLAN_INPUT] = "input and results", [PLAN_PACKED] = "packed weights",
-    [PLAN_HALF] = "bf16 weights",
+    [PLAN_HALF] = "bf16 weights",       [PLAN_LOW] = "weights' low bits",
 };
 
 const char *plan_class_name(enum plan_class class)

@@ -17,7 +17,8 @@ enum plan_class {
     PLAN_MOMENT1, // Adam's first moment
     PLAN_MOMENT2, // Adam's second moment
     PLAN_EMA,
-    PLAN_HALF,   // weights once more, rounded to bf16; its slabs match those of the weights
+    PLAN_HALF,   // weights that products read as bf16 (struct tensor)
+    PLAN_LOW,    // and the lower halves of their f32
     PLAN_PACKED, // weights once more, in the form that products read
     PLAN_ACTIVATIONS,
     PLAN_INPUT, // batch, noise, results

@@ -17,7 +17,13 @@ struct tensor {
     int ndim;
     int64_t shape[TENSOR_DIMS];
     struct packed *packed; // a weight's copy for products, or NULL
+    struct tensor *low;    // of a bf16 weight in training: the 16 bits that rounding took away, or NULL
 };
+
+// Weights in products are f32, or on devices that want it (device.h half_weights) bf16. In training
+// such a weight is a pair: the nearest bf16, which products read, and in `low` (typed BF16, but raw
+// bits) the signed difference of the f32's upper bits from it: f32 = (high << 16) + low. So the
+// optimiser's weights are f32 to the last bit in the memory of one f32.
 
 // A copy of a weight in the form that the device's products read (op_packed_bytes). Products make it
 // when they meet the weight first and after it was written, so it is never stale; who writes a

@@ -66,7 +66,7 @@ static int copy_ema(struct dit *to, struct dit *from)
     for (int i = 0; i < from->params.count; i++) {
         const struct param *p = &from->params.list[i];
         if (p->start == 0) // else a slice of a tensor copied whole with its first parameter
-            TRY(tensor_copy(&to->ctx, param_tensor(&to->w, p),
+            TRY(weight_copy(&to->ctx, param_tensor(&to->w, p),
                             param_tensor(p->frozen ? &from->w : &from->ema, p)));
     }
     return 0;

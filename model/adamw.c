@@ -1,0 +1,80 @@
+// The optimiser's pass over all parameters: gradient norm, then AdamW and EMA, one launch for each slab
+// of memory that holds parameters of one kind.
+#include "model/train.h"
+
+// Parameters that one pass of the optimiser goes through.
+struct span {
+    struct tensor w, low, m, v, ema, g; // low: no shape where w is f32
+};
+
+static struct tensor slab_part(const struct tensor *slab, int64_t count)
+{
+    struct tensor part = *slab;
+    part.shape[0] = count;
+    return part;
+}
+
+// The span of the weights in slab `i` of each class, all f32.
+static struct span plain_span(struct plan *p, int i)
+{
+    const struct tensor *w, *m, *v, *ema, *g;
+    plan_slabs(p, PLAN_WEIGHTS, &w), plan_slabs(p, PLAN_MOMENT1, &m);
+    plan_slabs(p, PLAN_MOMENT2, &v), plan_slabs(p, PLAN_EMA, &ema);
+    plan_slabs(p, PLAN_GRADIENTS, &g);
+    return (struct span){.w = w[i], .m = m[i], .v = v[i], .ema = ema[i], .g = g[i]};
+}
+
+// Where products read bf16, those weights are the first part of each slab, in two halves; the f32 ones
+// are the rest.
+static struct span half_span(struct plan *p)
+{
+    const struct tensor *high, *low;
+    BUG_IF(plan_slabs(p, PLAN_HALF, &high) != 1 || plan_slabs(p, PLAN_LOW, &low) != 1);
+    const int64_t count = 2 * tensor_count(&high[0]); // told as f32
+    struct span s = plain_span(p, 0);
+    s.m = slab_part(&s.m, count), s.v = slab_part(&s.v, count);
+    s.ema = slab_part(&s.ema, count), s.g = slab_part(&s.g, count);
+    s.w = slab_part(&high[0], count), s.low = slab_part(&low[0], count);
+    s.w.dtype = s.low.dtype = BF16;
+    return s;
+}
+
+int optimiser_commit(struct trainer *t)
+{
+    struct plan *p = t->dit->plan;
+    if (!t->dit->ctx.dev->half_weights)
+        return 0;
+    const struct span half = half_span(p), s = plain_span(p, 0);
+    const int64_t count = tensor_count(&half.m);
+    const int64_t rest = tensor_count(&s.w);
+    TRY(plan_view(p, &s.m, count, &t->rest[0], 1, &rest));
+    TRY(plan_view(p, &s.v, count, &t->rest[1], 1, &rest));
+    TRY(plan_view(p, &s.ema, count, &t->rest[2], 1, &rest));
+    return plan_view(p, &s.g, count, &t->rest[3], 1, &rest);
+}
+
+static int update(struct trainer *t, struct span s)
+{
+    return op_adamw(&t->dit->ctx, &s.w, &s.m, &s.v, &s.ema, &s.g, &t->control,
+                    s.low.ndim ? &s.low : NULL, &t->options.adamw);
+}
+
+int trainer_apply(struct trainer *t)
+{
+    struct dit *d = t->dit;
+    struct context *c = &d->ctx;
+    const struct tensor *g;
+    const int n = plan_slabs(d->plan, PLAN_GRADIENTS, &g);
+    for (int i = 0; i < n; i++)
+        TRY(op_norm2(c, &t->control, &g[i], i > 0));
+    TRY(op_adamw_control(c, &t->control, &t->counts, &t->losses, &t->options.adamw));
+    if (c->dev->half_weights) {
+        struct span rest = plain_span(d->plan, 0);
+        rest.m = t->rest[0], rest.v = t->rest[1], rest.ema = t->rest[2], rest.g = t->rest[3];
+        TRY(update(t, half_span(d->plan)));
+        return update(t, rest);
+    }
+    for (int i = 0; i < n; i++)
+        TRY(update(t, plain_span(d->plan, i)));
+    return 0;
+}
