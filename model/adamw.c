@@ -42,7 +42,7 @@ static struct span half_span(struct plan *p)
 int optimiser_commit(struct trainer *t)
 {
     struct plan *p = t->dit->plan;
-    if (!t->dit->ctx.dev->half_weights)
+    if (!t->dit->half)
         return 0;
     const struct span half = half_span(p), s = plain_span(p, 0);
     const int64_t count = tensor_count(&half.m);
@@ -68,7 +68,7 @@ int trainer_apply(struct trainer *t)
     for (int i = 0; i < n; i++)
         TRY(op_norm2(c, &t->control, &g[i], i > 0));
     TRY(op_adamw_control(c, &t->control, &t->counts, &t->losses, &t->options.adamw));
-    if (c->dev->half_weights) {
+    if (d->half) {
         struct span rest = plain_span(d->plan, 0);
         rest.m = t->rest[0], rest.v = t->rest[1], rest.ema = t->rest[2], rest.g = t->rest[3];
         TRY(update(t, half_span(d->plan)));

@@ -36,7 +36,8 @@ int plan_activation(struct dit *d, int layer, const char *name, enum dtype type,
 static int plan_parameters(struct dit *d)
 {
     const struct dit_options *o = &d->options;
-    if (d->ctx.dev->half_weights)
+    d->half = d->ctx.dev->half_weights;
+    if (d->half)
         TRY(weights_plan_half(&d->w, o->optimiser ? &d->low : NULL, &d->params, d->plan));
     else
         TRY(weights_plan(&d->w, &d->params, d->plan, PLAN_WEIGHTS));
@@ -139,7 +140,7 @@ int dit_layout(struct dit *d)
         TRY(PLAN_TENSOR(d->plan, "scratch", PLAN_ACTIVATIONS, F32, 0, PLAN_FOREVER, &c->space,
                         (int64_t)((c->space_wanted + 3) / 4)));
     TRY(plan_layout(d->plan, d->options.limit));
-    return d->options.pack && !d->ctx.dev->half_weights ? packed_plan(d) : 0;
+    return d->options.pack && !d->half ? packed_plan(d) : 0;
 }
 
 int dit_commit(struct dit *d)

@@ -82,6 +82,7 @@ struct dit {
     struct weights low; // with an optimiser, where products read bf16 (struct tensor)
 
     bool lean; // keep less for the backward pass
+    bool half; // products read weights as bf16 (struct tensor)
 
     // t and labels: [N] f32, int32; with `ahead` the rows of every step, one after the other
     struct tensor input, t, labels; // input [N,C,H,W] f32
