@@ -1,11 +1,14 @@
 // Which whole operations the CUDA backend takes over (device.h: enum accelerated).
+#include "devices/cuda_attention.h"
 #include "devices/cuda_fused.h"
 
 int cuda_accelerate(struct stream *s, enum accelerated op, const void *args)
 {
     switch (op) {
     case ACCELERATE_ATTENTION_FWD:
+        return cuda_attention_fwd(s, args);
     case ACCELERATE_ATTENTION_BWD:
+        return cuda_attention_bwd(s, args);
     case ACCELERATE_COUNT:
         break;
     default:
