@@ -256,6 +256,46 @@ static int test_attention_long(void)
     return OP_FOR_ALL(long_case, shapes);
 }
 
+// What CUDA devices have tuned kernels for, and that these ran: bf16, head sizes of a multiple of 8.
+static bool has_tuned(const struct op_run *r)
+{
+    const struct device *dev = r->c.dev;
+    return r->act == BF16 && !strcmp(dev->api->name, "cuda") && !(dev->flags & OPEN_PORTABLE) &&
+           (strstr(dev->info.language, " 9.0") || strstr(dev->info.language, " 8.0"));
+}
+
+static uint64_t portable_launches(void)
+{
+    return op_launches[KERNEL_attention_fwd] + op_launches[KERNEL_attention_fwd_cpu] +
+           op_launches[KERNEL_attention_bwd_kv] + op_launches[KERNEL_attention_bwd_q] +
+           op_launches[KERNEL_attention_bwd_cpu];
+}
+
+static int tuned_case(struct op_run *r, const int *s)
+{
+    if (r->act != BF16 || (s[1] > 300 && r->c.dev->flags & OPEN_GPU_FORMS))
+        return PASSED;
+    uint64_t before = portable_launches();
+    if (attention_case(r, s) != PASSED)
+        return FAILED;
+    CHECK((portable_launches() == before) == has_tuned(r),
+          "the tuned kernels %s: N=%d T=%d H=%d hd=%d",
+          has_tuned(r) ? "were not used" : "seem to be used", s[0], s[1], s[2], s[3]);
+    return PASSED;
+}
+
+// Head sizes and tiles of the tuned kernels, and one more; enough heads that a multiprocessor gets several.
+static int test_tuned(void)
+{
+    static const int shapes[][6] = {
+        {2, 64, 2, 64},  {1, 100, 2, 64},  {1, 256, 2, 64},  {1, 257, 1, 64}, {1, 1024, 1, 64},
+        {1, 64, 1, 72},  {2, 100, 1, 72},  {1, 256, 2, 72},  {1, 257, 1, 72}, {1, 1024, 1, 72},
+        {1, 100, 1, 88}, {1, 256, 1, 88},  {1, 257, 1, 88},  {1, 100, 3, 32}, {1, 257, 1, 32},
+        {1, 64, 2, 128}, {1, 256, 1, 128}, {1, 257, 1, 128}, {1, 70, 2, 80},  {1, 65, 1, 104},
+        {36, 64, 8, 64}, {30, 33, 10, 72}, {30, 33, 5, 88},  {9, 257, 8, 8},  {15, 17, 20, 128}};
+    return OP_FOR_ALL(tuned_case, shapes);
+}
+
 // Large scores: the softmax must not overflow. NaN in one head must reach that head's output.
 static int extreme_case(struct op_run *r, const int *s)
 {
@@ -359,6 +399,7 @@ const struct test attention_tests[] = {
     {"small", test_attention_small},
     {"tiles", test_attention},
     {"long", test_attention_long},
+    {"tuned", test_tuned},
     {"extreme", test_attention_extreme},
     {"repeat", test_repeat},
     {NULL, NULL},
