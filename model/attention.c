@@ -32,14 +32,17 @@ int attention_backward(struct dit *d, int layer)
     const struct tensor *dattn = &a->attn;
     TRY(op_linear_dw(c, &g->proj_w, &g->proj_b, dattn, &a->o));
     TRY(op_linear_dx(c, &s->dh, dattn, &w->proj_w, false)); // d o
-    TRY(op_attention_bwd(c, &s->dqkv, &s->delta, &s->dh, &a->o, &a->lse, attention_input(d, a),
-                         d->options.batch, heads));
+    if (s->qk.ndim)
+        TRY(op_qk_norm_fwd(c, &s->qk, &a->qk_stats, &a->qkv, &w->q_norm_w, &w->q_norm_b,
+                           &w->k_norm_w, &w->k_norm_b, heads));
+    TRY(op_attention_bwd(c, &s->dqkv, &s->delta, &s->dh, &a->o, &a->lse,
+                         s->qk.ndim ? &s->qk : attention_input(d, a), d->options.batch, heads));
     if (d->config.qk_norm)
         TRY(op_qk_norm_bwd(c, &s->dqkv, &g->q_norm_w, &g->q_norm_b, &g->k_norm_w, &g->k_norm_b,
                            &a->qkv, &a->qk_stats, &w->q_norm_w, &w->k_norm_w, heads));
     if (d->lean)
         TRY(op_layernorm_mod_fwd(c, &s->h1, &a->stats1, &d->x[layer], &d->mod,
                                  dit_column(d, layer, SHIFT1), dit_column(d, layer, SCALE1)));
-    TRY(op_linear_dw(c, &g->qkv_w, &g->qkv_b, &s->dqkv, d->lean ? &s->h1 : &a->h1));
+    TRY(op_linear_dw(c, &g->qkv_w, &g->qkv_b, &s->dqkv, dit_kept(&a->h1, &s->h1)));
     return op_linear_dx(c, &s->dh, &s->dqkv, &w->qkv_w, false); // d h1
 }

@@ -43,14 +43,14 @@ static int plan_attention_half(struct dit *d, int l, struct block_act *a)
     ACTIVATION(d, l, "h1", act, ENTRY, 0, d->lean ? NEVER : 6, &a->h1, M, D);
     ACTIVATION(d, l, "qkv", act, 0, 1, 6, &a->qkv, M, 3 * D);
     if (c->qk_norm) {
-        ACTIVATION(d, l, "qk", act, 0, 1, 5, &a->qk, M, 3 * D);
+        ACTIVATION(d, l, "qk", act, 0, 1, d->lean ? NEVER : 5, &a->qk, M, 3 * D);
         ACTIVATION(d, l, "qk_stats", F32, 0, 1, 6, &a->qk_stats, M, 2 * c->heads, 2);
     }
     ACTIVATION(d, l, "o", act, 1, 2, 5, &a->o, M, D);
     if (d->options.train)
         ACTIVATION(d, l, "lse", F32, 1, 1, 5, &a->lse, N, c->heads, T);
     ACTIVATION(d, l, "attn", act, 2, 2, 4, &a->attn, M, D);
-    ACTIVATION(d, l, "mid", act, 2, 5, 4, &a->mid, M, D);
+    ACTIVATION(d, l, "mid", act, 2, 5, d->lean ? NEVER : 4, &a->mid, M, D);
     ACTIVATION(d, l, "stats2", F32, 2, 2, 4, &a->stats2, M, 2);
     ACTIVATION(d, l, "h2", act, 2, 3, d->lean ? NEVER : 3, &a->h2, M, D);
     ACTIVATION(d, l, "out", act, 5, 5, 3, &a->out, M, D);
@@ -151,6 +151,9 @@ static int plan_gradients(struct dit *d, int l)
     if (d->lean) {
         SCRATCH("h1 again", act, 6, 6, &s->h1, M, D);
         SCRATCH("h2 again", act, 0, 3, &s->h2, M, D);
+        SCRATCH("mid again", act, 0, 4, &s->mid, M, D);
+        if (c->qk_norm)
+            SCRATCH("qk again", act, 5, 5, &s->qk, M, 3 * D);
     }
     if (config_is_moe(c, l))
         return plan_moe_gradients(d, l);
@@ -184,13 +187,19 @@ int block_enter(struct dit *d, int layer)
                                 dit_column(d, layer, SHIFT1), dit_column(d, layer, SCALE1));
 }
 
+// The modulations between the two halves of a block.
+static struct norm_columns middle_columns(const struct dit *d, int layer)
+{
+    return (struct norm_columns){dit_column(d, layer, GATE1), dit_column(d, layer, SHIFT2),
+                                 dit_column(d, layer, SCALE2)};
+}
+
 // h1 -> mid and what the feed-forward half leaves.
 static int block_body(struct dit *d, int layer)
 {
     struct block_act *a = dit_act(d, layer);
     const bool moe = config_is_moe(&d->config, layer);
-    const struct norm_columns at = {dit_column(d, layer, GATE1), dit_column(d, layer, SHIFT2),
-                                    dit_column(d, layer, SCALE2)};
+    const struct norm_columns at = middle_columns(d, layer);
     TRY(attention_forward(d, layer));
     TRY(op_residual_norm_fwd(&d->ctx, &a->mid, &a->h2, &a->stats2, moe ? &a->logits : NULL,
                              &d->x[layer], &a->attn, &d->mod, at,
@@ -249,12 +258,11 @@ static int middle_backward(struct dit *d, int layer)
     struct block_act *a = dit_act(d, layer);
     struct block_grad *s = &d->grads[layer];
     const bool moe = config_is_moe(&d->config, layer), rest = moe && d->config.shared > 0;
-    const struct norm_columns at = {dit_column(d, layer, GATE1), dit_column(d, layer, SHIFT2),
-                                    dit_column(d, layer, SCALE2)};
+    const struct norm_columns at = middle_columns(d, layer);
     return op_norm_gate_bwd(&d->ctx, &d->dx, &a->attn, &d->dmod, &s->dh, moe ? &a->y : NULL,
                             moe ? &a->slot : NULL, rest ? &s->dlogits : NULL,
-                            rest ? &d->w.blocks[layer].gate_w : NULL, &a->mid, &a->stats2, &a->attn,
-                            &d->mod, at);
+                            rest ? &d->w.blocks[layer].gate_w : NULL, dit_kept(&a->mid, &s->mid),
+                            &a->stats2, &a->attn, &d->mod, at);
 }
 
 int block_backward(struct dit *d, int layer)
@@ -268,8 +276,8 @@ int block_backward(struct dit *d, int layer)
                                  dit_column(d, layer, GATE2)));
     }
     if (d->lean)
-        TRY(op_layernorm_mod_fwd(c, &s->h2, &a->stats2, &a->mid, &d->mod,
-                                 dit_column(d, layer, SHIFT2), dit_column(d, layer, SCALE2)));
+        TRY(op_residual_norm_fwd(c, &s->mid, &s->h2, &a->stats2, NULL, &d->x[layer], &a->attn,
+                                 &d->mod, middle_columns(d, layer), NULL));
     TRY(config_is_moe(&d->config, layer) ? moe_backward(d, layer) : mlp_backward(d, layer));
     TRY(middle_backward(d, layer));
     TRY(attention_backward(d, layer));

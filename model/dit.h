@@ -26,7 +26,7 @@ struct block_act {
 };
 // The backward pass writes gradients over what is no longer needed: d attn over attn, d out over out,
 // d gu over gu, d rows over y. So one forward serves one backward. What one cheap operation makes
-// again from what is kept anyway (h1, h2, rows, and hidden where the device's products do it beside
+// again from what is kept anyway (h1, h2, mid, qk, rows, and hidden where the device's products do it beside
 // their work) is not kept for the backward pass on devices whose memory is short (struct dit: lean).
 
 // Kept per layer even when the block is recomputed: what logs and the parity door read.
@@ -39,7 +39,7 @@ struct block_route {
 // Scratch of a block's backward pass (lifetimes end with it, so blocks share the bytes).
 struct block_grad {
     struct tensor dh;                       // [M,D]
-    struct tensor h1, h2, rows, hidden, shared_hidden; // made again (lean)
+    struct tensor h1, h2, mid, qk, rows, hidden, shared_hidden; // made again (lean)
     struct tensor dqkv, delta;              // [M,3D] [N,H,T]
     struct tensor dhidden, dshared_hidden;  // [R,F] [M,Fs]
     struct tensor dweight, dlogits;         // [M,K] [M,E]
@@ -189,6 +189,12 @@ int plan_activation(struct dit *d, int layer, const char *name, enum dtype type,
 static inline int dit_column(const struct dit *d, int layer, enum modulation which)
 {
     return (layer * MODULATIONS + (int)which) * d->config.hidden;
+}
+
+// What the backward pass reads of the forward's: kept, or made again (lean).
+static inline struct tensor *dit_kept(struct tensor *in_forward, struct tensor *again)
+{
+    return again->ndim ? again : in_forward;
 }
 
 static inline struct block_act *dit_act(struct dit *d, int layer)

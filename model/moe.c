@@ -44,12 +44,6 @@ int moe_forward(struct dit *d, int layer)
     return op_experts(c, &a->y, &a->hidden, &w->experts_down, offsets);
 }
 
-// What the backward pass reads of the forward's: kept, or made again.
-static struct tensor *kept(struct tensor *in_forward, struct tensor *again)
-{
-    return again->ndim ? again : in_forward;
-}
-
 // d y (in a->y) -> gradients of the experts; a->y becomes d rows.
 static int experts_backward(struct dit *d, int layer)
 {
@@ -59,7 +53,7 @@ static int experts_backward(struct dit *d, int layer)
     struct block_weights *g = &d->g.blocks[layer];
     const struct block_weights *w = &d->w.blocks[layer];
     const struct tensor *offsets = &d->routes[layer].offsets;
-    struct tensor *hidden = kept(&a->hidden, &s->hidden), *rows = kept(&a->rows, &s->rows);
+    struct tensor *hidden = dit_kept(&a->hidden, &s->hidden), *rows = dit_kept(&a->rows, &s->rows);
     TRY(op_experts_swiglu_dx(c, &a->gu, if_planned(&s->dhidden), if_planned(&s->hidden), &a->y,
                              &w->experts_down, offsets));
     TRY(op_experts_dw(c, &g->experts_down, &a->y, hidden, offsets));
@@ -80,8 +74,8 @@ static int shared_backward(struct dit *d, int layer)
     TRY(op_linear_swiglu_dx(c, &a->shared_gu, if_planned(&s->dshared_hidden),
                             if_planned(&s->shared_hidden), &a->out, &w->shared_down));
     TRY(op_linear_dw(c, &g->shared_down, NULL, &a->out,
-                     kept(&a->shared_hidden, &s->shared_hidden)));
-    TRY(op_linear_dw(c, &g->shared_gu, NULL, &a->shared_gu, kept(&a->h2, &s->h2)));
+                     dit_kept(&a->shared_hidden, &s->shared_hidden)));
+    TRY(op_linear_dw(c, &g->shared_gu, NULL, &a->shared_gu, dit_kept(&a->h2, &s->h2)));
     return op_linear_dx(c, &s->dh, &a->shared_gu, &w->shared_gu, false);
 }
 
@@ -99,7 +93,7 @@ int moe_backward(struct dit *d, int layer)
     // the router's gradient comes from the gate weights and from the balance loss
     TRY(op_router_bwd(c, &s->dlogits, &s->dweight, &a->probs, &r->index, &r->fraction,
                       d->config.balance * d->balance_scale, d->config.renormalise));
-    TRY(op_router_dw(c, &d->g.blocks[layer].gate_w, &s->dlogits, kept(&a->h2, &s->h2)));
+    TRY(op_router_dw(c, &d->g.blocks[layer].gate_w, &s->dlogits, dit_kept(&a->h2, &s->h2)));
     return shared ? 0 : op_linear_dx(c, &s->dh, &s->dlogits, &d->w.blocks[layer].gate_w, false);
 }
 
@@ -123,6 +117,6 @@ int mlp_backward(struct dit *d, int layer)
     TRY(op_linear_dw(c, &g->fc2_w, &g->fc2_b, &a->out, &a->act));
     TRY(op_linear_dx(c, &s->dact, &a->out, &w->fc2_w, false));
     TRY(op_gelu_bwd(c, &s->dact, &s->dact, &a->fc1));
-    TRY(op_linear_dw(c, &g->fc1_w, &g->fc1_b, &s->dact, kept(&a->h2, &s->h2)));
+    TRY(op_linear_dw(c, &g->fc1_w, &g->fc1_b, &s->dact, dit_kept(&a->h2, &s->h2)));
     return op_linear_dx(c, &s->dh, &s->dact, &w->fc1_w, false);
 }
