@@ -18,11 +18,4 @@
 // Returns 0 or a negative code.
 int bench_gemm(struct device *dev, const char *filter, json_t *rows, FILE *table);
 
-// The operations other than matrix products and routing, at the demo model's and S/2's shapes: median
-// seconds and GB/s (least traffic: every operand once) with its share of a device copy timed in the
-// same run, or GFLOP/s (attention: 4 T T d a head forward, 10 backward). `filter` as above. Of a row:
-// {"bench": "ops", "name", "what": shape, "type", "seconds", "gbps", "of_copy"} or
-// {..., "seconds", "gflops"}. Returns 0 or a negative code.
-int bench_ops(struct device *dev, const char *filter, json_t *rows, FILE *table);
-
 #endif

@@ -104,8 +104,8 @@ static void print_step(const struct step_profile *s, const struct ceilings *top,
     fprintf(out, "\nprofile: %s", s->title);
     if (s->steps > 1)
         fprintf(out, ", mean of the %d steps of a run", s->steps);
-    fprintf(out, "\n%-52s %8s %10s %7s %14s %6s\n", "operation", "calls", "ms", "share", "rate",
-            "of the ceiling");
+    fprintf(out, "\n%-52s %8s %10s %7s %14s  %s\n", "operation", "calls", "ms", "share", "rate",
+            "share of ceiling");
     for (int i = 0; i < count; i++) {
         const struct class *c = &classes[i];
         calls += c->calls;

@@ -318,36 +318,48 @@ static int parse_batch(const char *item, int *batch)
     return 0;
 }
 
-int bench_step_check(const struct step_settings *o)
+int bench_each(const struct step_settings *o, bench_visit *visit, void *user)
 {
-    struct config c;
-    char item[64];
-    int batch;
-    for (const char *at = o->models; (at = next_item(at, item)) != NULL;)
-        TRY(model_config(item, &o->overrides, &c));
-    for (const char *at = o->batches; (at = next_item(at, item)) != NULL;)
-        TRY(parse_batch(item, &batch));
+    char model[64], size[64], title[160];
+    int batch = 0;
+    for (const char *m = o->models; (m = next_item(m, model)) != NULL;)
+        for (const char *b = o->batches; (b = next_item(b, size)) != NULL;) {
+            struct config c;
+            TRY(model_config(model, &o->overrides, &c));
+            TRY(parse_batch(size, &batch));
+            TRY(visit(user, model_title(model, &c, title), &c, batch));
+        }
     return 0;
 }
 
-static int bench_model(struct device *dev, struct stream *stream, const char *model, int batch,
-                       const struct step_settings *o, const struct ceilings *ceilings,
-                       struct bench_profile *profile, json_t *rows, FILE *table)
+// What the visits share.
+struct bench {
+    struct device *dev;
+    struct stream *stream;
+    const struct step_settings *settings;
+    const struct ceilings *ceilings;
+    struct bench_profile *profile;
+    json_t *rows;
+    FILE *table;
+};
+
+static int bench_model(void *user, const char *title, const struct config *c, int batch)
 {
-    struct config c;
-    TRY(model_config(model, &o->overrides, &c));
+    const struct bench *b = user;
+    const struct step_settings *o = b->settings;
+    const bool cpu = b->dev->info.kind == DEVICE_CPU;
     for (int train = 1; train >= 0; train--) {
         if ((o->what == 1 && !train) || (o->what == 2 && train))
             continue;
         struct subject *s = calloc(1, sizeof *s);
         if (!s)
             return fail(ERR_NOMEM, "out of memory");
-        s->dev = dev, s->stream = stream;
-        s->config = &c;
+        s->dev = b->dev, s->stream = b->stream;
+        s->config = c;
         s->batch = batch;
-        s->steps = o->steps ? o->steps : dev->info.kind == DEVICE_CPU ? STEPS_CPU : STEPS_GPU;
-        model_title(model, &c, s->name);
-        int code = bench_one(s, o, train, ceilings, profile, rows, table);
+        s->steps = o->steps ? o->steps : cpu ? STEPS_CPU : STEPS_GPU;
+        snprintf(s->name, sizeof s->name, "%s", title);
+        int code = bench_one(s, o, train, b->ceilings, b->profile, b->rows, b->table);
         subject_free(s);
         TRY(code);
     }
@@ -358,15 +370,10 @@ int bench_step(struct device *dev, struct stream *stream, const struct step_sett
                const struct ceilings *ceilings, json_t *rows, FILE *table)
 {
     struct bench_profile profile = {.ceilings = ceilings};
-    char model[64], size[64];
-    int code = 0, batch = 0;
+    struct bench b = {dev,  stream, o, ceilings, o->profile || o->trace ? &profile : NULL,
+                      rows, table};
     print_head(table);
-    for (const char *m = o->models; code >= 0 && (m = next_item(m, model)) != NULL;)
-        for (const char *b = o->batches; code >= 0 && (b = next_item(b, size)) != NULL;) {
-            TRY(parse_batch(size, &batch));
-            code = bench_model(dev, stream, model, batch, o, ceilings,
-                               o->profile || o->trace ? &profile : NULL, rows, table);
-        }
+    int code = bench_each(o, bench_model, &b);
     if (code >= 0 && o->profile)
         bench_profile_print(&profile, stderr);
     if (code >= 0 && o->trace)

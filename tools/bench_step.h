@@ -22,7 +22,8 @@ struct step_settings {
 int bench_step(struct device *dev, struct stream *stream, const struct step_settings *o,
                const struct ceilings *ceilings, json_t *rows, FILE *table);
 
-// Checks the lists: ERR_INPUT says what is wrong.
-int bench_step_check(const struct step_settings *o);
+// Calls visit() with every model at every batch; ERR_INPUT says what is wrong with the lists.
+typedef int bench_visit(void *user, const char *title, const struct config *c, int batch);
+int bench_each(const struct step_settings *o, bench_visit *visit, void *user);
 
 #endif

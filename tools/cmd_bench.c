@@ -5,6 +5,7 @@
 
 #include "tools/bench.h"
 #include "tools/bench_compare.h"
+#include "tools/bench_ops.h"
 #include "tools/bench_step.h"
 
 struct bench_settings {
@@ -33,24 +34,26 @@ static const struct option_spec step_options[] = {
      AT(models), 0, 0, NULL},
     {"batch", 'b', OPTION_STRING, "N", "64", "images a step; several with commas between them",
      AT(batches), 0, 0, NULL},
-    {"what", 0, OPTION_CHOICE, "WHICH", "both", "both, train or sample (without guidance)",
+    {"what", 0, OPTION_CHOICE, "WHICH", "both", "step: both, train or sample (without guidance)",
      AT(what), 0, 0, what_choices},
-    {"rounds", 0, OPTION_INT, "N", "9", "rounds measured; the median is told", AT(rounds), 1, 1000,
-     NULL},
+    {"rounds", 0, OPTION_INT, "N", "9", "step: rounds measured; the median is told", AT(rounds), 1,
+     1000, NULL},
     {"steps", 0, OPTION_INT, "N", NULL,
-     "sampling steps of a round; 20 on GPUs and 4 on CPUs unless given, and then a third of the "
+     "step: sampling steps of a round; 20 on GPUs and 4 on CPUs unless given, and then a third of "
+     "the "
      "rounds",
      AT(steps), 1, 1000, NULL},
-    {"recompute", 0, OPTION_FLAG, NULL, "no", "train with recomputed activations", AT(recompute), 0,
-     0, NULL},
+    {"recompute", 0, OPTION_FLAG, NULL, "no", "step: train with recomputed activations",
+     AT(recompute), 0, 0, NULL},
     {"profile", 0, OPTION_FLAG, NULL, "no",
-     "time every operation of one more step on the device: a table on stderr", AT(profile), 0, 0,
-     NULL},
-    {"trace", 0, OPTION_STRING, "FILE", NULL,
-     "write that step's operations as JSON for chrome://tracing or ui.perfetto.dev", AT(trace), 0,
+     "step: time every operation of one more step on the device: a table on stderr", AT(profile), 0,
      0, NULL},
+    {"trace", 0, OPTION_STRING, "FILE", NULL,
+     "step: write that step's operations as JSON for chrome://tracing or ui.perfetto.dev",
+     AT(trace), 0, 0, NULL},
     {"peer", 0, OPTION_STRING, "COMMAND", NULL,
-     "run this beside, with the model's options added and --compiled 0 and 1; it prints a line of "
+     "step: run this beside, with the model's options added and --compiled 0 and 1; it prints a "
+     "line of "
      "JSON with its \"ms\"",
      AT(peer), 0, 0, NULL},
     {0},
@@ -59,26 +62,43 @@ static const struct option_spec step_options[] = {
 
 // ---- the command --------------------------------------------------------------------------------
 
+struct bench {
+    const struct bench_settings *settings;
+    const char *part;
+    struct session session;
+    struct ceilings ceilings;
+    json_t *rows;
+    FILE *table;
+};
+
+static int ops_of(void *user, const char *title, const struct config *c, int batch)
+{
+    struct bench *b = user;
+    return bench_ops(b->session.dev, b->session.stream, c, title, batch, &b->ceilings,
+                     b->settings->filter, b->rows, b->table);
+}
+
+static int run_session(struct bench *b)
+{
+    struct session *s = &b->session;
+    if (!strcmp(b->part, "gemm"))
+        return bench_gemm(s->dev, b->settings->filter, b->rows, b->table);
+    TRY(measure_ceilings(s->dev, s->stream, &b->ceilings));
+    print_ceilings(&b->ceilings, s->dev, b->table);
+    json_array_append_new(b->rows, ceilings_json(&b->ceilings, s->dev));
+    if (!strcmp(b->part, "ops"))
+        return bench_each(&b->settings->step, ops_of, b);
+    return bench_step(s->dev, s->stream, &b->settings->step, &b->ceilings, b->rows, b->table);
+}
+
 static int run_part(const struct bench_settings *o, const char *part, json_t *rows, FILE *table)
 {
-    struct session s;
-    struct ceilings ceilings;
-    int code = 0;
-    TRY(session_open(&o->device, &s));
-    fprintf(stderr, "%s: %s, %s\n", s.dev->info.key, s.dev->info.name, dtype_name(s.dev->act));
-    if (strcmp(part, "gemm") != 0) {
-        code = measure_ceilings(s.dev, s.stream, &ceilings);
-        if (code >= 0) {
-            print_ceilings(&ceilings, s.dev, table);
-            json_array_append_new(rows, ceilings_json(&ceilings, s.dev));
-        }
-    }
-    if (code >= 0)
-        code = !strcmp(part, "gemm") ? bench_gemm(s.dev, o->filter, rows, table)
-               : !strcmp(part, "ops")
-                   ? bench_ops(s.dev, o->filter, rows, table)
-                   : bench_step(s.dev, s.stream, &o->step, &ceilings, rows, table);
-    session_close(&s);
+    struct bench b = {.settings = o, .part = part, .rows = rows, .table = table};
+    TRY(session_open(&o->device, &b.session));
+    const struct device *dev = b.session.dev;
+    fprintf(stderr, "%s: %s, %s\n", dev->info.key, dev->info.name, dtype_name(dev->act));
+    int code = run_session(&b);
+    session_close(&b.session);
     return code;
 }
 
@@ -101,15 +121,21 @@ static int bench_run(const struct bench_settings *o, const char *part)
     return code;
 }
 
+static int nothing(void *user, const char *title, const struct config *c, int batch)
+{
+    (void)user, (void)title, (void)c, (void)batch;
+    return 0;
+}
+
 int cmd_bench(int argc, char **argv)
 {
     struct bench_settings o = {0};
     model_options_init(&o.step.overrides);
     const struct option_group groups[] = {
         {"benchmark", bench_options, &o},
-        {"step", step_options, &o.step},
-        {"step: changes to the preset", model_option_list, &o.step.overrides},
-        {"step: images", image_option_list, &o.step.overrides},
+        {"step, ops", step_options, &o.step},
+        {"step, ops: changes to the preset", model_option_list, &o.step.overrides},
+        {"step, ops: images", image_option_list, &o.step.overrides},
         {"device", device_option_list, &o.device},
         {0},
     };
@@ -134,7 +160,7 @@ int cmd_bench(int argc, char **argv)
         return status;
     if (strcmp(part, "gemm") && strcmp(part, "ops") && strcmp(part, "step"))
         return usage_error("bench", "%s: not gemm, ops or step", part);
-    if (bench_step_check(&o.step) < 0)
+    if (bench_each(&o.step, nothing, NULL) < 0)
         return usage_error("bench", "%s", error_message());
     return bench_run(&o, part) < 0 ? report_failure("bench") : 0;
 }
