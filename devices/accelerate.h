@@ -16,7 +16,8 @@ typedef ACCELERATE_MEM accelerate_mem;
 enum {
     NORM_ROWS = 16,    // partial sums of norm_backward: one for so many rows of an image, or fewer
     SUM_PARTS = 256,   // the most partial sums of a column that column_sums and router_dw make
-    ROUTE_ROWS = 256,  // rows a partial of `route` and of `qk_norm` counts, or fewer
+    ROUTE_ROWS = 256,  // rows a partial of `route` counts, or fewer
+    QK_PART = 8,       // rows a partial of `qk_norm` sums over, or more
     NORM2_PARTS = 4096 // the most partial sums of norm2
 };
 
@@ -49,7 +50,7 @@ struct combine_backward {
 };
 
 // op_qk_norm_fwd (out, qkv, stats, parameters), op_qk_norm_bwd (out: dqkv; gradients d*; partial:
-// scratch of 4 * ceil(rows / 8) * head size floats)
+// scratch of 4 * ceil(rows / QK_PART) * head size floats)
 struct qk_norm {
     accelerate_mem out, qkv, stats, wq, bq, wk, bk, dwq, dbq, dwk, dbk, partial;
     int rows, heads, head;
@@ -82,9 +83,9 @@ struct norm2 {
     int added;
 };
 
-// op_adamw; ema and half may be NULL
+// op_adamw; ema may be NULL; low NULL: w is f32
 struct adamw_step {
-    accelerate_mem w, m, v, ema, g, control, half;
+    accelerate_mem w, m, v, ema, g, control, low;
     unsigned long long count;
     float beta1, rest1, beta2, rest2, eps, decay;
 };

@@ -8,7 +8,7 @@
 
 #include "devices/accelerate.h"
 
-enum { WARP = 32, THREADS = 256, WIDTH_MAX = 2048, VECTOR = 8, IMAGES_MAX = 65535 };
+enum { WARP = 32, THREADS = 256, STRIPES = 16, WIDTH_MAX = 2048, VECTOR = 8, IMAGES_MAX = 65535 };
 
 // The kernel `name` of fused.cu; `name` is a literal.
 #define KERNEL_OF(s, name) cuda_tuned((s)->dev, IMAGE_fused, name, 0)
@@ -154,6 +154,131 @@ static int norm_backward(struct stream *s, const void *args)
     return cuda_tuned_launch(s, sums, grid, 64, 0, (void *[]){&a, &chunks});
 }
 
+// ---- experts' rows and the router -------------------------------------------------------------------
+
+static int dispatch(struct stream *s, const void *args)
+{
+    TAKE(dispatch, a, count);
+    cuda_function function = KERNEL_OF(s, "dispatch_rows");
+    if (!function || a.width % VECTOR != 0)
+        return NOT_MINE;
+    return launch(s, function, cover(a.count, 4 * THREADS / WARP), 1, THREADS, (void *[]){&a});
+}
+
+static int combine_backward(struct stream *s, const void *args)
+{
+    TAKE(combine_backward, a, tokens);
+    cuda_function function =
+        a.choices % 2 == 0 ? KERNEL_OF(s, "combine_back_2") : KERNEL_OF(s, "combine_back_1");
+    if (!function || a.width % VECTOR != 0)
+        return NOT_MINE;
+    return launch(s, function, cover(a.tokens, THREADS / WARP), 1, THREADS, (void *[]){&a});
+}
+
+static int router_gradient(struct stream *s, const void *args)
+{
+    TAKE(router_gradient, a, rows);
+    cuda_function rows = KERNEL_OF(s, "router_gradient_rows"), add = KERNEL_OF(s, "add_parts");
+    if (!rows || !add || !good_width(a.width))
+        return NOT_MINE;
+    int chunk = cover(a.rows, SUM_PARTS), count = a.experts * a.width;
+    chunk = cover(chunk, 16) * 16;
+    int parts = cover(a.rows, chunk);
+    TRY(launch(s, rows, parts, 1, block_threads(a.width), (void *[]){&a, &chunk}));
+    return launch(s, add, cover(count, WARP), 1, WARP * STRIPES,
+                  (void *[]){&a.dw, &a.partial, &count, &parts, &a.added});
+}
+
+static int route(struct stream *s, const void *args)
+{
+    TAKE(route, a, rows);
+    cuda_function choose =
+        a.experts <= 8 ? KERNEL_OF(s, "route_choose_8") : KERNEL_OF(s, "route_choose_16");
+    cuda_function sort =
+        a.experts <= 8 ? KERNEL_OF(s, "route_sort_8") : KERNEL_OF(s, "route_sort_16");
+    if (!choose || !sort || a.experts > 16 || a.choices > 8)
+        return NOT_MINE;
+    if (a.groups > 1 && a.rows / a.groups % ROUTE_ROWS != 0)
+        return NOT_MINE;
+    int blocks = cover(a.rows, ROUTE_ROWS);
+    TRY(launch(s, choose, blocks, 1, ROUTE_ROWS, (void *[]){&a}));
+    return launch(s, sort, blocks, 1, ROUTE_ROWS, (void *[]){&a});
+}
+
+// ---- LayerNorm of q and k -----------------------------------------------------------------------
+
+static bool good_heads(const struct qk_norm *a)
+{
+    return a->head % VECTOR == 0 && a->heads * a->head <= WIDTH_MAX;
+}
+
+static int qk_norm_forward(struct stream *s, const void *args)
+{
+    TAKE(qk_norm, a, rows);
+    cuda_function function = KERNEL_OF(s, "qk_norm_rows");
+    if (!function || !good_heads(&a))
+        return NOT_MINE;
+    int threads = cover(3 * a.heads * a.head / VECTOR, WARP) * WARP;
+    int chunk = a.rows >= 32 * s->dev->base.info.compute_units ? 8 : 2;
+    return launch(s, function, cover(a.rows, chunk), 1, threads, (void *[]){&a, &chunk});
+}
+
+static int qk_norm_backward(struct stream *s, const void *args)
+{
+    TAKE(qk_norm, a, rows);
+    cuda_function function = KERNEL_OF(s, "qk_norm_back"), sums = KERNEL_OF(s, "qk_norm_sums");
+    if (!function || !sums || !good_heads(&a))
+        return NOT_MINE;
+    int threads = cover(2 * a.heads * a.head / VECTOR, WARP) * WARP;
+    int chunk = a.rows >= 64 * s->dev->base.info.compute_units ? 2 * QK_PART : QK_PART;
+    int parts = cover(a.rows, chunk);
+    TRY(launch(s, function, parts, 1, threads, (void *[]){&a, &chunk}));
+    return launch(s, sums, cover(4 * a.head, WARP), 1, WARP * STRIPES, (void *[]){&a, &parts});
+}
+
+// ---- sums and the optimiser ---------------------------------------------------------------------
+
+static int at_most(int value, int most)
+{
+    return value < most ? value : most;
+}
+
+static int column_sums(struct stream *s, const void *args)
+{
+    TAKE(column_sums, a, rows);
+    cuda_function rows = KERNEL_OF(s, "column_sums_rows"), add = KERNEL_OF(s, "add_parts");
+    if (!rows || !add || a.columns % VECTOR != 0)
+        return NOT_MINE;
+    int wide = cover(a.columns, WARP * VECTOR), one = 1;
+    int wanted = at_most(cover(8 * s->dev->base.info.compute_units, wide), SUM_PARTS);
+    int chunk = cover(cover(a.rows, wanted), 32) * 32, parts = cover(a.rows, chunk);
+    TRY(launch(s, rows, wide, parts, THREADS, (void *[]){&a, &chunk}));
+    return launch(s, add, cover(a.columns, WARP), 1, WARP * STRIPES,
+                  (void *[]){&a.out, &a.partial, &a.columns, &parts, &one});
+}
+
+static int norm2(struct stream *s, const void *args)
+{
+    TAKE(norm2, a, count);
+    cuda_function rows = KERNEL_OF(s, "norm2_rows"), sum = KERNEL_OF(s, "norm2_sum");
+    if (!rows || !sum)
+        return NOT_MINE;
+    int wanted = at_most(8 * s->dev->base.info.compute_units, NORM2_PARTS);
+    int parts = at_most(cover((int64_t)(a.count / (16 * THREADS)) + 1, 1), wanted);
+    TRY(launch(s, rows, parts, 1, THREADS, (void *[]){&a}));
+    return launch(s, sum, 1, 1, THREADS, (void *[]){&a, &parts});
+}
+
+static int adamw(struct stream *s, const void *args)
+{
+    TAKE(adamw_step, a, count);
+    cuda_function function = KERNEL_OF(s, "adamw_rows");
+    if (!function)
+        return NOT_MINE;
+    int blocks = cover((int64_t)(a.count / 4) + 1, THREADS);
+    return launch(s, function, blocks, 1, THREADS, (void *[]){&a});
+}
+
 // ---- the door -----------------------------------------------------------------------------------
 
 int cuda_fused_width(struct cuda_device *dev)
@@ -171,6 +296,24 @@ int cuda_fused(struct stream *s, enum accelerated op, const void *args)
         return norm_forward(s, args);
     case ACCELERATE_NORM_BWD:
         return norm_backward(s, args);
+    case ACCELERATE_DISPATCH_FWD:
+        return dispatch(s, args);
+    case ACCELERATE_COMBINE_BWD:
+        return combine_backward(s, args);
+    case ACCELERATE_QK_NORM_FWD:
+        return qk_norm_forward(s, args);
+    case ACCELERATE_QK_NORM_BWD:
+        return qk_norm_backward(s, args);
+    case ACCELERATE_COLUMN_SUMS:
+        return column_sums(s, args);
+    case ACCELERATE_ROUTER_DW:
+        return router_gradient(s, args);
+    case ACCELERATE_ROUTE:
+        return route(s, args);
+    case ACCELERATE_NORM2:
+        return norm2(s, args);
+    case ACCELERATE_ADAMW:
+        return adamw(s, args);
     default:
         return NOT_MINE;
     }

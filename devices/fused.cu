@@ -1,3 +1,6 @@
-// Memory-bound operations of a block as one pass over memory each: what lies between its products.
-#include "devices/fused_norm.cuh"
+// Memory-bound operations of a block, of the router and of the optimiser, one pass over memory each.
 #include "devices/fused_back.cuh"
+#include "devices/fused_moe.cuh"
+#include "devices/fused_norm.cuh"
+#include "devices/fused_qk.cuh"
+#include "devices/fused_train.cuh"

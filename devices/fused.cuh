@@ -112,4 +112,49 @@ INLINE place find_place(int width, int rows, int chunk)
     return p;
 }
 
+// Adds the sums of a block's groups, in their order, and stores the total: out[this thread's columns].
+INLINE void store_group_sums(float *out, const place &p, const float (&sums)[V],
+                             float (&shared)[THREADS][V])
+{
+    __syncthreads();
+    if (p.group > 0)
+#pragma unroll
+        for (int i = 0; i < V; i++)
+            shared[threadIdx.x][i] = sums[i];
+    __syncthreads();
+    if (p.group > 0 || !p.works)
+        return;
+    float total[V];
+#pragma unroll
+    for (int i = 0; i < V; i++) {
+        total[i] = sums[i];
+        for (int g = 1; g < p.groups; g++)
+            total[i] += shared[g * p.lanes + p.thread][i];
+    }
+    float4 *to = reinterpret_cast<float4 *>(out + p.thread * V);
+    to[0] = make_float4(total[0], total[1], total[2], total[3]);
+    to[1] = make_float4(total[4], total[5], total[6], total[7]);
+}
+
+enum { STRIPES = 16 };
+
+// The sum over `parts` of partial[part][i] for the first warp of a block of STRIPES warps: each sums
+// every STRIPES'th part, then they are added in their order. i is the same lane by lane in all warps.
+INLINE float sum_parts(const float *partial, int count, int parts, int i)
+{
+    __shared__ float shared[STRIPES][WARP];
+    const int lane = threadIdx.x % WARP, stripe = threadIdx.x / WARP;
+    float sum = 0.0f;
+    if (i < count)
+#pragma unroll 8
+        for (int p = stripe; p < parts; p += STRIPES)
+            sum += partial[(size_t)p * count + i];
+    shared[stripe][lane] = sum;
+    __syncthreads();
+    if (stripe == 0)
+        for (int s = 1; s < STRIPES; s++)
+            sum += shared[s][lane];
+    return sum;
+}
+
 #endif

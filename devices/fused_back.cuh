@@ -147,31 +147,6 @@ INLINE void back_store(const back_rows<R> &b, const norm_backward &a, const plac
     }
 }
 
-// The sums of a block's groups, in their order, to partial[image][chunk][part][width]
-INLINE void back_partial(const norm_backward &a, const place &p, int part, const float (&sums)[V],
-                         float (&shared)[THREADS][V])
-{
-    __syncthreads();
-    if (p.group > 0)
-#pragma unroll
-        for (int i = 0; i < V; i++)
-            shared[threadIdx.x][i] = sums[i];
-    __syncthreads();
-    if (p.group > 0 || !p.works)
-        return;
-    const size_t chunk = blockIdx.y * gridDim.x + blockIdx.x;
-    float *out = static_cast<float *>(a.partial) + (chunk * 3 + part) * a.width + p.thread * V;
-    float total[V];
-#pragma unroll
-    for (int i = 0; i < V; i++) {
-        total[i] = sums[i];
-        for (int g = 1; g < p.groups; g++)
-            total[i] += shared[g * p.lanes + p.thread][i];
-    }
-    reinterpret_cast<float4 *>(out)[0] = make_float4(total[0], total[1], total[2], total[3]);
-    reinterpret_cast<float4 *>(out)[1] = make_float4(total[4], total[5], total[6], total[7]);
-}
-
 template <int R, bool BRANCHES> INLINE void norm_backward_rows(const norm_backward &a, int chunk)
 {
     __shared__ float moments[2][WARPS][2 * R];
@@ -194,10 +169,12 @@ template <int R, bool BRANCHES> INLINE void norm_backward_rows(const norm_backwa
         back_means(mean, b, p, a.width, by, shift, scale, moments[turn]);
         back_store(b, a, p, image, row, mean, by, gate, gate_sums);
     }
-    back_partial(a, p, 0, shift, partial);
-    back_partial(a, p, 1, scale, partial);
+    const size_t part = (image * gridDim.x + blockIdx.x) * 3;
+    float *out = static_cast<float *>(a.partial) + part * a.width;
+    store_group_sums(out, p, shift, partial);
+    store_group_sums(out + a.width, p, scale, partial);
     if (a.dz)
-        back_partial(a, p, 2, gate_sums, partial);
+        store_group_sums(out + 2 * a.width, p, gate_sums, partial);
 }
 
 #define NORM_BACKWARD(name, rows, branches)                                                      \

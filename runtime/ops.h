@@ -286,6 +286,10 @@ int op_adamw(struct context *c, struct tensor *w, struct tensor *m, struct tenso
              struct tensor *ema, const struct tensor *g, const struct tensor *control,
              struct tensor *low, const struct adamw *a);
 
+// For updates tensor by tensor while gradients are still being computed: marks the step as skipped from
+// here on when CONTROL_NORM2, the sum so far, is not finite.
+int op_adamw_guard(struct context *c, struct tensor *control, struct tensor *counts);
+
 // half (bf16) = w (f32) rounded to nearest even; same count
 int op_round(struct context *c, struct tensor *half, const struct tensor *w);
 // out (f32) = high (bf16), with the low halves where low is not NULL; same count

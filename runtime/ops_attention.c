@@ -178,6 +178,19 @@ int op_qk_norm_fwd(struct context *c, struct tensor *out, struct tensor *stats,
     int64_t rows = qkv->shape[0];
     int64_t hd = qk_head(c, qkv, stats, (const struct tensor *const[]){wq, bq, wk, bk}, heads);
     BUG_IF(!is_act(c, out) || !has_shape2(out, rows, qkv->shape[1]));
+    const struct qk_norm args = {.out = out->mem,
+                                 .qkv = qkv->mem,
+                                 .stats = stats->mem,
+                                 .wq = wq->mem,
+                                 .bq = bq->mem,
+                                 .wk = wk->mem,
+                                 .bk = bk->mem,
+                                 .rows = arg_int(rows),
+                                 .heads = heads,
+                                 .head = arg_int(hd)};
+    int code = ACCELERATE(c, ACCELERATE_QK_NORM_FWD, &args, out, qkv, stats, wq, bq, wk, bk);
+    if (code != NOT_MINE)
+        return code;
     int64_t chunk = op_chunk(c, rows, 1, 64);
     int64_t groups = c->dev->cpu_forms ? cover(rows, chunk) : cover(rows * 3 * heads, 16);
     return LAUNCH(c, FORM(c, qk_norm_fwd), groups, 1, 1, BUF(out), BUF(stats), BUF(qkv), BUF(wq),
@@ -195,6 +208,25 @@ int op_qk_norm_bwd(struct context *c, struct tensor *dqkv, struct tensor *dwq, s
     BUG_IF(tensor_count(wq) != hd || tensor_count(wk) != hd || wq->dtype != F32 ||
            wk->dtype != F32);
     BUG_IF(!is_act(c, dqkv) || !has_shape2(dqkv, rows, qkv->shape[1]));
+    if (c->dev->fused_width > 0)
+        op_want_space(c, (size_t)(cover(rows, QK_PART) * 4 * hd) * sizeof(float));
+    const struct qk_norm args = {.out = dqkv->mem,
+                                 .qkv = qkv->mem,
+                                 .stats = stats->mem,
+                                 .wq = wq->mem,
+                                 .wk = wk->mem,
+                                 .dwq = dwq->mem,
+                                 .dbq = dbq->mem,
+                                 .dwk = dwk->mem,
+                                 .dbk = dbk->mem,
+                                 .partial = c->space.mem,
+                                 .rows = arg_int(rows),
+                                 .heads = heads,
+                                 .head = arg_int(hd)};
+    int code = ACCELERATE(c, ACCELERATE_QK_NORM_BWD, &args, dqkv, dwq, dbq, dwk, dbk, qkv, stats, wq,
+                          wk);
+    if (code != NOT_MINE)
+        return code;
     int64_t chunk = op_chunk(c, rows, 8, c->dev->cpu_forms ? 256 : 32), chunks = cover(rows, chunk);
     op_want_space(c, (size_t)(chunks * 4 * hd) * sizeof(float));
     TRY(LAUNCH(c, FORM(c, qk_norm_bwd), chunks, 1, 1, BUF(dqkv), BUF(&c->space), BUF(qkv),

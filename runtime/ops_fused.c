@@ -108,5 +108,49 @@ int op_norm_gate_bwd(struct context *c, struct tensor *dx, struct tensor *dz, st
 int op_router_dw(struct context *c, struct tensor *dw, const struct tensor *dlogits,
                  const struct tensor *h)
 {
-    return op_linear_dw(c, dw, NULL, dlogits, h);
+    if (c->dev->fused_width > 0)
+        op_want_space(c, SUM_PARTS * tensor_bytes(dw));
+    const struct router_gradient args = {.dw = dw->mem,
+                                         .dlogits = dlogits->mem,
+                                         .h = h->mem,
+                                         .partial = c->space.mem,
+                                         .rows = arg_int(h->shape[0]),
+                                         .width = arg_int(h->shape[1]),
+                                         .experts = arg_int(dw->shape[0]),
+                                         .added = !c->fresh_gradients};
+    int code = ACCELERATE(c, ACCELERATE_ROUTER_DW, &args, dw, dlogits, h);
+    return code != NOT_MINE ? code : op_linear_dw(c, dw, NULL, dlogits, h);
+}
+
+int op_router_route(struct context *c, struct tensor *probs, struct tensor *weight,
+                    struct tensor *index, struct tensor *offsets, struct tensor *slot,
+                    struct tensor *token, struct tensor *fraction, struct tensor *mean_prob,
+                    const struct tensor *logits, bool renormalise)
+{
+    const int64_t M = logits->shape[0], E = logits->shape[1];
+    BUG_IF(!fraction != !mean_prob);
+    if (c->dev->fused_width > 0)
+        op_want_space(c, (size_t)(2 * cover(M, ROUTE_ROWS) * E) * sizeof(float));
+    const struct route args = {.probs = probs->mem,
+                               .weight = weight->mem,
+                               .index = index->mem,
+                               .offsets = offsets->mem,
+                               .slot = slot->mem,
+                               .token = token->mem,
+                               .fraction = MEM(fraction),
+                               .mean_prob = MEM(mean_prob),
+                               .logits = logits->mem,
+                               .partial = c->space.mem,
+                               .rows = arg_int(M),
+                               .experts = arg_int(E),
+                               .choices = arg_int(index->shape[1]),
+                               .groups = fraction ? arg_int(fraction->shape[0]) : 1,
+                               .renormalise = renormalise};
+    int code = ACCELERATE(c, ACCELERATE_ROUTE, &args, probs, weight, index, offsets, slot, token,
+                          fraction, mean_prob, logits);
+    if (code != NOT_MINE)
+        return code;
+    TRY(op_router_fwd(c, probs, weight, index, logits, renormalise));
+    TRY(op_route(c, offsets, slot, token, index));
+    return fraction ? op_balance(c, fraction, mean_prob, index, probs) : 0;
 }

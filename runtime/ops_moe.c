@@ -151,6 +151,10 @@ int op_dispatch_fwd(struct context *c, struct tensor *rows, const struct tensor 
     BUG_IF(rows->ndim != 2 || x->ndim != 2 || !is_act(c, rows) || !is_act(c, x) || !is_i32(token));
     int64_t R = rows->shape[0], D = rows->shape[1];
     BUG_IF(x->shape[1] != D || tensor_count(token) != R);
+    const struct dispatch args = {rows->mem, x->mem, token->mem, arg_int(R), arg_int(D)};
+    int code = ACCELERATE(c, ACCELERATE_DISPATCH_FWD, &args, rows, x, token);
+    if (code != NOT_MINE)
+        return code;
     int64_t chunk = row_chunk(c, R);
     if (c->dev->cpu_forms)
         return LAUNCH(c, KERNEL_dispatch_fwd_cpu, cover(R, chunk), 1, 1, BUF(rows), BUF(x),
@@ -206,6 +210,19 @@ int op_combine_bwd(struct context *c, struct tensor *drows, struct tensor *dweig
     BUG_IF(!same_shape2(weight, slot) || !same_shape2(dweight, slot));
     BUG_IF(!is_f32(weight) || !is_f32(dweight));
     int64_t M = dout->shape[0], D = dout->shape[1], K = slot->shape[1], R = M * K;
+    const struct combine_backward args = {.drows = drows->mem,
+                                          .dweight = dweight->mem,
+                                          .dout = dout->mem,
+                                          .rows = rows->mem,
+                                          .slot = slot->mem,
+                                          .weight = weight->mem,
+                                          .tokens = arg_int(M),
+                                          .choices = arg_int(K),
+                                          .width = arg_int(D)};
+    int code = ACCELERATE(c, ACCELERATE_COMBINE_BWD, &args, drows, dweight, dout, rows, slot,
+                          weight);
+    if (code != NOT_MINE)
+        return code;
     int64_t chunk = row_chunk(c, M);
     if (c->dev->cpu_forms)
         return LAUNCH(c, KERNEL_combine_bwd_cpu, cover(M, chunk), 1, 1, BUF(drows), BUF(dweight),

@@ -134,6 +134,23 @@ int op_adamw(struct context *c, struct tensor *w, struct tensor *m, struct tenso
     BUG_IF(!is_weights(w, low, count) || !is_f32_vector(m, count) || !is_f32_vector(v, count));
     BUG_IF(!is_f32_vector(g, count) || (ema && !is_f32_vector(ema, count)));
     BUG_IF(!is_f32_vector(control, CONTROL_COUNT) || (low && c->dev->cpu_forms));
+    const struct adamw_step step = {.w = w->mem,
+                                    .m = m->mem,
+                                    .v = v->mem,
+                                    .ema = MEM(ema),
+                                    .g = g->mem,
+                                    .control = control->mem,
+                                    .low = MEM(low),
+                                    .count = (unsigned long long)count,
+                                    .beta1 = (float)a->beta1,
+                                    .rest1 = (float)(1.0 - a->beta1),
+                                    .beta2 = (float)a->beta2,
+                                    .rest2 = (float)(1.0 - a->beta2),
+                                    .eps = (float)a->eps,
+                                    .decay = (float)a->decay};
+    int code = ACCELERATE(c, ACCELERATE_ADAMW, &step, w, m, v, ema, g, control, low);
+    if (code != NOT_MINE)
+        return code;
 #define SCALARS                                                                                    \
     HALVES(count), FLOAT((float)a->beta1), FLOAT((float)(1.0 - a->beta1)), FLOAT((float)a->beta2), \
         FLOAT((float)(1.0 - a->beta2)), FLOAT((float)a->eps), FLOAT((float)a->decay)
@@ -143,6 +160,12 @@ int op_adamw(struct context *c, struct tensor *w, struct tensor *m, struct tenso
     return LAUNCH(c, KERNEL_adamw, cover(count, GROUP), 1, 1, BUF(w), BUF(m), BUF(v),
                   BUF_OR_NULL(ema), BUF(g), BUF(control), BUF_OR_NULL(low), SCALARS);
 #undef SCALARS
+}
+
+int op_adamw_guard(struct context *c, struct tensor *control, struct tensor *counts)
+{
+    BUG_IF(!is_f32_vector(control, CONTROL_COUNT) || counts->dtype != I32);
+    return LAUNCH(c, KERNEL_adamw_guard, 1, 1, 1, BUF(control), BUF(counts));
 }
 
 int op_round(struct context *c, struct tensor *half, const struct tensor *w)
