@@ -3172,6 +3172,18 @@ void round_bf16(GLOBAL ushort *copy, const GLOBAL float *w, uint count_low, uint
         copy[i] = float_to_bf16(w[i]);
 }
 
+// For updates tensor by tensor, which begin before all gradients are known: a gradient that is not finite
+// ends the step's updates here.
+KERNEL(64, 1)
+void adamw_guard(GLOBAL float *control, GLOBAL int *counts)
+{
+    if (get_global_id(0) > 0 || control[6] != 0.0f || isfinite(control[0]))
+        return;
+    control[6] = 1.0f;
+    counts[0] -= 1;
+    counts[1] += 1;
+}
+
 // A weight in two halves: bf16, which products read, and the 16 bits that rounding took away (signed:
 // bf16 is the nearest). Together they are the f32 to the last bit.
 inline float join_halves(ushort high, ushort low)

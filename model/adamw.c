@@ -42,7 +42,7 @@ static struct span half_span(struct plan *p)
 int optimiser_commit(struct trainer *t)
 {
     struct plan *p = t->dit->plan;
-    if (!t->dit->half)
+    if (!t->dit->half || t->options.early)
         return 0;
     const struct span half = half_span(p), s = plain_span(p, 0);
     const int64_t count = tensor_count(&half.m);
@@ -59,8 +59,39 @@ static int update(struct trainer *t, struct span s)
                     s.low.ndim ? &s.low : NULL, &t->options.adamw);
 }
 
+// ---- early updates ------------------------------------------------------------------------------
+
+int trainer_begin_early(struct trainer *t)
+{
+    struct context *c = &t->dit->ctx;
+    TRY(tensor_zero(c, &t->control)); // the norm is not known: the loss alone decides
+    return op_adamw_control(c, &t->control, &t->counts, &t->losses, &t->options.adamw);
+}
+
+int trainer_update_block(void *trainer, int layer)
+{
+    struct trainer *t = trainer;
+    struct dit *d = t->dit;
+    struct context *c = &d->ctx;
+    for (int i = 0; i < d->params.count; i++) {
+        const struct param *p = &d->params.list[i];
+        if (p->block != layer || p->frozen || p->start > 0)
+            continue;
+        struct tensor *w = param_tensor(&d->w, p), *g = param_tensor(&d->g, p);
+        TRY(op_norm2(c, &t->control, g, true));
+        TRY(op_adamw_guard(c, &t->control, &t->counts));
+        TRY(op_adamw(c, w, param_tensor(&d->m, p), param_tensor(&d->v, p),
+                     param_tensor(&d->ema, p), g, &t->control, w->low, &t->options.adamw));
+    }
+    return 0;
+}
+
+// ---- all at the end -----------------------------------------------------------------------------
+
 int trainer_apply(struct trainer *t)
 {
+    if (t->options.early) // the blocks are done
+        return trainer_update_block(t, -1);
     struct dit *d = t->dit;
     struct context *c = &d->ctx;
     const struct tensor *g;

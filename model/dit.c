@@ -33,6 +33,24 @@ int plan_activation(struct dit *d, int layer, const char *name, enum dtype type,
 
 // ---- making a model ------------------------------------------------------------------------------------
 
+static int plan_all_gradients(struct dit *d)
+{
+    const int L = d->config.layers;
+    struct block_life *lives = NULL;
+    if (d->options.block_done) {
+        lives = calloc((size_t)L, sizeof *lives);
+        if (!lives)
+            return fail(ERR_NOMEM, "no host memory for %d blocks", L);
+        for (int l = 0; l < L; l++) {
+            lives[l].first = time_backward(d, l, 0);
+            lives[l].last = time_backward(d, l, PHASES - 1);
+        }
+    }
+    int code = weights_plan_passing(&d->g, &d->params, d->plan, PLAN_GRADIENTS, lives);
+    free(lives);
+    return code;
+}
+
 static int plan_parameters(struct dit *d)
 {
     const struct dit_options *o = &d->options;
@@ -42,7 +60,7 @@ static int plan_parameters(struct dit *d)
     else
         TRY(weights_plan(&d->w, &d->params, d->plan, PLAN_WEIGHTS));
     if (o->train)
-        TRY(weights_plan(&d->g, &d->params, d->plan, PLAN_GRADIENTS));
+        TRY(plan_all_gradients(d));
     if (o->optimiser) {
         TRY(weights_plan(&d->m, &d->params, d->plan, PLAN_MOMENT1));
         TRY(weights_plan(&d->v, &d->params, d->plan, PLAN_MOMENT2));
@@ -181,13 +199,22 @@ static bool is_product(const struct param *p)
     return p->ndim > 1 && !labels;
 }
 
-int dit_zero_gradients(struct dit *d)
+// Zeroes the gradients of one block, or of the rest (-1), that products do not write.
+static int zero_gradients(struct dit *d, int block)
 {
     for (int i = 0; i < d->params.count; i++) {
         const struct param *p = &d->params.list[i];
-        if (!p->frozen && !is_product(p) && p->start == 0) // once a tensor
+        if (p->block == block && !p->frozen && !is_product(p) && p->start == 0) // once a tensor
             TRY(tensor_zero(&d->ctx, param_tensor(&d->g, p)));
     }
+    return 0;
+}
+
+int dit_zero_gradients(struct dit *d)
+{
+    // those that pass share memory: each block's are zeroed when its turn comes
+    for (int l = -1; l < (d->options.block_done ? 0 : d->config.layers); l++)
+        TRY(zero_gradients(d, l));
     d->ctx.fresh_gradients = true;
     return 0;
 }
@@ -256,8 +283,13 @@ int dit_use_step(struct dit *d, int at)
 int dit_backward(struct dit *d)
 {
     TRY(final_backward(d));
-    for (int l = d->config.layers - 1; l >= 0; l--)
+    for (int l = d->config.layers - 1; l >= 0; l--) {
+        if (d->options.block_done)
+            TRY(zero_gradients(d, l));
         TRY(block_backward(d, l));
+        if (d->options.block_done && !d->ctx.dry)
+            TRY(d->options.block_done(d->options.user, l));
+    }
     TRY(embed_backward(d));
     d->ctx.fresh_gradients = false;
     return 0;

@@ -69,6 +69,10 @@ struct dit_options {
     int ahead;      // not with train: conditioning is computed for this many steps at once (0: for
                     // each forward pass by itself); see dit_condition
     bool recompute; // keep only each block's input; run its forward again in the backward pass
+    // A block's gradients live only until this is called, at the end of its backward pass (NULL: all
+    // gradients stay). They must then start from zero by themselves, so: one backward pass a step.
+    int (*block_done)(void *user, int layer);
+    void *user;
     uint64_t limit; // bytes of device memory to plan with; 0: what the device has
 };
 

@@ -262,35 +262,45 @@ static bool in_products(const struct group *g)
 
 // Declares the tensors that products read, or the others.
 static int plan_groups(struct weights *w, const struct params *p, struct plan *plan, bool products,
-                       enum plan_class class, enum dtype type)
+                       enum plan_class class, enum dtype type, const struct block_life *lives)
 {
     for (int i = 0; i < p->group_count; i++) {
         const struct group *g = &p->groups[i];
+        struct block_life life = {0, PLAN_FOREVER};
         if (in_products(g) != products || (g->frozen && class != PLAN_WEIGHTS))
             continue;
-        TRY(plan_tensor(plan, p->list[g->first].name, g->frozen ? PLAN_INPUT : class, type, 0,
-                        PLAN_FOREVER, member_of(w, g->block, g->member), g->ndim, g->shape));
+        if (lives && g->block >= 0)
+            life = lives[g->block];
+        TRY(plan_tensor(plan, p->list[g->first].name, g->frozen ? PLAN_INPUT : class, type,
+                        life.first, life.last, member_of(w, g->block, g->member), g->ndim,
+                        g->shape));
     }
     return 0;
 }
 
-int weights_plan(struct weights *w, const struct params *p, struct plan *plan, enum plan_class class)
+int weights_plan_passing(struct weights *w, const struct params *p, struct plan *plan,
+                         enum plan_class class, const struct block_life *lives)
 {
     TRY(new_blocks(w, p));
-    TRY(plan_groups(w, p, plan, true, class, F32));
-    return plan_groups(w, p, plan, false, class, F32);
+    TRY(plan_groups(w, p, plan, true, class, F32, lives));
+    return plan_groups(w, p, plan, false, class, F32, lives);
+}
+
+int weights_plan(struct weights *w, const struct params *p, struct plan *plan, enum plan_class class)
+{
+    return weights_plan_passing(w, p, plan, class, NULL);
 }
 
 int weights_plan_half(struct weights *w, struct weights *low, const struct params *p,
                       struct plan *plan)
 {
     TRY(new_blocks(w, p));
-    TRY(plan_groups(w, p, plan, true, PLAN_HALF, BF16));
-    TRY(plan_groups(w, p, plan, false, PLAN_WEIGHTS, F32));
+    TRY(plan_groups(w, p, plan, true, PLAN_HALF, BF16, NULL));
+    TRY(plan_groups(w, p, plan, false, PLAN_WEIGHTS, F32, NULL));
     if (!low)
         return 0;
     TRY(new_blocks(low, p));
-    TRY(plan_groups(low, p, plan, true, PLAN_LOW, BF16));
+    TRY(plan_groups(low, p, plan, true, PLAN_LOW, BF16, NULL));
     for (int i = 0; i < p->group_count; i++) {
         const struct group *g = &p->groups[i];
         if (in_products(g))

@@ -72,6 +72,12 @@ struct tensor *param_tensor(struct weights *w, const struct param *p);
 // Declares one copy of all parameters (class WEIGHTS, GRADIENTS, ...). `frozen` ones are declared
 // (as PLAN_INPUT) only with PLAN_WEIGHTS. Those that products read come first in every class.
 int weights_plan(struct weights *w, const struct params *p, struct plan *plan, enum plan_class class);
+// Gradients of which a block's live only from lives[block].first to .last.
+struct block_life {
+    int first, last;
+};
+int weights_plan_passing(struct weights *w, const struct params *p, struct plan *plan,
+                         enum plan_class class, const struct block_life *lives);
 // The weights on a device that wants them as bf16 for products: those are PLAN_HALF, the others, the
 // router's among them (its logits are f32), PLAN_WEIGHTS. With `low`, which training wants, their low
 // halves are declared in it as PLAN_LOW.

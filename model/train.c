@@ -97,12 +97,16 @@ int trainer_new(struct device *dev, struct stream *stream, const struct config *
     *out = NULL;
     if (o->accumulate < 1)
         return fail(ERR_INPUT, "accumulate %d: must be 1 or more", o->accumulate);
+    if (o->early && (o->accumulate > 1 || o->adamw.clip > 0))
+        return fail(ERR_INPUT, "early updates know neither all gradients' norm nor more than one "
+                               "micro-batch: leave out clipping and accumulation");
     struct trainer *t = calloc(1, sizeof *t);
     if (!t)
         return fail(ERR_NOMEM, "no host memory for a trainer");
     t->options = *o;
     const struct dit_options d = {.batch = o->batch, .train = true, .optimiser = true, .ema = true,
-                                  .recompute = o->recompute, .limit = o->limit};
+                                  .recompute = o->recompute, .limit = o->limit,
+                                  .block_done = o->early ? trainer_update_block : NULL, .user = t};
     int code = dit_new(dev, stream, c, &d, &t->dit);
     if (code >= 0) {
         t->t_host = calloc((size_t)o->batch, sizeof *t->t_host);
@@ -158,6 +162,8 @@ static int flow_pass(struct trainer *t)
     TRY(op_flow_loss(c, &t->loss, &d->doutput, &d->output, &t->images, &t->noise, scale));
     const size_t bytes = tensor_bytes(&t->loss);
     TRY(c->dev->api->copy(c->stream, t->losses.mem, (size_t)t->micro * bytes, t->loss.mem, 0, bytes));
+    if (t->options.early)
+        TRY(trainer_begin_early(t));
     return dit_backward(d);
 }
 

@@ -15,6 +15,8 @@ int flow_time_parse(const char *name, enum flow_time *out); // ERR_INPUT names t
 struct train_options {
     int batch, accumulate;
     bool recompute;
+    bool early; // update each block at the end of its backward pass: no memory for all gradients
+                // at once, but neither clipping nor accumulation
     enum flow_time time;
     struct adamw adamw;
     uint64_t seed;
@@ -67,6 +69,9 @@ int trainer_restore(struct trainer *t, int64_t step, int32_t applied, int32_t sk
 
 // The optimiser alone: norm, clipping, AdamW and EMA with the gradients as they are.
 int trainer_apply(struct trainer *t);
+// With options.early: what follows the loss; the update of one block, or of the rest (-1).
+int trainer_begin_early(struct trainer *t);
+int trainer_update_block(void *trainer, int layer);
 int optimiser_commit(struct trainer *t); // its views of memory; trainer_commit() calls it
 
 // The parity door: loss of given x, t, y, noise; gradients stay in t->dit->g (not applied).

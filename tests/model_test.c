@@ -228,6 +228,46 @@ static int recompute_is_exact(void)
     return result;
 }
 
+// Updating each block at the end of its backward pass is the same step in less memory.
+static int early_updates(unsigned flags)
+{
+    struct config c = tiny;
+    c.layers = 4, c.moe = MOE_ALTERNATE, c.qk_norm = true;
+    struct rig late = {0}, early = {0};
+    struct train_options o = train_defaults();
+    int result = open_rig(&late, flags, &c, o);
+    o.early = true;
+    if (result == PASSED)
+        result = open_rig(&early, flags, &c, o);
+    if (result != PASSED)
+        return result;
+    CHECK(randomise(late.t->dit) == PASSED && randomise(early.t->dit) == PASSED, "weights");
+    CHECK(train_steps(late.t, 3) == PASSED && train_steps(early.t, 3) == PASSED, "steps");
+    static const enum plan_class classes[] = {PLAN_WEIGHTS, PLAN_MOMENT1, PLAN_MOMENT2, PLAN_EMA};
+    for (int i = 0; i < 4; i++)
+        CHECK(same_slab(late.t->dit, early.t->dit, classes[i]) == PASSED, "another step");
+    CHECK(2 * plan_class_bytes(early.t->dit->plan, PLAN_GRADIENTS) <
+              plan_class_bytes(late.t->dit->plan, PLAN_GRADIENTS) * 3 / 2,
+          "gradients take no less memory");
+    struct train_report a, b;
+    OK(trainer_report(late.t, &a));
+    OK(trainer_report(early.t, &b));
+    CHECK(fabs(a.grad_norm - b.grad_norm) <= 1e-5 * a.grad_norm, "norm %g, not %g", b.grad_norm,
+          a.grad_norm);
+    close_rig(&late), close_rig(&early);
+    return PASSED;
+}
+
+static int early_is_the_same(void)
+{
+    return early_updates(0);
+}
+
+static int early_is_the_same_gpu_forms(void)
+{
+    return early_updates(OPEN_GPU_FORMS);
+}
+
 static int accumulation_averages(void)
 {
     struct rig one = {0}, two = {0};
@@ -593,6 +633,8 @@ const struct test model_tests[] = {
     {"initial_output_is_zero", initial_output_is_zero},
     {"no_allocation", no_allocation},
     {"recompute_is_exact", recompute_is_exact},
+    {"early_is_the_same", early_is_the_same},
+    {"early_is_the_same_gpu_forms", early_is_the_same_gpu_forms},
     {"accumulation_averages", accumulation_averages},
     {"bad_steps_are_skipped", bad_steps_are_skipped},
     {"resume_is_exact", resume_is_exact},

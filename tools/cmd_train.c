@@ -62,6 +62,10 @@ static const struct option_spec optimiser_options[] = {
     {"recompute", 0, OPTION_FLAG, NULL, "no",
      "keep only each block's input and compute the rest again: less memory, more time",
      AT(recompute), 0, 0, NULL},
+    {"early-update", 0, OPTION_FLAG, NULL, "no",
+     "update each block as soon as its gradients are there: less memory, but no clipping and no "
+     "accumulation",
+     AT(early), 0, 0, NULL},
     {0},
 };
 

@@ -102,6 +102,7 @@ static struct train_options trainer_options(const struct train_settings *o, uint
     t.batch = o->batch;
     t.accumulate = o->accumulate;
     t.recompute = o->recompute != 0;
+    t.early = o->early != 0;
     t.time = (enum flow_time)o->time;
     t.seed = o->seed;
     t.limit = limit;
@@ -149,8 +150,9 @@ static int plan_memory(struct run *r)
     }
     if (too_much && total > limit)
         return fail(ERR_NOMEM,
-                    "not enough memory: needs %s, and %s has %s; a smaller --batch%s may help",
-                    need, dev->info.key, have, o->recompute ? "" : " or --recompute");
+                    "not enough memory: needs %s, and %s has %s; a smaller --batch%s%s may help",
+                    need, dev->info.key, have, o->recompute ? "" : " or --recompute",
+                    o->early ? "" : " or --early-update");
     if (!too_much)
         fprintf(stderr, "memory  %s of %s\n", need, have);
     return code;

@@ -22,7 +22,7 @@ struct train_settings {
     int warmup;
     int time; // enum flow_time
     uint64_t seed;
-    int recompute, flip;
+    int recompute, early, flip;
     int image_size, channels, threads;
     int64_t checkpoint_every, sample_every, log_every;
     int sample_steps, keep;
