@@ -8,7 +8,7 @@
 #include "runtime/ops.h"
 
 // Tensors of a model's shapes; M = N T rows, R = M K, F and Fs the widths of expert and shared expert.
-// T(name, type, dimensions): weights have a bf16 copy for products where the model has one.
+// T(name, type, dimensions): weights are f32, or bf16 and their low halves where the model has them so.
 #define TENSORS(T)                        \
     T(X0, ACT, M, D)                      \
     T(X1, ACT, M, D)                      \
@@ -57,6 +57,7 @@
     T(GRADIENT, F32, E, 2 * F, D)         \
     T(MOMENT1, F32, E, 2 * F, D)          \
     T(MOMENT2, F32, E, 2 * F, D)          \
+    T(LOW, LOWS, E, 2 * F, D)             \
     T(EMA, F32, E, 2 * F, D)              \
     T(CONTROL, F32, CONTROL_COUNT)
 
@@ -68,12 +69,11 @@ enum { // their numbers
 };
 
 enum { ROUNDS = 9, SETS_MAX = 4, ABSENT = -1 };
-enum { ACT = -1, WEIGHTS = -2 }; // beside enum dtype
+enum { ACT = -1, WEIGHTS = -2, LOWS = -3 }; // beside enum dtype
 
 // One set of operands. GPUs take several by turns, so that caches do not hold them.
 struct set {
     struct tensor t[TENSOR_COUNT];
-    struct packed half[TENSOR_COUNT];
 };
 
 struct bench {
@@ -108,20 +108,17 @@ static int new_tensor(struct bench *b, struct set *set, int name, int type, int 
 {
     struct tensor *t = &set->t[name];
     *t = (struct tensor){.ndim = ndim};
-    t->dtype = type == ACT ? b->c.dev->act : type == WEIGHTS ? F32 : (enum dtype)type;
+    const bool halves = b->c.dev->half_weights;
+    t->dtype = type == ACT                       ? b->c.dev->act
+               : type == LOWS || type == WEIGHTS ? (halves ? BF16 : F32)
+                                                 : (enum dtype)type;
     memcpy(t->shape, shape, sizeof *shape * (size_t)ndim);
-    if (tensor_count(t) == 0) // a model without a shared expert
+    if (tensor_count(t) == 0 || (type == LOWS && !halves)) // no shared expert, no halves
         return 0;
     TRY(allocate(b, tensor_bytes(t), &t->mem));
-    if (t->dtype != I32)
-        TRY(noise_fill_device(b->c.dev, b->c.stream, t->mem, tensor_bytes(t), t->dtype));
-    if (type != WEIGHTS || !b->c.dev->half_weights)
+    if (t->dtype == I32)
         return 0;
-    t->packed = &set->half[name];
-    *t->packed = (struct packed){.copy = *t};
-    t->packed->copy.dtype = BF16;
-    t->packed->copy.packed = NULL;
-    return allocate(b, tensor_bytes(&t->packed->copy), &t->packed->copy.mem);
+    return noise_fill_device(b->c.dev, b->c.stream, t->mem, tensor_bytes(t), t->dtype);
 }
 
 // K different experts for each row, at random.
@@ -184,10 +181,8 @@ static void free_sets(struct bench *b)
 {
     const struct backend *api = b->c.dev->api;
     for (int i = 0; i < b->set_count; i++)
-        for (int k = 0; k < TENSOR_COUNT; k++) {
+        for (int k = 0; k < TENSOR_COUNT; k++)
             api->free(b->sets[i].t[k].mem);
-            api->free(b->sets[i].half[k].copy.mem);
-        }
     memset(b->sets, 0, sizeof b->sets);
     b->set_count = b->turn = 0;
     api->free(b->c.space.mem);
@@ -212,7 +207,7 @@ static void uses(struct bench *b, const int *names, int count)
     for (int i = 0; i < count; i++) {
         const struct tensor *t = names[i] >= 0 ? tensor(b, names[i]) : NULL;
         if (t)
-            b->bytes += (double)tensor_bytes(t->packed ? &t->packed->copy : t);
+            b->bytes += (double)tensor_bytes(t);
     }
 }
 
@@ -237,8 +232,8 @@ static struct tensor gradient(struct bench *b, int weight)
 {
     struct tensor g = *T(weight);
     g.mem = T(GRADIENT)->mem;
-    g.packed = NULL;
-    if (b->c.dry) // written and, as a weight's, in f32 whatever copy it has
+    g.dtype = F32;
+    if (b->c.dry) // written
         b->bytes += (double)tensor_bytes(&g);
     return g;
 }
@@ -472,11 +467,10 @@ static int run_norm2(struct bench *b)
 static int run_adamw(struct bench *b)
 {
     const struct adamw a = {.beta1 = 0.9, .beta2 = 0.999, .eps = 1e-8, .ema = 0.999};
-    struct tensor *w = T(EXPERTS_GU_W), *half = w->packed ? &w->packed->copy : NULL;
-    USES(b, GRADIENT, MOMENT1, MOMENT1, MOMENT2, MOMENT2, EMA, EMA);
-    if (b->c.dry) // the weight is f32 here, beside its copy
-        b->bytes += 2 * (double)tensor_bytes(w) + (half ? (double)tensor_bytes(half) : 0);
-    return op_adamw(&b->c, w, T(MOMENT1), T(MOMENT2), T(EMA), T(GRADIENT), T(CONTROL), half, &a);
+    struct tensor *w = T(EXPERTS_GU_W), *low = w->dtype == BF16 ? T(LOW) : NULL;
+    USES(b, GRADIENT, MOMENT1, MOMENT1, MOMENT2, MOMENT2, EMA, EMA, EXPERTS_GU_W, EXPERTS_GU_W,
+         low ? LOW : ABSENT, low ? LOW : ABSENT);
+    return op_adamw(&b->c, w, T(MOMENT1), T(MOMENT2), T(EMA), T(GRADIENT), T(CONTROL), low, &a);
 }
 
 struct operation {
