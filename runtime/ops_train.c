@@ -97,7 +97,15 @@ int op_norm2(struct context *c, struct tensor *control, const struct tensor *g, 
 {
     BUG_IF(!is_f32_vector(control, CONTROL_COUNT) || g->dtype != F32);
     int64_t count = tensor_count(g), parts = cover(count, NORM_PART);
-    op_want_space(c, (size_t)parts * sizeof(float));
+    op_want_space(c, (size_t)(parts > NORM2_PARTS ? parts : NORM2_PARTS) * sizeof(float));
+    const struct norm2 args = {.control = control->mem,
+                               .g = g->mem,
+                               .partial = c->space.mem,
+                               .count = (unsigned long long)count,
+                               .added = accumulate};
+    int code = ACCELERATE(c, ACCELERATE_NORM2, &args, control, g);
+    if (code != NOT_MINE)
+        return code;
     const struct tensor *partial = &c->space;
     int64_t chunk = op_chunk(c, parts, 1, 16);
     if (c->dev->cpu_forms)
