@@ -8,11 +8,10 @@ static int router_forward(struct dit *d, int layer)
     struct context *c = &d->ctx;
     struct block_act *a = dit_act(d, layer);
     struct block_route *r = &d->routes[layer];
-    TRY(op_router_fwd(c, &a->probs, &a->weight, &r->index, &a->logits, d->config.renormalise));
-    TRY(op_route(c, &r->offsets, &a->slot, &a->token, &r->index));
-    if (!d->options.train)
-        return 0;
-    return op_balance(c, &r->fraction, &r->mean_prob, &r->index, &a->probs);
+    const bool train = d->options.train;
+    return op_router_route(c, &a->probs, &a->weight, &r->index, &r->offsets, &a->slot, &a->token,
+                           train ? &r->fraction : NULL, train ? &r->mean_prob : NULL, &a->logits,
+                           d->config.renormalise);
 }
 
 // A tensor that is planned only where the device needs it.
