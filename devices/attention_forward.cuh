@@ -4,7 +4,7 @@
 #ifndef DITMOE_ATTENTION_FORWARD_CUH
 #define DITMOE_ATTENTION_FORWARD_CUH
 
-#include "devices/attention_tile.cuh"
+#include "devices/attention_softmax.cuh"
 
 struct attention_forward_args {
     bf16 *o;         // [images * tokens, heads * hd]
@@ -22,107 +22,23 @@ template <int width, int m_tiles, int warps, int keys, int stages> struct attent
     static constexpr int threads = 32 * warps, queries = 16 * m_tiles * warps;
     static constexpr uint32_t query_tile = queries * shape::bytes, key_tile = keys * shape::bytes;
     static constexpr uint32_t shared_bytes = 2 * query_tile + 2 * stages * key_tile;
-    using score_tile = accumulator<m_tiles, keys / 8>;
 
-    // What a warp keeps: Q, the sums of O, and of each row the largest score and the sum of weights.
     struct state {
         tile_operand<width, m_tiles> q;
-        accumulator<m_tiles, width / 8> o;
-        float top[m_tiles][2], sum[m_tiles][2];
+        attention_softmax<width, m_tiles, keys> rows;
     };
-
-    // Keys past the last get no weight.
-    static __device__ __forceinline__ void mask(score_tile &s, int left)
-    {
-        const int column = 2 * (threadIdx.x % 4);
-#pragma unroll
-        for (int m = 0; m < m_tiles; m++)
-#pragma unroll
-            for (int n = 0; n < keys / 8; n++)
-#pragma unroll
-                for (int i = 0; i < 4; i++)
-                    if (8 * n + column + i % 2 >= left)
-                        s[m][n][i] = -INFINITY;
-    }
-
-    // Scores become weights relative to a score near the row's largest so far. Sums are scaled to a larger one
-    // only when some row's has grown by 2^8: weights stay far from overflow, and this is rare after the first tile.
-    static __device__ __forceinline__ void softmax(state &w, score_tile &s, float scale)
-    {
-        float top[m_tiles][2];
-        bool grown = false;
-#pragma unroll
-        for (int m = 0; m < m_tiles; m++)
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                float t = fmaxf(s[m][0][2 * half], s[m][0][2 * half + 1]);
-#pragma unroll
-                for (int n = 1; n < keys / 8; n++)
-                    t = fmaxf(t, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
-                t = fmaxf(t, __shfl_xor_sync(~0u, t, 1));
-                top[m][half] = fmaxf(t, __shfl_xor_sync(~0u, t, 2));
-                grown |= (top[m][half] - w.top[m][half]) * scale > 8;
-            }
-        if (__any_sync(~0u, grown))
-            shrink(w, top, scale);
-#pragma unroll
-        for (int m = 0; m < m_tiles; m++)
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const float base = w.top[m][half] * scale;
-                float sum = 0;
-#pragma unroll
-                for (int n = 0; n < keys / 8; n++)
-#pragma unroll
-                    for (int i = 2 * half; i < 2 * half + 2; i++) {
-                        s[m][n][i] = exp2_fast(fmaf(s[m][n][i], scale, -base));
-                        sum += s[m][n][i];
-                    }
-                w.sum[m][half] += sum;
-            }
-    }
-
-    static __device__ __forceinline__ void shrink(state &w, const float (&top)[m_tiles][2],
-                                                  float scale)
-    {
-#pragma unroll
-        for (int m = 0; m < m_tiles; m++)
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const float most = fmaxf(top[m][half], w.top[m][half]);
-                const float by = exp2_fast((w.top[m][half] - most) * scale);
-                w.top[m][half] = most;
-                w.sum[m][half] *= by;
-#pragma unroll
-                for (int n = 0; n < width / 8; n++) {
-                    w.o[m][n][2 * half] *= by;
-                    w.o[m][n][2 * half + 1] *= by;
-                }
-            }
-    }
 
     // Divides by the sums. `q`: the warp's own rows of the Q tile; `first`: the warp's first query.
     static __device__ __forceinline__ void finish(const attention_forward_args &p, state &w,
                                                   char *q, int head, int first)
     {
-        const int lane = threadIdx.x % 32, row = p.heads * p.hd;
+        const int row = p.heads * p.hd;
         float inverse[m_tiles][2];
-#pragma unroll
-        for (int m = 0; m < m_tiles; m++)
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                float sum = w.sum[m][half];
-                sum += __shfl_xor_sync(~0u, sum, 1);
-                sum += __shfl_xor_sync(~0u, sum, 2);
-                inverse[m][half] = 1 / sum;
-                const int t = first + 16 * m + 8 * half + lane / 4;
-                if (p.lse && lane % 4 == 0 && t < p.tokens)
-                    p.lse[static_cast<size_t>(head) * p.tokens + t] =
-                        0.6931471805599453f * fmaf(w.top[m][half], p.scale, log2f(sum));
-            }
+        w.rows.finish(inverse, p.lse ? p.lse + static_cast<size_t>(head) * p.tokens : nullptr,
+                      first, p.tokens, p.scale);
         bf16 *to = p.o + (static_cast<size_t>(head / p.heads) * p.tokens + first) * row +
                    head % p.heads * p.hd;
-        store_rows<width, m_tiles>(to, row, p.tokens - first, p.hd, q, w.o, inverse);
+        store_rows<width, m_tiles>(to, row, p.tokens - first, p.hd, q, w.rows.o, inverse);
     }
 
     // A block's work: units (a tile of queries of a head) one grid apart, of which each passes over all key tiles.
@@ -159,16 +75,16 @@ template <int width, int m_tiles, int warps, int keys, int stages> struct attent
     static __device__ __forceinline__ void visit_keys(const attention_forward_args &p, state &w,
                                                       uint32_t stage, int left)
     {
-        score_tile s;
+        accumulator<m_tiles, keys / 8> s;
         multiply_rows<width>(s, w.q, stage);
         if (left < keys)
-            mask(s, left);
-        softmax(w, s, p.scale);
+            w.rows.mask(s, left);
+        w.rows.add(s, p.scale);
 #pragma unroll
         for (int k = 0; k < keys / 16; k++) {
             uint32_t a[m_tiles][4];
             pack_step(a, s, k);
-            multiply_transposed<width>(w.o, a, stage + key_tile + k * 16 * shape::bytes);
+            multiply_transposed<width>(w.rows.o, a, stage + key_tile + k * 16 * shape::bytes);
         }
     }
 
@@ -206,12 +122,7 @@ template <int width, int m_tiles, int warps, int keys, int stages> struct attent
         int stage = 0, side = 0; // in use: of keys, of queries
         for (int index = blockIdx.x; index < p.units; index += gridDim.x) {
             state w;
-            clear(w.o);
-#pragma unroll
-            for (int m = 0; m < m_tiles; m++) {
-                w.top[m][0] = w.top[m][1] = -INFINITY;
-                w.sum[m][0] = w.sum[m][1] = 0;
-            }
+            w.rows.start();
             for (int first = 0; first < p.tokens; first += keys) {
                 if (p.tokens <= (stages - 2) * keys) // queries came with a later tile of keys
                     copy_wait<0>();

@@ -18,7 +18,7 @@
 // after attention_bwd_q of the same width); of a width, the most wanted first.
 // I(width, keys, whole or part, 16-key tiles a warp, queries at once, stages of keys)
 #define ATTENTION_BACKWARD(I)   \
-    I(64, 256, whole, 2, 16, 2) \
+    I(64, 256, whole, 2, 32, 2) \
     I(64, 256, part, 2, 32, 2)  \
     I(64, 128, part, 1, 32, 1)  \
     I(72, 256, whole, 2, 16, 2) \

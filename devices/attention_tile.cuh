@@ -37,21 +37,51 @@ template <int width> struct tile_rows {
     }
 };
 
-// Starts copying rows first..first+count-1 (zeros past `rows`, and in columns from hd on).
-template <int width, int count, int threads>
-__device__ __forceinline__ void load_tile(uint32_t tile, const bf16 *from, int stride, int first,
+// Starts copying chunks from..from+chunks-1 of rows first..first+count-1, `lanes` lanes a row. checked: zeros for
+// rows past `rows` and columns from hd on.
+template <int width, int count, int threads, int from, int chunks, int lanes, bool checked>
+__device__ __forceinline__ void load_chunks(uint32_t tile, const bf16 *source, int stride,
+                                            int first, int rows, int hd)
+{
+    constexpr int step = threads / lanes; // rows at once
+    const int r = threadIdx.x / lanes, c = from + threadIdx.x % lanes;
+    if (chunks < lanes && c >= from + chunks)
+        return;
+    const bf16 *at = source + static_cast<size_t>(first + r) * stride + 8 * c;
+    const uint32_t to = tile + r * tile_rows<width>::bytes + 16 * c;
+#pragma unroll
+    for (int i = 0; i < (count + step - 1) / step; i++) {
+        if (count % step != 0 && r + i * step >= count)
+            break;
+        const bool valid = !checked || (first + r + i * step < rows && 8 * c < hd);
+        copy_async(to + i * step * tile_rows<width>::bytes,
+                   valid ? at + static_cast<size_t>(i * step) * stride : source, valid);
+    }
+}
+
+template <int width, int count, int threads, bool checked>
+__device__ __forceinline__ void load_rows(uint32_t tile, const bf16 *source, int stride, int first,
                                           int rows, int hd)
 {
-    using shape = tile_rows<width>;
-#pragma unroll
-    for (int i = 0; i < (count * shape::chunks + threads - 1) / threads; i++) {
-        const int at = i * threads + threadIdx.x, r = at / shape::chunks, c = at % shape::chunks;
-        if (count * shape::chunks % threads != 0 && at >= count * shape::chunks)
-            break;
-        const bool valid = first + r < rows && 8 * c < hd;
-        const bf16 *source = from + static_cast<size_t>(first + r) * stride + 8 * c;
-        copy_async(tile + r * shape::bytes + 16 * c, valid ? source : from, valid);
-    }
+    constexpr int most = width / 64 * 8,
+                  rest = width / 8 - most; // chunks: a power of two, the others
+    static_assert(width >= 64, "narrower heads use this width");
+    load_chunks<width, count, threads, 0, most, most, checked>(tile, source, stride, first, rows,
+                                                               hd);
+    if constexpr (rest > 0)
+        load_chunks<width, count, threads, most, rest, rest == 1 ? 1 : 4, checked>(
+            tile, source, stride, first, rows, hd);
+}
+
+// Starts copying rows first..first+count-1 (zeros past `rows`, and in columns from hd on).
+template <int width, int count, int threads>
+__device__ __forceinline__ void load_tile(uint32_t tile, const bf16 *source, int stride, int first,
+                                          int rows, int hd)
+{
+    if (first + count <= rows && hd == width)
+        load_rows<width, count, threads, false>(tile, source, stride, first, rows, hd);
+    else
+        load_rows<width, count, threads, true>(tile, source, stride, first, rows, hd);
 }
 
 template <int m_tiles, int n_tiles> using accumulator = float[m_tiles][n_tiles][4];
@@ -235,12 +265,23 @@ __device__ __forceinline__ void store_rows(bf16 *to, int stride, int count, int 
                     pack(c[m][n][2 * half] * factor[m][half],
                          c[m][n][2 * half + 1] * factor[m][half]);
     __syncwarp();
-    for (int i = lane; i < 16 * m_tiles * shape::chunks; i += 32) {
-        const int r = i / shape::chunks, column = i % shape::chunks;
-        if (r < count && 8 * column < hd)
-            *reinterpret_cast<uint4 *>(to + static_cast<size_t>(r) * stride + 8 * column) =
-                *reinterpret_cast<const uint4 *>(rows + r * shape::bytes + 16 * column);
+    constexpr int lanes = width / 64 * 8; // a row; then the chunks left over
+    const int chunk = lane % lanes;
+    bf16 *at = to + static_cast<size_t>(lane / lanes) * stride + 8 * chunk;
+#pragma unroll
+    for (int r = lane / lanes; r < 16 * m_tiles; r += 32 / lanes) {
+        if (r < count && 8 * chunk < hd)
+            *reinterpret_cast<uint4 *>(at) =
+                *reinterpret_cast<const uint4 *>(rows + r * shape::bytes + 16 * chunk);
+        at += 32 / lanes * stride;
     }
+    if constexpr (lanes < shape::chunks)
+        for (int i = lane; i < 16 * m_tiles * (shape::chunks - lanes); i += 32) {
+            const int r = i % (16 * m_tiles), column = lanes + i / (16 * m_tiles);
+            if (r < count && 8 * column < hd)
+                *reinterpret_cast<uint4 *>(to + static_cast<size_t>(r) * stride + 8 * column) =
+                    *reinterpret_cast<const uint4 *>(rows + r * shape::bytes + 16 * column);
+        }
 }
 
 #endif
