@@ -303,7 +303,42 @@ works "eval draws by itself" "$ditmoe" eval --knn --data data --ckpt whole --per
 works "info of a run" "$ditmoe" info whole
 check "says what is inside" grep -q "model, EMA, Adam moments" out
 works "devices --json" "$ditmoe" devices --json
-works "bench step" "$ditmoe" bench step "${tiny[@]}" --size 32 --channels 1 --classes 10 --batch 2 --rounds 1 --json
+small=("${tiny[@]}" --size 32 --channels 1 --classes 10 --rounds 1)
+works "bench step" "$ditmoe" bench step "${small[@]}" --batch 2,3 --json
+cp out steps.json
+check "bench step: two batches, training and sampling" test "$(grep -c '"bench": "step"' steps.json)" -eq 4
+check "bench step: share of the ceiling" grep -q '"of_product": 0.0*[1-9]' steps.json
+works "bench step --profile --trace --compare" "$ditmoe" bench step "${small[@]}" --batch 2 --what train \
+    --profile --trace trace.json --compare steps.json
+check "the earlier run is compared with" grep -Eq '^ *earlier +[0-9.]+x .* ms' out
+check "the profile names operations" grep -Eq '^attention_bwd[a-z_]* +2 ' err
+check "the profile has a total" grep -Eq '^all operations +[0-9]+ +[0-9.]+$' err
+check "the trace has an event for each" test "$(grep -c '"ph": "X"' trace.json)" -eq \
+    "$(awk '/^all operations/ { print $3 }' err)"
+if command -v python3 >/dev/null; then
+    check "the trace is JSON" python3 -m json.tool trace.json
+fi
+cat >peer.json <<'END'
+[["sample", "S/4", "8", "grouped", "1", "default", "20.00 ms", "1.0 GiB"],
+ ["sample", "S/4", "8", "grouped", "1", "reduce-overhead", "10.00 ms", "1.0 GiB"],
+ ["sample", "S/4", "8", "loop", "1", "None", "ERR out of memory"],
+ ["train", "S/4", "8", "grouped", "1", "True", "59.3 ms", "18.1 GiB"]]
+END
+works "bench step beside a peer's file" "$ditmoe" bench step --model S/4-8E2A --batch 1 --what sample --rounds 1 --steps 1 \
+    --compare peer.json
+check "the peer's best comes first" bash -c "grep -E 'x +[0-9.]+ ms' out | head -n 1 | grep -q 'sample batch 1 .*reduce-overhead'"
+check "and then its others" test "$(grep -Ec 'x +[0-9.]+ ms' out)" -eq 2
+echo '{"no": "list"}' >wrong.json
+fails 1 "bench --compare of another file" "wrong.json has no row" \
+    "$ditmoe" bench step "${small[@]}" --batch 1 --what sample --compare wrong.json
+fails 1 "bench --compare without a file" "nothing.json" \
+    "$ditmoe" bench step "${small[@]}" --batch 1 --what sample --compare nothing.json
+fails 2 "bench: no such model" "Q/2" "$ditmoe" bench step --model S/4-8E2A,Q/2
+fails 2 "bench: no batch" "--batch x: not a number" "$ditmoe" bench ops --batch 2,x
+works "bench ops" "$ditmoe" bench ops "${small[@]}" --batch 2 --json
+check "bench ops: forward, backward, optimiser" bash -c \
+    "grep -q '\"attention_bwd\"' out && grep -q '\"experts gate, up dw\"' out && grep -q '\"adamw\"' out"
+check "bench ops: no time is zero" bash -c "! grep -Eq '\"seconds\": (0\.0,|-|nan)' out"
 
 if [ -d "$root/tests/golden/s_qkv" ]; then
     golden=$root/tests/golden/s_qkv

@@ -1,4 +1,5 @@
-// ditmoe_test [--list] [--device KEY] [NAME...]: runs the tests whose "suite/name" contains a NAME.
+// ditmoe_test [--list] [--device KEY] [--portable] [NAME...]: runs the tests whose "suite/name" contains
+// a NAME. --portable: on devices opened without what was tuned for them.
 // Exit 0: none failed; 1: some failed; 2: usage. The last line is "N passed, N failed, N skipped".
 #include "tests/test.h"
 
@@ -23,11 +24,13 @@ static const struct {
 };
 
 static const char *device_key;
+static unsigned always; // flags of every device
 static struct device *opened[8];
 static char directory[64];
 
 struct device *test_device(unsigned flags)
 {
+    flags |= always;
     BUG_IF(flags >= 8);
     if (!opened[flags]) {
         struct device_info info;
@@ -79,8 +82,10 @@ int main(int argc, char **argv)
             list = 1;
         else if (!strcmp(argv[first], "--device") && first + 1 < argc)
             device_key = argv[++first];
+        else if (!strcmp(argv[first], "--portable"))
+            always = OPEN_PORTABLE;
         else {
-            fprintf(stderr, "usage: ditmoe_test [--list] [--device KEY] [NAME...]\n");
+            fprintf(stderr, "usage: ditmoe_test [--list] [--device KEY] [--portable] [NAME...]\n");
             return 2;
         }
     }

@@ -66,8 +66,9 @@ cuda_declarations() { # what devices/cuda_api.h declares, against NVIDIA's heade
     cmake --build build --target cuda_declarations
 }
 
-cuda_tests() { # every test on the first NVIDIA GPU
-    build/ditmoe devices | grep -q '^ *cuda:0 ' || { echo "no CUDA device here"; return 77; }
+gpu() { # the tests on the first NVIDIA GPU: tuned, portable, OpenCL, sanitizers, losses
+    tests/gpu.sh build
+}
     build/ditmoe_test --device cuda:0
 }
 
@@ -77,7 +78,7 @@ if [ "$quick" != quick ]; then
     step layers tests/layers.sh
     step cli tests/cli.sh build
     step cuda-headers cuda_declarations
-    step cuda cuda_tests
+    step gpu gpu
     step build-clang build build-clang -DCMAKE_C_COMPILER=clang-14
     step asan asan
     step asan-device asan_device
