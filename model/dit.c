@@ -5,6 +5,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "runtime/profile.h"
+
 // ---- times -------------------------------------------------------------------------------------------
 
 int time_forward(const struct dit *d, int layer, int phase)
@@ -261,8 +263,11 @@ int dit_forward(struct dit *d)
         TRY(condition_forward(d));
     TRY(embed_forward(d));
     TRY(block_enter(d, 0));
-    for (int l = 0; l < d->config.layers; l++)
+    for (int l = 0; l < d->config.layers; l++) {
+        profile_layer(&d->ctx, l);
         TRY(block_forward(d, l));
+    }
+    profile_layer(&d->ctx, -1);
     return final_forward(d);
 }
 
@@ -284,12 +289,14 @@ int dit_backward(struct dit *d)
 {
     TRY(final_backward(d));
     for (int l = d->config.layers - 1; l >= 0; l--) {
+        profile_layer(&d->ctx, l);
         if (d->options.block_done)
             TRY(zero_gradients(d, l));
         TRY(block_backward(d, l));
         if (d->options.block_done && !d->ctx.dry)
             TRY(d->options.block_done(d->options.user, l));
     }
+    profile_layer(&d->ctx, -1);
     TRY(embed_backward(d));
     d->ctx.fresh_gradients = false;
     return 0;
