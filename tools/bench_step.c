@@ -84,18 +84,19 @@ static struct dit *subject_dit(const struct subject *s)
     return s->trainer ? s->trainer->dit : s->sampler->dit;
 }
 
-static int subject_open(struct subject *s, bool train, bool recompute)
+static int subject_open(struct subject *s, bool train, const struct step_settings *o)
 {
     TRY(make_inputs(s));
     if (train) {
         struct train_options t = train_defaults();
         t.batch = s->batch;
-        t.recompute = recompute;
+        t.recompute = o->recompute;
+        t.early = o->early;
         TRY(trainer_new(s->dev, s->stream, s->config, &t, &s->trainer));
         TRY(trainer_commit(s->trainer));
     } else { // without guidance: one forward pass of `batch` images
-        struct sample_options o = {.steps = s->steps, .cfg = 1, .pack = true};
-        TRY(sampler_new(s->dev, s->stream, s->config, s->batch, &o, &s->sampler));
+        struct sample_options plain = {.steps = s->steps, .cfg = 1, .pack = true};
+        TRY(sampler_new(s->dev, s->stream, s->config, s->batch, &plain, &s->sampler));
     }
     return randomise(subject_dit(s));
 }
@@ -287,7 +288,7 @@ static int bench_one(struct subject *s, const struct step_settings *o, bool trai
                      FILE *table)
 {
     json_t *peers = json_array();
-    int code = subject_open(s, train, o->recompute);
+    int code = subject_open(s, train, o);
     if (code >= 0)
         code = measure_beside_peer(s, o, train, peers);
     if (code >= 0)

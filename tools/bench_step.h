@@ -10,7 +10,7 @@ struct step_settings {
     const char *peer, *trace;
     struct model_options overrides;
     int rounds, steps, what; // what: 0 both, 1 train, 2 sample; steps 0: by the device
-    int recompute, profile;
+    int recompute, early, profile;
 };
 
 // Every model at every batch. Training: median time of single steps. Sampling (without guidance: one

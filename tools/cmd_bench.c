@@ -45,6 +45,8 @@ static const struct option_spec step_options[] = {
      AT(steps), 1, 1000, NULL},
     {"recompute", 0, OPTION_FLAG, NULL, "no", "step: train with recomputed activations",
      AT(recompute), 0, 0, NULL},
+    {"early-update", 0, OPTION_FLAG, NULL, "no",
+     "step: train with each block's weights updated in the backward pass", AT(early), 0, 0, NULL},
     {"profile", 0, OPTION_FLAG, NULL, "no",
      "step: time every operation of one more step on the device: a table on stderr", AT(profile), 0,
      0, NULL},

@@ -367,10 +367,23 @@ static int prepare_and_train(struct run *r)
     return o->dry_run ? 0 : train(r);
 }
 
+// A device that fails loses the steps since the last checkpoint, no more.
+static int say_what_is_kept(const struct run *r)
+{
+    char what[600];
+    snprintf(what, sizeof what, "%s", error_message());
+    if (r->saved < 0)
+        return fail(ERR_LOST, "%s", what);
+    return fail(ERR_LOST, "%s with --resume, which goes on from step %lld", what,
+                (long long)r->saved);
+}
+
 int train_run(const struct train_settings *o, const struct command *command)
 {
     struct run r = {.o = o, .command = command, .lock = -1, .saved = -1};
     int code = prepare_and_train(&r);
+    if (code == ERR_LOST)
+        code = say_what_is_kept(&r);
     if (r.loader)
         loader_stop(r.loader);
     train_log_close(&r.log);
