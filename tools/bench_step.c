@@ -9,6 +9,8 @@
 #include "tools/bench_profile.h"
 #include "tools/progress.h"
 
+#define LONG_RUN 0.5 // seconds
+
 enum { PEERS = 2, ROUNDS_MAX = 1000, STEPS_GPU = 20, STEPS_CPU = 4 };
 
 // A model under measurement: one of trainer and sampler.
@@ -127,8 +129,11 @@ static int measure(struct subject *s, int rounds)
     for (int i = -warm_up; i < rounds && s->count < 3 * ROUNDS_MAX; i++) {
         double start = now_seconds();
         TRY(run_round(s));
+        double seconds = now_seconds() - start;
         if (i >= 0)
-            s->times[s->count++] = (now_seconds() - start) / each;
+            s->times[s->count++] = seconds / each;
+        else if (s->sampler && seconds > LONG_RUN) // its many steps are a mean already
+            rounds = rounds > 3 ? 3 : rounds;
     }
     return 0;
 }
@@ -179,8 +184,7 @@ static int check_peer(const struct config *c)
 static int measure_beside_peer(struct subject *s, const struct step_settings *o, bool train,
                                json_t *peers)
 {
-    const int rounds = s->sampler && s->steps > 1 ? 1 + o->rounds / 3 : o->rounds;
-    TRY(measure(s, rounds));
+    TRY(measure(s, o->rounds));
     if (!o->peer)
         return 0;
     TRY(check_peer(s->config));
@@ -190,7 +194,7 @@ static int measure_beside_peer(struct subject *s, const struct step_settings *o,
             return ERR_INPUT;
         json_object_set_new(row, "mode", json_string(compiled ? "compiled" : "eager"));
         json_array_append_new(peers, row);
-        TRY(measure(s, rounds));
+        TRY(measure(s, o->rounds));
     }
     return 0;
 }

@@ -39,9 +39,7 @@ static const struct option_spec step_options[] = {
     {"rounds", 0, OPTION_INT, "N", "9", "step: rounds measured; the median is told", AT(rounds), 1,
      1000, NULL},
     {"steps", 0, OPTION_INT, "N", NULL,
-     "step: sampling steps of a round; 20 on GPUs and 4 on CPUs unless given, and then a third of "
-     "the "
-     "rounds",
+     "step: sampling steps of a round [20 on GPUs, 4 on CPUs]; long rounds are done three times",
      AT(steps), 1, 1000, NULL},
     {"recompute", 0, OPTION_FLAG, NULL, "no", "step: train with recomputed activations",
      AT(recompute), 0, 0, NULL},
