@@ -4,6 +4,7 @@
 #include <pthread.h>
 #include <stdbool.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 // ---- the driver ---------------------------------------------------------------------------------
@@ -58,7 +59,7 @@ const struct cuda_api *cuda_driver(const char **why)
 
 static struct cublaslt_api cublaslt;
 static bool cublaslt_good;
-static char cublaslt_says[96];
+static char cublaslt_says[128];
 
 static void *open_first(const char *const *names)
 {
@@ -81,20 +82,32 @@ static void name_version(void *library)
     }
 }
 
-static void open_cublaslt(void)
+// DITMOE_CUBLASLT: 0, no library; else the file to open instead of the usual ones.
+static void *find_cublaslt(void)
 {
-    static const char *const names[] = {
+    static const char *const usual[] = {
         "libcublasLt.so.13", "libcublasLt.so.12", "/usr/local/cuda/lib64/libcublasLt.so.13",
         "/usr/local/cuda/lib64/libcublasLt.so.12", NULL};
     static const char *const old[] = {"libcublasLt.so.11", "libcublasLt.so.10", NULL};
+    const char *asked = getenv("DITMOE_CUBLASLT"), *why = "no cuBLASLt 12 or 13 found";
+    void *library = NULL;
+    if (asked && !strcmp(asked, "0"))
+        why = "cuBLASLt is switched off by DITMOE_CUBLASLT=0";
+    else if (asked && !(library = open_first((const char *const[]){asked, NULL})))
+        why = "the file named by DITMOE_CUBLASLT cannot be opened";
+    else if (!asked && !(library = open_first(usual)) && open_first(old))
+        why = "cuBLASLt is too old: 12 or 13 is wanted";
+    if (!library)
+        snprintf(cublaslt_says, sizeof cublaslt_says, "%s; own kernels multiply matrices", why);
+    return library;
+}
+
+static void open_cublaslt(void)
+{
     const char *missing = NULL;
-    void *library = open_first(names);
-    if (!library) {
-        snprintf(cublaslt_says, sizeof cublaslt_says, "%s; own kernels multiply matrices",
-                 open_first(old) ? "cuBLASLt is too old: 12 or 13 is wanted"
-                                 : "no cuBLASLt 12 or 13 found");
+    void *library = find_cublaslt();
+    if (!library)
         return;
-    }
 #define FIND(field, function, parameters)              \
     if (!find(library, #function, &cublaslt.field)) \
         missing = #function;
@@ -102,7 +115,8 @@ static void open_cublaslt(void)
 #undef FIND
     cublaslt_good = !missing;
     if (missing)
-        snprintf(cublaslt_says, sizeof cublaslt_says, "cuBLASLt has no %s: too old", missing);
+        snprintf(cublaslt_says, sizeof cublaslt_says,
+                 "cuBLASLt is too old: it has no %s; own kernels multiply matrices", missing);
     else
         name_version(library);
 }

@@ -57,7 +57,7 @@ struct device_info {
     int numa;              // NUMA node from hwloc, or -1: at the machine's root
     char place[64];        // hwloc's words for it: "NUMANode 0 / PCI 0000:3b:00.0" or "Machine"
     char twin[24];         // key of the same device (PCI id) through another backend, or ""
-    char library[96];      // the library that multiplies matrices, or why there is none; or ""
+    char library[128];     // the library that multiplies matrices, or why there is none; or ""
     char tuned[96];        // the tuned kernels that it has: "attention, fused"; or ""
     int nvlinks;           // NVLink connections that are up; 0 also where that is not known
 };

@@ -8,7 +8,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-static const char CHILD[] = "DITMOE_TEST_LOSES_DEVICE"; // set in the process that spoils its device
+static const char CHILD[] = "DITMOE_TEST_CHILD"; // set in a process that a test started
 
 static bool is_cuda(const struct device *dev)
 {
@@ -64,17 +64,16 @@ static int lose_device(void)
     return PASSED;
 }
 
-static int test_device_lost(void)
+// Runs the test `name` of this program again with `setting` in its environment, on the same device.
+static int again_with(const char *setting, const char *name)
 {
-    char program[PATH_MAX] = "", command[PATH_MAX + 128], output[2000];
+    char program[PATH_MAX] = "", command[PATH_MAX + 256], output[2000];
     struct device *dev = test_device(0);
-    if (getenv(CHILD))
-        return lose_device();
     if (!is_cuda(dev))
         return SKIPPED;
     CHECK(readlink("/proc/self/exe", program, sizeof program - 1) > 0, "no /proc");
-    snprintf(command, sizeof command, "%s=1 '%s' --device %s cuda/device_lost 2>&1", CHILD, program,
-             dev->info.key);
+    snprintf(command, sizeof command, "%s=1 %s '%s' --device %s %s 2>&1", CHILD, setting, program,
+             dev->info.key, name);
     FILE *pipe = popen(command, "r");
     CHECK(pipe, "cannot start %s", command);
     size_t length = fread(output, 1, sizeof output - 1, pipe);
@@ -82,6 +81,45 @@ static int test_device_lost(void)
     int status = pclose(pipe);
     CHECK(status == 0, "status %d: %s", status, output);
     return PASSED;
+}
+
+static int test_device_lost(void)
+{
+    return getenv(CHILD) ? lose_device() : again_with("", "cuda/device_lost");
+}
+
+static int multiply_without_library(void)
+{
+    enum { N = 64 };
+    struct device *dev = test_device(0);
+    struct stream *s;
+    struct mem *x, *y;
+    static float ones[N * N], out[N * N];
+    CHECK(dev, "no device");
+    CHECK(strstr(dev->info.library, "cannot be opened; own kernels multiply"), "%s",
+          dev->info.library);
+    for (int i = 0; i < N * N; i++)
+        ones[i] = 1;
+    OK(dev->api->stream_new(dev, &s));
+    OK(dev->api->alloc(dev, sizeof ones, &x));
+    OK(dev->api->alloc(dev, sizeof ones, &y));
+    OK(dev->api->write(s, x, 0, ones, sizeof ones));
+    const struct gemm g = {.m = N, .n = N, .k = N, .trans_b = true, .a = x, .b = x, .c = y};
+    CHECK(dev->api->gemm_space(dev, &g) == 0, "own kernels want no scratch");
+    OK(dev->api->gemm(s, &g));
+    OK(dev->api->read(s, y, 0, out, sizeof out));
+    for (int i = 0; i < N * N; i++)
+        CHECK(out[i] == N, "element %d is %g", i, (double)out[i]);
+    dev->api->free(x);
+    dev->api->free(y);
+    dev->api->stream_free(s);
+    return PASSED;
+}
+
+static int test_without_library(void)
+{
+    return getenv(CHILD) ? multiply_without_library()
+                         : again_with("DITMOE_CUBLASLT=/nowhere.so", "cuda/without_library");
 }
 
 static int test_links(void)
@@ -125,6 +163,7 @@ const struct test cuda_tests[] = {
     {"told", test_told},
     {"memory_full", test_memory_full},
     {"device_lost", test_device_lost},
+    {"without_library", test_without_library},
     {"links", test_links},
     {0},
 };
