@@ -1,6 +1,6 @@
-// Where the time of a step goes. A context that has a profile records a device event before and after
-// each operation that passes through runtime/ (kernel launches, matrix products, operations that the
-// device took over, transfers of tensors); a context without one pays one test of a pointer.
+// Where the time of a step goes. A context that has a profile records a device event before and
+// after each operation that passes through runtime/ (kernel launches, matrix products, operations
+// that the device took over, transfers of tensors); a context without one tests a pointer.
 //
 //     struct profile *p;
 //     profile_new(c, &p);

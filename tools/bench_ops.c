@@ -1,5 +1,5 @@
-// The operations of a block, forward and backward, at a model's shapes: median time, and what that is
-// as a share of the device's ceilings.
+// The operations of a block, forward and backward, at a model's shapes: median time, and what that
+// is as a share of the device's ceilings.
 #include "tools/bench_ops.h"
 
 #include <stdlib.h>
@@ -7,8 +7,8 @@
 
 #include "runtime/ops.h"
 
-// Tensors of a model's shapes; M = N T rows, R = M K, F and Fs the widths of expert and shared expert.
-// T(name, type, dimensions): weights are f32, or bf16 and their low halves where the model has them so.
+// Tensors of a model's shapes; M = N T rows, R = M K, F and Fs the widths of expert and shared
+// expert. T(name, type, dimensions): weights are f32, or bf16 and low halves where models have that.
 #define TENSORS(T)                        \
     T(X0, ACT, M, D)                      \
     T(X1, ACT, M, D)                      \
@@ -322,6 +322,16 @@ static int run_experts_swiglu_dx(struct bench *b)
                                 T(OFFSETS));
 }
 
+static int run_shared_swiglu_dx(struct bench *b)
+{
+    const bool fuses = op_swiglu_fuses(&b->c, columns(b, SHARED_HIDDEN));
+    const bool rebuilds = op_swiglu_rebuilds(&b->c, columns(b, SHARED_HIDDEN));
+    USES(b, SHARED_GU, SHARED_GU, X1, SHARED_DOWN_W, rebuilds ? SHARED_HIDDEN : ABSENT);
+    multiplies(b, T(X1)->shape[0], columns(b, SHARED_HIDDEN), columns(b, X1));
+    return op_linear_swiglu_dx(&b->c, T(SHARED_GU), fuses ? NULL : T(SHARED_DHIDDEN),
+                               rebuilds ? T(SHARED_HIDDEN) : NULL, T(X1), T(SHARED_DOWN_W));
+}
+
 static int run_experts_gu_dx(struct bench *b)
 {
     USES(b, ROWS, GU, EXPERTS_GU_W);
@@ -432,6 +442,13 @@ static int run_route(struct bench *b)
     return op_route(&b->c, T(OFFSETS), T(SLOT), T(TOKEN), T(INDEX));
 }
 
+static int run_router_route(struct bench *b)
+{
+    USES(b, LOGITS, PROBS, WEIGHT, INDEX, SLOT, TOKEN);
+    return op_router_route(&b->c, T(PROBS), T(WEIGHT), T(INDEX), T(OFFSETS), T(SLOT), T(TOKEN),
+                           T(FRACTION), T(MEAN_PROB), T(LOGITS), false);
+}
+
 static int run_router_bwd(struct bench *b)
 {
     USES(b, DLOGITS, PROBS, DWEIGHT, INDEX);
@@ -476,7 +493,7 @@ static int run_adamw(struct bench *b)
 struct operation {
     const char *name;
     int (*run)(struct bench *b);
-    bool spoils; // changes GU so that it cannot be done again and again on the same numbers
+    bool spoils; // changes GU or SHARED_GU: not to be done again on the same numbers
 };
 
 static const struct operation operations[] = {
@@ -496,6 +513,7 @@ static const struct operation operations[] = {
     {"combine, norm_fwd", run_combine_norm, false},
     {"norm, gate_bwd", run_norm_gate_bwd, false},
     {"router_fwd", run_router, false},
+    {"router, route, balance", run_router_route, false},
     {"router_bwd", run_router_bwd, false},
     {"router dw", run_router_dw, false},
     {"dispatch_fwd", run_dispatch, false},
@@ -509,6 +527,7 @@ static const struct operation operations[] = {
     {"experts down dw", run_experts_down_dw, false},
     {"shared gate, up, swiglu", run_shared_swiglu, false},
     {"shared down", run_shared_down, false},
+    {"shared down dx, swiglu", run_shared_swiglu_dx, true},
     {"shared down dw", run_shared_down_dw, false},
     {"shared gate, up dx", run_shared_gu_dx, false},
     {"shared gate, up dw", run_shared_gu_dw, false},
@@ -538,9 +557,10 @@ static int time_spoiling(struct bench *b, double *seconds)
     const struct backend *api = b->c.dev->api;
     double times[ROUNDS];
     for (int i = -1; i < ROUNDS; i++) {
-        for (int k = 0; k < b->set_count; k++) {
-            const struct tensor *t = &b->sets[k].t[GU];
-            TRY(noise_fill_device(b->c.dev, b->c.stream, t->mem, tensor_bytes(t), t->dtype));
+        for (int k = 0; k < 2 * b->set_count; k++) {
+            const struct tensor *t = &b->sets[k / 2].t[k % 2 ? SHARED_GU : GU];
+            if (t->mem)
+                TRY(noise_fill_device(b->c.dev, b->c.stream, t->mem, tensor_bytes(t), t->dtype));
         }
         TRY(api->sync(b->c.stream));
         double start = now_seconds();

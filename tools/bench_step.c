@@ -30,8 +30,8 @@ struct subject {
 
 // ---- random weights and inputs ------------------------------------------------------------------
 
-// Every parameter is random, for the published start has zeros that make whole branches zero: normal
-// with standard deviation 0.02, around 1 for the gains of norms.
+// Every parameter is random, for the published start has zeros that make whole branches zero:
+// normal with standard deviation 0.02, around 1 for the gains of norms.
 static int randomise(struct dit *d)
 {
     size_t most = 0;

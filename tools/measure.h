@@ -20,8 +20,8 @@ int measure_ceilings(struct device *dev, struct stream *stream, struct ceilings 
 void print_ceilings(const struct ceilings *c, const struct device *dev, FILE *table);
 json_t *ceilings_json(const struct ceilings *c, const struct device *dev);
 
-// `count` normal numbers of mean 0 and standard deviation 1, in f32. Never zeros: devices run faster
-// on those.
+// `count` normal numbers of mean 0 and standard deviation 1, in f32. Never zeros: devices run
+// faster on those.
 void noise_fill(float *out, size_t count, uint64_t seed);
 
 // Fills device memory with such numbers as f32 or bf16; `bytes` may be any number. The same few
@@ -32,8 +32,8 @@ int noise_fill_device(struct device *dev, struct stream *stream, struct mem *mem
 // Sorts values[0..count) and returns the middle one; NAN of none.
 double median_of(double *values, int count);
 
-// Runs work(user) `calls` times a round, so that a round takes about `seconds`, for `rounds` rounds;
-// the median time of one call. Waits for the device once a round.
+// The median time of one work(user), over `rounds` rounds of as many calls as take about `seconds`.
+// Waits for the device once a round.
 int measure_calls(struct device *dev, struct stream *stream, int rounds, double seconds,
                   int (*work)(void *user), void *user, double *each);
 
