@@ -1,5 +1,5 @@
-// The CUDA backend: how its devices are connected, and what NVIDIA's management library (NVML, where
-// it is installed) says of driver and NVLink.
+// The CUDA backend: how its devices are connected, and what NVIDIA's management library (NVML,
+// where it is installed) says of driver and NVLink.
 #include "devices/cuda.h"
 
 #include <dlfcn.h>

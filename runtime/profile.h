@@ -35,8 +35,8 @@ struct profile {
 int profile_new(struct context *c, struct profile **out);
 void profile_free(struct profile *p);
 
-// Starts with something for a GPU to do, so that the host is ahead of it from the first operation on
-// and its own pace is not measured.
+// Starts with something for a GPU to do, so that the host is ahead of it from the first operation
+// on and its own pace is not measured.
 int profile_start(struct profile *p);
 int profile_stop(struct profile *p);
 

@@ -39,8 +39,8 @@ static int test_memory_full(void)
     return PASSED;
 }
 
-// A kernel that writes far beyond its memory: in this process the device is lost. Exit status 0: all
-// was said as it should be.
+// A kernel that writes far beyond its memory: in this process the device is lost. Exit status 0:
+// all was said as it should be.
 static int lose_device(void)
 {
     struct device *dev = test_device(0);

@@ -8,7 +8,8 @@
 #include "runtime/ops.h"
 
 // Tensors of a model's shapes; M = N T rows, R = M K, F and Fs the widths of expert and shared
-// expert. T(name, type, dimensions): weights are f32, or bf16 and low halves where models have that.
+// expert. T(name, type, dimensions): weights are f32, or bf16 and low halves where models have
+// that.
 #define TENSORS(T)                        \
     T(X0, ACT, M, D)                      \
     T(X1, ACT, M, D)                      \

@@ -20,8 +20,8 @@ void bench_profile_free(struct bench_profile *b);
 // calls and milliseconds are those of one step.
 void bench_profile_print(const struct bench_profile *b, FILE *out);
 
-// All operations as a file for chrome://tracing and Perfetto (the Trace Event Format, as JSON), each
-// step a process of its own. ERR_IO when it cannot be written.
+// All operations as a file for chrome://tracing and Perfetto (the Trace Event Format, as JSON),
+// each step a process of its own. ERR_IO when it cannot be written.
 int bench_profile_trace(const struct bench_profile *b, const char *path);
 
 #endif
