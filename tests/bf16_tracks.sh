@@ -9,7 +9,7 @@ work=$(mktemp -d /tmp/ditmoe-bf16-XXXXXX)
 trap 'rm -rf "$work"' EXIT
 for precision in f32 bf16; do
     "$ditmoe" train --device "$key" --precision $precision --data "$data" --out "$work/$precision" \
-        --model S/4-8E2A --batch 64 --lr 3e-4 --warmup 50 --steps 500 --seed 3 --sample-every 0 \
+        --model S/4-8E2A --layers 4 --batch 64 --lr 3e-4 --warmup 50 --steps 500 --seed 3 --sample-every 0 \
         --checkpoint-every 0 "$@" >&2 || { echo "training in $precision failed"; exit 1; }
 done
 mean() { tail -n 50 "$work/$1/log.csv" | awk -F, '{ s += $2 } END { printf "%.6f", s / NR }'; }
