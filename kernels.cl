@@ -197,19 +197,20 @@ inline int gemm_block(const GLOBAL int *offsets, int groups, int block, int size
 
 // ---- matrix products: the GPU form
 //
-// A work-group of 256 items makes a tile of C of 128x128 or, where there are too few of those to fill
-// the device, 64x64. An item makes 8 columns of 8 or 2 rows of it: 4 columns side by side in each half
-// of the tile, so that local memory is read 4 words at a time and neighbours read neighbours. SwiGLU
-// needs no more: the first half of its tiles are columns of g, the second half those of u that belong
-// to them.
+// A work-group makes a tile of C: 128x128 by 128 items or, where there are too few of those to fill the
+// device, 64x64 by 64. An item makes 16 or 8 rows and 8 columns of it, in fours: rows y.., y + 32..,
+// and columns x.. in each half of the tile. Local memory is then read four words at a time, and 128
+// products cost six such reads: on NVIDIA's GPUs, where a read takes as long as 16 products, 8x8 are
+// bound by them. SwiGLU needs no more: the first half of its tiles are columns of g, the second half
+// those of u that belong to them.
 //
-// K goes in steps of 8 (16 for 64x64). An item brings 4 elements of A and 4 of B from memory while it
-// works on the step before, and puts them into the other of two local tiles [k][rows]: one barrier a
-// step. Every sum runs over k in order, so results do not depend on the tile.
-enum { GEMM_LARGE = 128, GEMM_SMALL = 64, GEMM_LOCAL = 2 * 16 * (GEMM_SMALL + 4) / 4 };
-#define GEMM_ITEM_ROWS(tile) ((tile) == GEMM_LARGE ? 8 : 2)
-#define GEMM_STEP(tile) (1024 / (tile))
+// K goes in steps of 8. An item brings twice four elements of A and of B from memory while it works on
+// the step before, and puts them into the other of two local tiles [k][rows]: one barrier a step.
+// Every sum runs over k in order, so results do not depend on the tile.
+enum { GEMM_LARGE = 128, GEMM_SMALL = 64, GEMM_STEP = 8, GEMM_ROWS_MAX = 16 };
+#define GEMM_ITEM_ROWS(tile) ((tile) / 8)
 #define GEMM_TILE_PITCH(tile) ((tile) + 4)
+#define GEMM_TILE_SIZE(tile) (GEMM_STEP * GEMM_TILE_PITCH(tile)) // floats
 
 // Operands of other types than the activations' device are not brought 4 at a time.
 #ifdef ACT_BF16
@@ -234,20 +235,12 @@ inline const GLOBAL void *gemm_at(const GLOBAL void *p, size_t i, int bf16)
                 : (const GLOBAL void *)((const GLOBAL float *)p + i);
 }
 
-// Which four elements of a step an item brings: those from row *r and k *k on. Where they lie along k,
-// 32 neighbours take 16 rows at 2 places of k, which are 32 banks when they are put down.
-inline void gemm_quad(const int tile, const int along_k, int item, int *r, int *k)
+// Which elements of a step an item brings: four, `which` = 0 or 1, from row *r and k *k on. Where they
+// lie along k, 32 neighbours take 16 rows at 2 places of k, which are 32 banks when they are put down.
+inline void gemm_quad(const int tile, const int along_k, int item, const int which, int *r, int *k)
 {
-    if (!along_k) {
-        *r = item % (tile / 4) * 4;
-        *k = item / (tile / 4);
-    } else if (tile == GEMM_LARGE) {
-        *r = item / 2;
-        *k = item % 2 * 4;
-    } else {
-        *r = item / 2 % 16 + item / 64 * 16;
-        *k = item % 2 * 4 + item / 32 % 2 * 8;
-    }
+    *r = along_k ? item / 2 + which * (tile / 2) : item % (tile / 4) * 4;
+    *k = along_k ? item % 2 * 4 : item / (tile / 4) + which * 4;
 }
 
 // Row r of the tile as a row of the operand, counted from side->p; *there: is there such a row?
@@ -258,18 +251,24 @@ inline int gemm_row(const struct gemm_side *side, const int tile, int r, int *th
     return second ? r + side->jump : r;
 }
 
-// The distance of an item's four elements from side->p. A row that is not there is the last one again:
-// what comes of it is not written.
-inline uint gemm_quad_offset(const struct gemm_side *side, const int tile, int item)
+// The distance of an item's elements from side->p. A row that is not there is the last one again: what
+// comes of it is not written.
+inline uint gemm_quad_offset(const struct gemm_side *side, const int tile, int item, const int which)
 {
     int r, k, there;
-    gemm_quad(tile, side->along_k, item, &r, &k);
+    gemm_quad(tile, side->along_k, item, which, &r, &k);
     if (!side->along_k)
         return (uint)k * (uint)side->ld + (uint)min(r, side->count - 4);
     int row = gemm_row(side, tile, r, &there);
     if (!there)
         row = side->count - 1; // of the first half
     return (uint)row * (uint)side->ld + (uint)k;
+}
+
+inline void gemm_quad_offsets(uint at[2], const struct gemm_side *side, const int tile, int item)
+{
+    at[0] = gemm_quad_offset(side, tile, item, 0);
+    at[1] = gemm_quad_offset(side, tile, item, 1);
 }
 
 // Four neighbours as they are stored: 4 words of f32, 2 of bf16.
@@ -288,6 +287,13 @@ inline void gemm_bring(uint quad[4], const GLOBAL void *p, size_t i, int bf16)
     }
 }
 
+// An item's elements of a step.
+inline void gemm_bring_step(uint quad[2][4], const struct gemm_side *side, const uint at[2], int bf16)
+{
+    gemm_bring(quad[0], side->p, at[0], bf16);
+    gemm_bring(quad[1], side->p, at[1], bf16);
+}
+
 inline void gemm_quad_floats(float v[4], const uint quad[4], int bf16)
 {
     v[0] = as_float(bf16 ? quad[0] << 16 : quad[0]);
@@ -296,47 +302,14 @@ inline void gemm_quad_floats(float v[4], const uint quad[4], int bf16)
     v[3] = as_float(bf16 ? quad[1] & 0xffff0000u : quad[3]);
 }
 
-inline void gemm_put(LOCAL_PTR float *to, const int tile, const uint quad[4], int bf16,
-                     const int along_k, int item)
+inline void gemm_lay(LOCAL_PTR float *p, const float v[4])
 {
-    float v[4];
-    int r, k;
-    gemm_quad(tile, along_k, item, &r, &k);
-    gemm_quad_floats(v, quad, bf16);
-    to += k * GEMM_TILE_PITCH(tile) + r;
-    if (along_k) {
-        for (int j = 0; j < 4; j++)
-            to[j * GEMM_TILE_PITCH(tile)] = v[j];
-    } else {
-        float4 q;
-        q.x = v[0];
-        q.y = v[1];
-        q.z = v[2];
-        q.w = v[3];
-        *(LOCAL_PTR float4 *)to = q;
-    }
-}
-
-// The same element by element, for the last `left` of k and for odd matrices: zeros where there is
-// nothing.
-inline void gemm_put_singly(LOCAL_PTR float *to, const int tile, const struct gemm_side *side, int left,
-                            int item)
-{
-    int r0, k0, there;
-    gemm_quad(tile, side->along_k, item, &r0, &k0);
-    for (int j = 0; j < 4; j++) {
-        int r = side->along_k ? r0 : r0 + j, k = side->along_k ? k0 + j : k0;
-        int row = gemm_row(side, tile, r, &there);
-        size_t i = side->along_k ? (size_t)row * side->ld + k : (size_t)k * side->ld + row;
-        to[k * GEMM_TILE_PITCH(tile) + r] =
-            there && k < left ? gemm_load(side->p, i, side->bf16) : 0.0f;
-    }
-}
-
-inline void gemm_advance(struct gemm_side *side, const int tile)
-{
-    size_t k = GEMM_STEP(tile);
-    side->p = gemm_at(side->p, side->along_k ? k : k * side->ld, side->bf16);
+    float4 q;
+    q.x = v[0];
+    q.y = v[1];
+    q.z = v[2];
+    q.w = v[3];
+    *(LOCAL_PTR float4 *)p = q;
 }
 
 inline void gemm_take(float v[4], const LOCAL_PTR float *p)
@@ -348,86 +321,136 @@ inline void gemm_take(float v[4], const LOCAL_PTR float *p)
     v[3] = q.w;
 }
 
+inline void gemm_put(LOCAL_PTR float *to, const int tile, const uint quad[4], int bf16,
+                     const int along_k, int item, const int which)
+{
+    float v[4];
+    int r, k;
+    gemm_quad(tile, along_k, item, which, &r, &k);
+    gemm_quad_floats(v, quad, bf16);
+    to += k * GEMM_TILE_PITCH(tile) + r;
+    if (along_k) {
+        for (int j = 0; j < 4; j++)
+            to[j * GEMM_TILE_PITCH(tile)] = v[j];
+    } else {
+        gemm_lay(to, v);
+    }
+}
+
+inline void gemm_put_step(LOCAL_PTR float *to, const int tile, uint quad[2][4], int bf16,
+                          const int along_k, int item)
+{
+    gemm_put(to, tile, quad[0], bf16, along_k, item, 0);
+    gemm_put(to, tile, quad[1], bf16, along_k, item, 1);
+}
+
+// The same element by element, for the last `left` of k and for odd matrices: zeros where there is
+// nothing.
+inline void gemm_put_singly(LOCAL_PTR float *to, const int tile, const struct gemm_side *side, int left,
+                            int item)
+{
+#pragma unroll 1
+    for (int i = 0; i < 8; i++) {
+        int r, k, there;
+        gemm_quad(tile, side->along_k, item, i / 4, &r, &k);
+        r += side->along_k ? 0 : i % 4;
+        k += side->along_k ? i % 4 : 0;
+        int row = gemm_row(side, tile, r, &there);
+        size_t at = side->along_k ? (size_t)row * side->ld + k : (size_t)k * side->ld + row;
+        to[k * GEMM_TILE_PITCH(tile) + r] =
+            there && k < left ? gemm_load(side->p, at, side->bf16) : 0.0f;
+    }
+}
+
+inline void gemm_advance(struct gemm_side *side)
+{
+    size_t step = side->along_k ? (size_t)GEMM_STEP : (size_t)GEMM_STEP * side->ld;
+    side->p = gemm_at(side->p, step, side->bf16);
+}
+
 // acc += the products at one k; ta, tb: the item's first row and column there.
-inline void gemm_multiply_add(float acc[8][8], const int tile, const LOCAL_PTR float *ta,
+inline void gemm_multiply_add(float acc[GEMM_ROWS_MAX][8], const int tile, const LOCAL_PTR float *ta,
                               const LOCAL_PTR float *tb)
 {
-    float a[8], b[8];
-    if (GEMM_ITEM_ROWS(tile) == 8) {
-        gemm_take(a, ta);
-        gemm_take(a + 4, ta + tile / 2);
-    } else {
-        const float2 q = *(const LOCAL_PTR float2 *)ta;
-        a[0] = q.x;
-        a[1] = q.y;
-    }
+    float a[GEMM_ROWS_MAX], b[8];
+#pragma unroll
+    for (int i = 0; i < GEMM_ROWS_MAX; i += 4)
+        if (i < GEMM_ITEM_ROWS(tile))
+            gemm_take(a + i, ta + i * 8);
     gemm_take(b, tb);
     gemm_take(b + 4, tb + tile / 2);
 #pragma unroll
-    for (int i = 0; i < GEMM_ITEM_ROWS(tile); i++)
+    for (int i = 0; i < GEMM_ROWS_MAX; i++)
 #pragma unroll
         for (int j = 0; j < 8; j++)
-            acc[i][j] = fma(a[i], b[j], acc[i][j]);
+            if (i < GEMM_ITEM_ROWS(tile))
+                acc[i][j] = fma(a[i], b[j], acc[i][j]);
 }
 
-// An item's first row and column: 32 neighbours are 8 across and 4 down, so that they read few
-// different words.
-inline void gemm_place(const int tile, int item, int *y, int *x)
+// An item's first row and column.
+inline void gemm_place(const int tile, int *y, int *x)
 {
-    const int across = tile / 64; // such blocks
-    *x = (item / 32 % across * 8 + item % 8) * 4;
-    *y = (item / 32 / across * 4 + item / 8 % 4) * (GEMM_ITEM_ROWS(tile) == 8 ? 4 : 2);
+    int item = (int)get_local_id(0);
+    *x = item % (tile / 8) * 4;
+    *y = item / (tile / 8) * 4;
 }
 
-// acc = an item's sums over `left` of k. ta, tb: local, GEMM_LOCAL float4 each. quads: the operands can
-// be brought 4 elements at a time.
-inline void gemm_sums(float acc[8][8], const int tile, LOCAL_PTR float *ta, LOCAL_PTR float *tb,
-                      struct gemm_side *a, struct gemm_side *b, int left, int quads)
+inline void gemm_zero(float acc[GEMM_ROWS_MAX][8], const int tile)
 {
-    const int step = GEMM_STEP(tile), pitch = GEMM_TILE_PITCH(tile), size = step * pitch;
-    int item = (int)get_local_id(0), x, y;
-    gemm_place(tile, item, &y, &x);
 #pragma unroll
-    for (int i = 0; i < GEMM_ITEM_ROWS(tile); i++)
+    for (int i = 0; i < GEMM_ROWS_MAX; i++)
 #pragma unroll
         for (int j = 0; j < 8; j++)
-            acc[i][j] = 0.0f;
-    if (quads && left >= step) {
+            if (i < GEMM_ITEM_ROWS(tile))
+                acc[i][j] = 0.0f;
+}
+
+// acc = the sums over `left` of k of the item whose first row and column are y and x. ta, tb: local, 2 *
+// GEMM_TILE_SIZE each. quads: the operands can be brought 4 elements at a time.
+inline void gemm_sums(float acc[GEMM_ROWS_MAX][8], const int tile, LOCAL_PTR float *ta,
+                      LOCAL_PTR float *tb, int y, int x, struct gemm_side *a, struct gemm_side *b,
+                      int left, int quads)
+{
+    const int pitch = GEMM_TILE_PITCH(tile), size = GEMM_TILE_SIZE(tile);
+    int item = (int)get_local_id(0);
+    gemm_zero(acc, tile);
+    if (quads && left >= GEMM_STEP) {
         const int a_bf16 = GEMM_QUAD_BF16(a->bf16), b_bf16 = GEMM_QUAD_BF16(b->bf16);
-        uint at_a = gemm_quad_offset(a, tile, item), at_b = gemm_quad_offset(b, tile, item);
-        uint quad_a[4], quad_b[4];
+        uint at_a[2], at_b[2], quad_a[2][4], quad_b[2][4];
         int now = 0;
-        gemm_bring(quad_a, a->p, at_a, a_bf16);
-        gemm_bring(quad_b, b->p, at_b, b_bf16);
+        gemm_quad_offsets(at_a, a, tile, item);
+        gemm_quad_offsets(at_b, b, tile, item);
+        gemm_bring_step(quad_a, a, at_a, a_bf16);
+        gemm_bring_step(quad_b, b, at_b, b_bf16);
         for (;;) {
-            gemm_put(ta + now, tile, quad_a, a_bf16, a->along_k, item);
-            gemm_put(tb + now, tile, quad_b, b_bf16, b->along_k, item);
+            gemm_put_step(ta + now, tile, quad_a, a_bf16, a->along_k, item);
+            gemm_put_step(tb + now, tile, quad_b, b_bf16, b->along_k, item);
             barrier(CLK_LOCAL_MEM_FENCE);
-            gemm_advance(a, tile);
-            gemm_advance(b, tile);
-            left -= step;
-            if (left >= step) {
-                gemm_bring(quad_a, a->p, at_a, a_bf16);
-                gemm_bring(quad_b, b->p, at_b, b_bf16);
+            gemm_advance(a);
+            gemm_advance(b);
+            left -= GEMM_STEP;
+            if (left >= GEMM_STEP) {
+                gemm_bring_step(quad_a, a, at_a, a_bf16);
+                gemm_bring_step(quad_b, b, at_b, b_bf16);
             }
 #pragma unroll
-            for (int s = 0; s < step; s++)
+            for (int s = 0; s < GEMM_STEP; s++)
                 gemm_multiply_add(acc, tile, ta + now + s * pitch + y, tb + now + s * pitch + x);
-            if (left < step)
+            if (left < GEMM_STEP)
                 break;
             now = size - now;
         }
     }
-    for (; left > 0; left -= step) {
+    for (; left > 0; left -= GEMM_STEP) {
         barrier(CLK_LOCAL_MEM_FENCE);
         gemm_put_singly(ta, tile, a, left, item);
         gemm_put_singly(tb, tile, b, left, item);
         barrier(CLK_LOCAL_MEM_FENCE);
 #pragma unroll 1
-        for (int s = 0; s < step; s++)
+        for (int s = 0; s < GEMM_STEP; s++)
             gemm_multiply_add(acc, tile, ta + s * pitch + y, tb + s * pitch + x);
-        gemm_advance(a, tile);
-        gemm_advance(b, tile);
+        gemm_advance(a);
+        gemm_advance(b);
     }
 }
 
@@ -526,27 +549,36 @@ inline void gemm_finish_backward(const float dh[4], const struct gemm_result *to
         gemm_set(to->h, row * F + f, h, count, quads, bf16);
 }
 
-// Writes the tile of rows [row0, end) and columns from col0 on (SWIGLU_FORWARD: of g and of u).
-inline void gemm_finish(float acc[8][8], const int tile, const struct gemm_result *to, int row0,
-                        int end, int col0)
+// Writes the tile of rows [row0, end) and columns from col0 on (SWIGLU_FORWARD: of g and of u). The
+// item's sums go through `room` in local memory, four rows at a time: 32 * tile floats in which it has
+// its own places. So the code for a row is there once, not for each register.
+inline void gemm_finish(float acc[GEMM_ROWS_MAX][8], const int tile, LOCAL_PTR float *room, int y, int x,
+                        const struct gemm_result *to, int row0, int end, int col0)
 {
-    int item = (int)get_local_id(0), forward = to->flags & GEMM_SWIGLU_FORWARD, x, y;
-    int columns = forward ? to->n / 2 : to->n, quads = columns % 4 == 0;
-    gemm_place(tile, item, &y, &x);
-    int first = col0 + x, second = first + tile / 2;
-#pragma unroll
+    int forward = to->flags & GEMM_SWIGLU_FORWARD, columns = forward ? to->n / 2 : to->n;
+    int quads = columns % 4 == 0, first = col0 + x, second = first + tile / 2;
+    room += get_local_id(0) * 4;
+    barrier(CLK_LOCAL_MEM_FENCE);
+#pragma unroll 1
     for (int i = 0; i < GEMM_ITEM_ROWS(tile); i++) {
-        int row = row0 + y + i % 4 + i / 4 * (tile / 2);
+        float v[8];
+        for (int from = 0; from < GEMM_ITEM_ROWS(tile); from += 4)
+            if (i == from)
+                for (int j = 0; j < 8; j++)
+                    gemm_lay(room + j * 4 * tile, acc[from + j / 2] + j % 2 * 4);
+        gemm_take(v, room + i % 4 * 8 * tile);
+        gemm_take(v + 4, room + (i % 4 * 8 + 4) * tile);
+        int row = row0 + y + i % 4 + i / 4 * 32;
         if (row >= end)
             continue;
         if (forward) {
-            gemm_finish_forward(acc[i], acc[i] + 4, to, row, first, columns - first, quads);
+            gemm_finish_forward(v, v + 4, to, row, first, columns - first, quads);
         } else if (to->flags & GEMM_SWIGLU_BACKWARD) {
-            gemm_finish_backward(acc[i], to, row, first, columns - first, quads);
-            gemm_finish_backward(acc[i] + 4, to, row, second, columns - second, quads);
+            gemm_finish_backward(v, to, row, first, columns - first, quads);
+            gemm_finish_backward(v + 4, to, row, second, columns - second, quads);
         } else {
-            gemm_finish_plain(acc[i], to, row, first, columns - first, quads);
-            gemm_finish_plain(acc[i] + 4, to, row, second, columns - second, quads);
+            gemm_finish_plain(v, to, row, first, columns - first, quads);
+            gemm_finish_plain(v + 4, to, row, second, columns - second, quads);
         }
     }
 }
@@ -559,8 +591,7 @@ inline void gemm_finish(float acc[8][8], const int tile, const struct gemm_resul
 // C = A B: A [m,k], B [groups][n,k] (along_k) or [k,n]; ragged over the rows of A where there are
 // offsets. Groups: (columns / tile, row blocks: m / tile + number of groups); SWIGLU_FORWARD: a tile
 // has half as many columns of g.
-inline void gemm_rows(LOCAL_PTR float *ta, LOCAL_PTR float *tb, const int tile, const int along_k,
-                      GEMM_ARGUMENTS)
+inline void gemm_rows(LOCAL_PTR float *tiles, const int tile, const int along_k, GEMM_ARGUMENTS)
 {
     int group, end, row0 = gemm_block(offsets, groups, (int)get_group_id(1), tile, m, &group, &end);
     int forward = along_k && flags & GEMM_SWIGLU_FORWARD, columns = forward ? n / 2 : n;
@@ -570,7 +601,9 @@ inline void gemm_rows(LOCAL_PTR float *ta, LOCAL_PTR float *tb, const int tile, 
         return;
     struct gemm_side sa, sb;
     struct gemm_result to;
-    float acc[8][8];
+    float acc[GEMM_ROWS_MAX][8];
+    int y, x;
+    gemm_place(tile, &y, &x);
     sa.p = gemm_at(a, (size_t)row0 * k, a_bf16);
     sa.bf16 = a_bf16;
     sa.along_k = 1;
@@ -584,26 +617,28 @@ inline void gemm_rows(LOCAL_PTR float *ta, LOCAL_PTR float *tb, const int tile, 
     sb.count = columns - col0;
     sb.halves = forward;
     sb.jump = columns - tile / 2;
-    gemm_sums(acc, tile, ta, tb, &sa, &sb, k,
+    gemm_sums(acc, tile, tiles, tiles + 2 * GEMM_TILE_SIZE(tile), y, x, &sa, &sb, k,
               k % 4 == 0 && sb.ld % 4 == 0 && GEMM_QUADS(a_bf16, b_bf16));
     to.c = c;
     to.h = h;
     to.bias = bias;
     to.n = n;
     to.flags = flags;
-    gemm_finish(acc, tile, &to, row0, end, col0);
+    gemm_finish(acc, tile, tiles, y, x, &to, row0, end, col0);
 }
 
 // C[group] = A^T B: A [k,m], B [k,n], summed over the group's rows (all k rows without offsets).
 // Groups: (columns / tile, rows / tile, number of groups).
-inline void gemm_columns(LOCAL_PTR float *ta, LOCAL_PTR float *tb, const int tile, GEMM_ARGUMENTS)
+inline void gemm_columns(LOCAL_PTR float *tiles, const int tile, GEMM_ARGUMENTS)
 {
     int group = (int)get_group_id(2), a_bf16 = flags & GEMM_A_BF16, b_bf16 = flags & GEMM_B_BF16;
     int k0 = offsets ? offsets[group] : 0, k_end = offsets ? offsets[group + 1] : k;
     int row0 = (int)get_group_id(1) * tile, col0 = (int)get_group_id(0) * tile;
     struct gemm_side sa, sb;
     struct gemm_result to;
-    float acc[8][8];
+    float acc[GEMM_ROWS_MAX][8];
+    int y, x;
+    gemm_place(tile, &y, &x);
     sa.p = gemm_at(a, (size_t)k0 * m + row0, a_bf16);
     sa.bf16 = a_bf16;
     sa.along_k = 0;
@@ -616,7 +651,7 @@ inline void gemm_columns(LOCAL_PTR float *ta, LOCAL_PTR float *tb, const int til
     sb.ld = n;
     sb.count = n - col0;
     sb.halves = 0;
-    gemm_sums(acc, tile, ta, tb, &sa, &sb, k_end - k0,
+    gemm_sums(acc, tile, tiles, tiles + 2 * GEMM_TILE_SIZE(tile), y, x, &sa, &sb, k_end - k0,
               m % 4 == 0 && n % 4 == 0 && GEMM_QUADS(a_bf16, b_bf16));
     size_t skip = (size_t)group * m * n;
     to.c = flags & GEMM_C_BF16 ? (GLOBAL void *)((GLOBAL ushort *)c + skip)
@@ -625,52 +660,52 @@ inline void gemm_columns(LOCAL_PTR float *ta, LOCAL_PTR float *tb, const int til
     to.bias = bias;
     to.n = n;
     to.flags = flags;
-    gemm_finish(acc, tile, &to, row0, m, col0);
+    gemm_finish(acc, tile, tiles, y, x, &to, row0, m, col0);
 }
 
-#define GEMM_TILES LOCAL float4 ta[GEMM_LOCAL], tb[GEMM_LOCAL]
-#define GEMM_TILE_ARGUMENTS (LOCAL_PTR float *)ta, (LOCAL_PTR float *)tb
+// Two tiles of A and two of B, or the room of gemm_finish.
+#define GEMM_TILES(tile) LOCAL float4 tiles[GEMM_TILE_SIZE(tile)]
 
-KERNEL_DENSE(256, 1)
+KERNEL_DENSE(128, 1)
 void gemm_nt(GEMM_ARGUMENTS)
 {
-    GEMM_TILES;
-    gemm_rows(GEMM_TILE_ARGUMENTS, GEMM_LARGE, 1, GEMM_PASSED);
+    GEMM_TILES(GEMM_LARGE);
+    gemm_rows((LOCAL_PTR float *)tiles, GEMM_LARGE, 1, GEMM_PASSED);
 }
 
-KERNEL_DENSE(256, 1)
+KERNEL_DENSE(128, 1)
 void gemm_nn(GEMM_ARGUMENTS)
 {
-    GEMM_TILES;
-    gemm_rows(GEMM_TILE_ARGUMENTS, GEMM_LARGE, 0, GEMM_PASSED);
+    GEMM_TILES(GEMM_LARGE);
+    gemm_rows((LOCAL_PTR float *)tiles, GEMM_LARGE, 0, GEMM_PASSED);
 }
 
-KERNEL_DENSE(256, 1)
+KERNEL_DENSE(128, 1)
 void gemm_tn(GEMM_ARGUMENTS)
 {
-    GEMM_TILES;
-    gemm_columns(GEMM_TILE_ARGUMENTS, GEMM_LARGE, GEMM_PASSED);
+    GEMM_TILES(GEMM_LARGE);
+    gemm_columns((LOCAL_PTR float *)tiles, GEMM_LARGE, GEMM_PASSED);
 }
 
-KERNEL_DENSE(256, 1)
+KERNEL(64, 1)
 void gemm_nt_small(GEMM_ARGUMENTS)
 {
-    GEMM_TILES;
-    gemm_rows(GEMM_TILE_ARGUMENTS, GEMM_SMALL, 1, GEMM_PASSED);
+    GEMM_TILES(GEMM_SMALL);
+    gemm_rows((LOCAL_PTR float *)tiles, GEMM_SMALL, 1, GEMM_PASSED);
 }
 
-KERNEL_DENSE(256, 1)
+KERNEL(64, 1)
 void gemm_nn_small(GEMM_ARGUMENTS)
 {
-    GEMM_TILES;
-    gemm_rows(GEMM_TILE_ARGUMENTS, GEMM_SMALL, 0, GEMM_PASSED);
+    GEMM_TILES(GEMM_SMALL);
+    gemm_rows((LOCAL_PTR float *)tiles, GEMM_SMALL, 0, GEMM_PASSED);
 }
 
-KERNEL_DENSE(256, 1)
+KERNEL(64, 1)
 void gemm_tn_small(GEMM_ARGUMENTS)
 {
-    GEMM_TILES;
-    gemm_columns(GEMM_TILE_ARGUMENTS, GEMM_SMALL, GEMM_PASSED);
+    GEMM_TILES(GEMM_SMALL);
+    gemm_columns((LOCAL_PTR float *)tiles, GEMM_SMALL, GEMM_PASSED);
 }
 
 // ---- matrix products: column sums (the gradient of a bias)
@@ -2069,14 +2104,10 @@ void qk_norm_bwd_cpu(GLOBAL act *dqkv, GLOBAL float *partial, const GLOBAL act *
 
 // ---- attention, GPU forms --------------------------------------------------------------------------------------
 //
-// Flash attention by tiles: a group of 256 items (16 x 16) holds 64 rows (queries, or keys in
-// attention_bwd_kv) and walks over tiles of 64 rows of the other side. Item (ty, tx) owns rows
-// ty*4 + i of its tile, i < 4, and columns tx + 16*j: of the scores (j < 4) and of the head (j < 8).
-// A product goes through local memory in slices of 16 along the summed axis.
-
-#define TILE 64
-#define SLICE 16
-#define PITCH (TILE + 1)
+// Flash attention (arXiv 2205.14135) by tiles of 64 rows. Forward: a group of 64 items holds 64 queries
+// of one head of one image and walks over tiles of 64 keys. Both products are those of the matrix
+// kernels' small tile: s = q k^T, an item's 8x8 of it, then o += p v, where p lies in local memory as
+// [key][query]. Between them item i does the softmax of query i.
 
 // Where a part (0 q, 1 k, 2 v) of a head starts in qkv; rows are 3*width apart.
 inline size_t head_part(int part, int head_of_all, int heads, int tokens, int hd)
@@ -2084,6 +2115,211 @@ inline size_t head_part(int part, int head_of_all, int heads, int tokens, int hd
     size_t n = head_of_all / heads, h = head_of_all % heads;
     return ((n * tokens * 3 + part) * heads + h) * hd;
 }
+
+#ifdef ACT_BF16
+#define ACT_IS_BF16 1
+#else
+#define ACT_IS_BF16 0
+#endif
+
+// Rows [first, rows) of a head, `pitch` elements apart; along_k: the sum runs over the head's size.
+inline void head_side(struct gemm_side *side, const GLOBAL act *head, int first, int pitch, int along_k,
+                      int count)
+{
+    side->p = head + (size_t)first * pitch;
+    side->bf16 = ACT_IS_BF16;
+    side->along_k = along_k;
+    side->ld = pitch;
+    side->count = count;
+    side->halves = 0;
+    side->jump = 0;
+}
+
+// acc += p b: p, in local memory, [k][GEMM_TILE_PITCH]; b by way of tb, 2 * GEMM_TILE_SIZE; `left` of k.
+inline void gemm_add_sums(float acc[GEMM_ROWS_MAX][8], const LOCAL_PTR float *p, LOCAL_PTR float *tb, int y, int x,
+                          struct gemm_side *b, int left, int quads)
+{
+    const int pitch = GEMM_TILE_PITCH(GEMM_SMALL), size = GEMM_TILE_SIZE(GEMM_SMALL);
+    int item = (int)get_local_id(0), now = 0;
+    uint at[2], quad[2][4];
+    gemm_quad_offsets(at, b, GEMM_SMALL, item);
+    if (quads && left >= GEMM_STEP)
+        gemm_bring_step(quad, b, at, ACT_IS_BF16);
+    for (; left > 0; left -= GEMM_STEP) {
+        if (quads && left >= GEMM_STEP)
+            gemm_put_step(tb + now, GEMM_SMALL, quad, ACT_IS_BF16, 0, item);
+        else
+            gemm_put_singly(tb + now, GEMM_SMALL, b, left, item);
+        barrier(CLK_LOCAL_MEM_FENCE);
+        gemm_advance(b);
+        if (quads && left >= 2 * GEMM_STEP)
+            gemm_bring_step(quad, b, at, ACT_IS_BF16);
+#pragma unroll
+        for (int s = 0; s < GEMM_STEP; s++)
+            gemm_multiply_add(acc, GEMM_SMALL, p + s * pitch + y, tb + now + s * pitch + x);
+        p += size;
+        now = size - now;
+    }
+}
+
+// p[key][query] = the scores s of an item, times `scale`; keys from `keys` on count as impossible.
+inline void attention_lay_scores(LOCAL_PTR float *p, float s[GEMM_ROWS_MAX][8], int y, int x, float scale, int keys)
+{
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+        int key = x + j % 4 + j / 4 * 32;
+#pragma unroll
+        for (int i = 0; i < 8; i += 4) {
+            float v[4];
+#pragma unroll
+            for (int r = 0; r < 4; r++)
+                v[r] = key < keys ? s[i + r][j] * scale : -INFINITY;
+            gemm_lay(p + key * GEMM_TILE_PITCH(GEMM_SMALL) + y + i * 8, v);
+        }
+    }
+}
+
+// One query's column of p: scores (of 2^) become weights. *top: the largest score so far; *total: the
+// sum of weights. Returns the factor by which what was summed before shrinks.
+inline float attention_softmax(LOCAL_PTR float *p, float *top, float *total)
+{
+    const int pitch = GEMM_TILE_PITCH(GEMM_SMALL);
+    float best[4], mass[4];
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        best[j] = *top;
+        mass[j] = 0.0f;
+    }
+    for (int key = 0; key < GEMM_SMALL; key += 4)
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            best[j] = fmax(best[j], p[(key + j) * pitch]);
+    best[0] = fmax(fmax(best[0], best[1]), fmax(best[2], best[3]));
+    for (int key = 0; key < GEMM_SMALL; key += 4)
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            float e = exp2(p[(key + j) * pitch] - best[0]);
+            p[(key + j) * pitch] = e;
+            mass[j] += e;
+        }
+    float shrink = exp2(*top - best[0]);
+    *top = best[0];
+    *total = fma(*total, shrink, (mass[0] + mass[1]) + (mass[2] + mass[3]));
+    return shrink;
+}
+
+inline void attention_scale_rows(float o[GEMM_ROWS_MAX][8], const LOCAL_PTR float *factor, int y)
+{
+    float f[8];
+    gemm_take(f, factor + y);
+    gemm_take(f + 4, factor + y + 32);
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+#pragma unroll
+        for (int j = 0; j < 8; j++)
+            o[i][j] *= f[i];
+}
+
+// Columns from `first` on of 64 rows of o.
+inline void attention_store(GLOBAL act *o, float sum[GEMM_ROWS_MAX][8], int y, int x, int first, int rows, int pitch,
+                            int hd)
+{
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        int row = y + i % 4 + i / 4 * 32;
+#pragma unroll
+        for (int j = 0; j < 8; j += 4) {
+            int d = first + x + j * 8;
+            if (row < rows)
+                gemm_set(o, (size_t)row * pitch + d, sum[i] + j, hd - d, hd % 4 == 0, ACT_IS_BF16);
+        }
+    }
+}
+
+#define ATTENTION_ARGUMENTS                                                                        \
+    GLOBAL act *o, GLOBAL float *lse, const GLOBAL act *qkv, int heads, int tokens, int hd,        \
+        float scale, int write_lse, int all_heads, int key_block, int query_block, int per_item
+#define ATTENTION_PASSED                                                                           \
+    o, lse, qkv, heads, tokens, hd, scale, write_lse, all_heads, key_block, query_block, per_item
+
+// parts: of 64 columns of the head. tiles, p, factor: local; GEMM_SMALL's four tiles, 64 keys of 64
+// queries, one factor a query.
+inline void attention_rows(const int parts, LOCAL_PTR float *tiles, LOCAL_PTR float *p,
+                           LOCAL_PTR float *factor, ATTENTION_ARGUMENTS)
+{
+    int item = get_local_id(0), y = item % 8 * 4, x = item / 8 * 4; // p is written along queries
+    int first = get_group_id(0) * GEMM_SMALL, head = get_group_id(1);
+    int pitch = 3 * heads * hd, quads = hd % 4 == 0;
+    const GLOBAL act *q = qkv + head_part(0, head, heads, tokens, hd);
+    const GLOBAL act *k = q + heads * hd, *v = k + heads * hd;
+    struct gemm_side a, b;
+    float s[GEMM_ROWS_MAX][8], sum[2][GEMM_ROWS_MAX][8], top = -INFINITY, total = 0.0f;
+    gemm_zero(sum[0], GEMM_SMALL);
+    if (parts > 1)
+        gemm_zero(sum[1], GEMM_SMALL);
+    for (int keys = 0; keys < tokens; keys += GEMM_SMALL) {
+        head_side(&a, q, first, pitch, 1, tokens - first);
+        head_side(&b, k, keys, pitch, 1, tokens - keys);
+        gemm_sums(s, GEMM_SMALL, tiles, tiles + 2 * GEMM_TILE_SIZE(GEMM_SMALL), y, x, &a, &b, hd, quads);
+        attention_lay_scores(p, s, y, x, scale * 1.44269504f, tokens - keys);
+        barrier(CLK_LOCAL_MEM_FENCE);
+        factor[item] = attention_softmax(p + item, &top, &total);
+        barrier(CLK_LOCAL_MEM_FENCE);
+        attention_scale_rows(sum[0], factor, y);
+        head_side(&b, v, keys, pitch, 0, hd);
+        gemm_add_sums(sum[0], p, tiles, y, x, &b, min((int)GEMM_SMALL, tokens - keys), quads);
+        barrier(CLK_LOCAL_MEM_FENCE);
+        if (parts > 1) {
+            attention_scale_rows(sum[1], factor, y);
+            head_side(&b, v + GEMM_SMALL, keys, pitch, 0, hd - GEMM_SMALL);
+            gemm_add_sums(sum[1], p, tiles, y, x, &b, min((int)GEMM_SMALL, tokens - keys), quads);
+            barrier(CLK_LOCAL_MEM_FENCE);
+        }
+    }
+    factor[item] = 1.0f / total;
+    barrier(CLK_LOCAL_MEM_FENCE);
+    o += (((size_t)(head / heads) * tokens + first) * heads + head % heads) * hd;
+    attention_scale_rows(sum[0], factor, y);
+    attention_store(o, sum[0], y, x, 0, tokens - first, heads * hd, hd);
+    if (parts > 1) {
+        attention_scale_rows(sum[1], factor, y);
+        attention_store(o, sum[1], y, x, GEMM_SMALL, tokens - first, heads * hd, hd);
+    }
+    if (write_lse && first + item < tokens)
+        lse[(size_t)head * tokens + first + item] = fma(top, 0.69314718f, log(total));
+}
+
+#define ATTENTION_LOCAL                                                                            \
+    LOCAL float4 tiles[GEMM_TILE_SIZE(GEMM_SMALL)];                                                \
+    LOCAL float4 p[GEMM_SMALL * GEMM_TILE_PITCH(GEMM_SMALL) / 4], factor[GEMM_SMALL / 4]
+
+// Group (64 queries, head). Head sizes up to 64, and up to HEAD_MAX.
+KERNEL(64, 1)
+void attention_fwd(ATTENTION_ARGUMENTS)
+{
+    ATTENTION_LOCAL;
+    attention_rows(1, (LOCAL_PTR float *)tiles, (LOCAL_PTR float *)p, (LOCAL_PTR float *)factor,
+                   ATTENTION_PASSED);
+}
+
+KERNEL(64, 1)
+void attention_fwd_wide(ATTENTION_ARGUMENTS)
+{
+    ATTENTION_LOCAL;
+    attention_rows(2, (LOCAL_PTR float *)tiles, (LOCAL_PTR float *)p, (LOCAL_PTR float *)factor,
+                   ATTENTION_PASSED);
+}
+
+// ---- attention, GPU forms: backward
+//
+// A group of 256 items (16 x 16) holds 64 rows (queries, or keys in attention_bwd_kv) and walks over
+// tiles of 64 rows of the other side. Item (ty, tx) owns rows ty*4 + i of its tile, i < 4, and columns
+// tx + 16*j: of the scores (j < 4) and of the head (j < 8). A product goes through local memory in
+// slices of 16 along the summed axis.
+
+#define TILE 64
+#define SLICE 16
+#define PITCH (TILE + 1)
 
 // s[i][j] = sum over d of a[first_a + ty*4 + i, d] * b[first_b + tx + 16*j, d]; rows from `tokens` on
 // count as 0. a, b: heads with rows pitch_a, pitch_b apart; sa, sb: SLICE * PITCH each.
@@ -2129,75 +2365,6 @@ inline void tile_product(float sum[4][8], LOCAL_PTR float *p, const GLOBAL act *
                                         sb[k * HEAD_MAX + tx + 16 * j], sum[i][j]);
         barrier(CLK_LOCAL_MEM_FENCE);
     }
-}
-
-// Group (q, head): 64 queries of one head of one image.
-KERNEL(256, 1)
-void attention_fwd(GLOBAL act *o, GLOBAL float *lse, const GLOBAL act *qkv, int heads, int tokens,
-                   int hd, float scale, int write_lse, int all_heads, int key_block, int query_block,
-                   int per_item)
-{
-    LOCAL float slices[2 * SLICE * PITCH]; // or SLICE * HEAD_MAX, which is less
-    LOCAL float p[TILE * PITCH];
-    LOCAL float part[256], top[TILE], total[TILE], shrink[TILE];
-    int item = get_local_id(0), ty = item / 16, tx = item % 16;
-    int first = get_group_id(0) * TILE, head = get_group_id(1);
-    size_t pitch = (size_t)3 * heads * hd;
-    const GLOBAL act *q = qkv + head_part(0, head, heads, tokens, hd);
-    const GLOBAL act *k = q + heads * hd, *v = k + heads * hd;
-    float s[4][4], sum[4][8];
-    for (int i = 0; i < 4; i++)
-        for (int j = 0; j < 8; j++)
-            sum[i][j] = 0.0f;
-    if (item < TILE) {
-        top[item] = -INFINITY;
-        total[item] = 0.0f;
-    }
-    for (int keys = 0; keys < tokens; keys += TILE) {
-        tile_scores(s, q, pitch, first, k, pitch, keys, tokens, hd, slices, slices + SLICE * PITCH);
-        for (int i = 0; i < 4; i++)
-            for (int j = 0; j < 4; j++)
-                p[(ty * 4 + i) * PITCH + tx + 16 * j] =
-                    keys + tx + 16 * j < tokens ? s[i][j] * scale : -INFINITY;
-        barrier(CLK_LOCAL_MEM_FENCE);
-        int row = item / 4, quarter = item % 4 * 16; // softmax: 4 items a row
-        float best = -INFINITY, mass = 0.0f;
-        for (int j = 0; j < 16; j++)
-            best = fmax(best, p[row * PITCH + quarter + j]);
-        part[item] = best;
-        barrier(CLK_LOCAL_MEM_FENCE);
-        best = top[row];
-        for (int j = 0; j < 4; j++)
-            best = fmax(best, part[row * 4 + j]);
-        barrier(CLK_LOCAL_MEM_FENCE);
-        for (int j = 0; j < 16; j++) {
-            float e = exp(p[row * PITCH + quarter + j] - best);
-            p[row * PITCH + quarter + j] = e;
-            mass += e;
-        }
-        part[item] = mass;
-        barrier(CLK_LOCAL_MEM_FENCE);
-        if (quarter == 0) {
-            shrink[row] = exp(top[row] - best);
-            top[row] = best;
-            total[row] = fma(total[row], shrink[row],
-                             part[item] + part[item + 1] + part[item + 2] + part[item + 3]);
-        }
-        barrier(CLK_LOCAL_MEM_FENCE);
-        for (int i = 0; i < 4; i++)
-            for (int j = 0; j < 8; j++)
-                sum[i][j] *= shrink[ty * 4 + i];
-        tile_product(sum, p, v, pitch, keys, tokens, hd, slices);
-    }
-    for (int i = 0; i < 4; i++) {
-        int row = first + ty * 4 + i;
-        size_t to = (((size_t)(head / heads) * tokens + row) * heads + head % heads) * hd;
-        for (int j = 0; j < 8; j++)
-            if (row < tokens && tx + 16 * j < hd)
-                act_store(o, to + tx + 16 * j, sum[i][j] / total[ty * 4 + i]);
-    }
-    if (write_lse && item < TILE && first + item < tokens)
-        lse[(size_t)head * tokens + first + item] = top[item] + log(total[item]);
 }
 
 // delta[n,h,t] = sum over d of do * o; one item a (n, t, h).

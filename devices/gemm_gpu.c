@@ -1,5 +1,7 @@
 #include "devices/gemm_gpu.h"
 
+#include <math.h>
+
 enum { LARGE = 128, SMALL = 64 }; // tiles: GEMM_LARGE, GEMM_SMALL in kernels.cl
 
 void gemm_check(const struct device *dev, const struct gemm *g)
@@ -27,17 +29,35 @@ static void tiles_of(const struct gemm *g, int tile, int groups[3])
         groups[1] += g->groups; // every expert may end with a part of a tile
 }
 
+// The time of a product by one kind of tile. Compute units take `resident` tiles at a time, in waves; a
+// wave takes `latency` and, for each tile, `work`.
+static double tiles_time(const struct gemm *g, int tile, int units, int resident, double latency,
+                         double work)
+{
+    int groups[3];
+    tiles_of(g, tile, groups);
+    double tiles = ceil((double)groups[0] * groups[1] * groups[2] / (units > 0 ? units : 1));
+    return latency * ceil(tiles / resident) + work * tiles;
+}
+
+// Small tiles fill a device better, large ones read less. The numbers are those of an H100 at k = 384
+// (docs/opencl_gpu.md), in units of 37 us: what a large tile takes where there are many.
+static bool suits_small(const struct device *dev, const struct gemm *g)
+{
+    const int units = dev->info.compute_units;
+    return tiles_time(g, SMALL, units, 6, 0.55, 0.18) < tiles_time(g, LARGE, units, 2, 0.6, 0.7);
+}
+
 int gemm_gpu(const struct device *dev, struct stream *s, const struct gemm *g)
 {
     enum kernel kernel = g->trans_a ? KERNEL_gemm_tn : g->trans_b ? KERNEL_gemm_nt : KERNEL_gemm_nn;
+    const bool small = suits_small(dev, g);
     int groups[3];
-    tiles_of(g, LARGE, groups);
-    if ((int64_t)groups[0] * groups[1] * groups[2] < 2 * (int64_t)dev->info.compute_units) {
+    tiles_of(g, small ? SMALL : LARGE, groups);
+    if (small)
         kernel = g->trans_a   ? KERNEL_gemm_tn_small
                  : g->trans_b ? KERNEL_gemm_nt_small
                               : KERNEL_gemm_nn_small;
-        tiles_of(g, SMALL, groups);
-    }
     const union arg args[] = {{.b = g->a},
                               {.b = g->b},
                               {.b = g->c},

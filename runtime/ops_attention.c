@@ -8,7 +8,7 @@ enum {
     HEAD_MAX = 128,    // largest head size the kernels hold
     ARENA_FWD = 57344, // floats, as in kernels.cl
     ARENA_BWD = 65536,
-    TILE = 64, // rows a group of the GPU forms
+    TILE = 64, // rows a group of the GPU forms; columns of a head that attention_fwd takes
 };
 
 static int64_t round_up(int64_t count, int64_t multiple)
@@ -89,7 +89,8 @@ int op_attention_fwd(struct context *c, struct tensor *o, struct tensor *lse,
     if (c->dev->cpu_forms)
         return op_launch(c, KERNEL_attention_fwd_cpu, cover(s.tokens, b.query),
                          cover(s.all_heads, per), 1, args, count);
-    return op_launch(c, KERNEL_attention_fwd, cover(s.tokens, TILE), s.all_heads, 1, args, count);
+    return op_launch(c, s.hd > TILE ? KERNEL_attention_fwd_wide : KERNEL_attention_fwd,
+                     cover(s.tokens, TILE), s.all_heads, 1, args, count);
 }
 
 static struct blocks blocks_bwd(const struct attention_shape *s)
