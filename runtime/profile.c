@@ -206,7 +206,7 @@ int profile_end_gemm(struct profile *p, const struct gemm *g)
     return 0;
 }
 
-static const char *accelerated_name(enum accelerated op)
+const char *accelerated_name(enum accelerated op)
 {
     static const char *const names[ACCELERATE_COUNT] = {
         [ACCELERATE_ATTENTION_FWD] = "attention_fwd",
@@ -223,7 +223,7 @@ static const char *accelerated_name(enum accelerated op)
         [ACCELERATE_NORM2] = "norm2",
         [ACCELERATE_ADAMW] = "adamw",
     };
-    return names[op] ? names[op] : "accelerated";
+    return names[op];
 }
 
 int profile_end_accelerated(struct profile *p, enum accelerated op, const void *args,
@@ -242,6 +242,6 @@ int profile_end_accelerated(struct profile *p, enum accelerated op, const void *
     if (op == ACCELERATE_ATTENTION_BWD)
         flops =
             attention_flops(KERNEL_attention_bwd_cpu, (double)tensor_count(operands[0]), list[8].i);
-    snprintf(name, sizeof name, "%s (tuned)", accelerated_name(op));
+    snprintf(name, sizeof name, "%s (tuned)", accelerated_name(op) ? accelerated_name(op) : "?");
     return profile_end(p, name, mems, used, flops);
 }

@@ -47,6 +47,9 @@ static inline void profile_layer(struct context *c, int layer)
         c->profile->layer = layer;
 }
 
+// What profiles call an operation that a device takes over.
+const char *accelerated_name(enum accelerated op);
+
 // ---- for runtime/: around an operation ---------------------------------------------------------
 //
 // A begin without an end (the operation was not done after all) is forgotten at the next begin.

@@ -132,8 +132,16 @@ static int test_many(void) // more than the first room for events
     return PASSED;
 }
 
+static int test_names(void)
+{
+    for (int op = 0; op < ACCELERATE_COUNT; op++)
+        CHECK(accelerated_name((enum accelerated)op), "operation %d has no name", op);
+    return PASSED;
+}
+
 const struct test profile_tests[] = {
     {"notes", test_notes},
     {"many", test_many},
+    {"names", test_names},
     {0},
 };
