@@ -17,6 +17,21 @@ typedef struct CUfunc_st *cuda_function;
 typedef struct CUstream_st *cuda_stream;
 typedef struct CUevent_st *cuda_event;
 typedef struct CUtensorMap_st cuda_tensor_map; // 128 bytes, aligned to 64
+
+// CUlaunchAttribute and CUlaunchConfig
+typedef struct {
+    unsigned id;
+    union {
+        uint64_t words[8];
+        int value;
+    };
+} cuda_launch_attribute;
+typedef struct {
+    unsigned grid[3], block[3], shared;
+    cuda_stream stream;
+    cuda_launch_attribute *attributes;
+    unsigned count;
+} cuda_launch_config;
 typedef struct CUgraph_st *cuda_graph;
 typedef struct CUgraphExec_st *cuda_graph_exec;
 
@@ -56,6 +71,8 @@ enum {
     CUDA_CAPTURE_THREAD = 1,      // a capture forbids calls that would break it in this thread only
 
     CUDA_FUNCTION_MAX_SHARED = 8, // attribute of a function: dynamic shared memory, bytes
+
+    CUDA_LAUNCH_EARLY = 6, // attribute of a launch: it may start before the one before it ends
 
     CUDA_MAP_BF16 = 9, // of a tensor map: the type of its elements
     CUDA_MAP_SWIZZLE_128 = 3,
@@ -121,6 +138,8 @@ enum {
 
 // Those that a driver may lack; the field is then NULL.
 #define CUDA_OPTIONAL_FUNCTIONS(F)                                                                \
+    F(launch_with, cuLaunchKernelEx, "cuLaunchKernelEx", /* CUDA 11.8 */                          \
+      (const cuda_launch_config *, cuda_function, void **, void **))                              \
     F(parameter, cuFuncGetParamInfo, "cuFuncGetParamInfo", /* CUDA 12.4 */                        \
       (cuda_function, size_t, size_t *, size_t *))                                                \
     F(tensor_map, cuTensorMapEncodeTiled, "cuTensorMapEncodeTiled", /* for Hopper and later */    \

@@ -1,6 +1,6 @@
-// Matrix products on CUDA: cuBLASLt for plain products of two matrices of one type, where the
-// library is there; the project's own kernels for everything else (ragged products, f32 weights
-// with bf16 activations) and for devices opened as portable. DITMOE_CUBLASLT=0 switches it off.
+// Matrix products on CUDA: those of bf16 on Hopper by its own kernels (cuda_gemm_sm90.h); cuBLASLt
+// for other plain products of two matrices of one type, where the library is there; kernels.cl for
+// everything else and for devices opened as portable. DITMOE_CUBLASLT=0 switches the library off.
 //
 // cuBLASLt takes column-major matrices: a row-major C = op(A) op(B) is C^T = op(B)^T op(A)^T of the
 // same bytes, so B goes first and m and n change places. It finds the algorithm for a shape once;
@@ -10,6 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "devices/cuda_gemm_sm90.h"
 #include "devices/gemm_gpu.h"
 
 enum { SPACE = 8 << 20, PLANS_MAX = 512 };
@@ -88,7 +89,8 @@ static unsigned data_type(enum dtype type)
 
 static bool suits(const struct gemm *g)
 {
-    if (g->ragged != GEMM_PLAIN || g->type_a != g->type_b || g->m < 1 || g->n < 1 || g->k < 1)
+    if (g->ragged != GEMM_PLAIN || g->swiglu || g->type_a != g->type_b || g->m < 1 || g->n < 1 ||
+        g->k < 1)
         return false;
     if (g->type_a == F32)
         return g->type_c == F32;
@@ -200,16 +202,30 @@ static int multiply(struct stream *s, const struct cuda_gemm *gemm, const struct
                             g->n, g->k, code);
 }
 
+// A product by cuBLASLt; NOT_MINE when it does not suit.
+int cuda_gemm_by_library(struct stream *s, const struct gemm *g)
+{
+    struct cuda_gemm *gemm = suits(g) ? library(s->dev) : NULL;
+    struct plan *p = gemm ? plan_for(gemm, g) : NULL;
+    return p && p->usable ? multiply(s, gemm, p, g) : NOT_MINE;
+}
+
+// ---- the verbs ----------------------------------------------------------------------------------
+
 size_t cuda_gemm_space(struct device *base, const struct gemm *g)
 {
+    struct cuda_device *dev = cuda_device_of(base);
     gemm_check(base, g);
-    return suits(g) && library(cuda_device_of(base)) ? SPACE : 0;
+    if (cuda_gemm_sm90_suits(dev, g))
+        return cuda_gemm_sm90_space(dev, g);
+    return suits(g) && library(dev) ? SPACE : 0;
 }
 
 int cuda_gemm(struct stream *s, const struct gemm *g)
 {
     gemm_check(&s->dev->base, g);
-    struct cuda_gemm *gemm = suits(g) ? library(s->dev) : NULL;
-    struct plan *p = gemm ? plan_for(gemm, g) : NULL;
-    return p && p->usable ? multiply(s, gemm, p, g) : gemm_gpu(&s->dev->base, s, g);
+    if (cuda_gemm_sm90_suits(s->dev, g))
+        return cuda_gemm_sm90(s, g, 0);
+    int code = cuda_gemm_by_library(s, g);
+    return code == NOT_MINE ? gemm_gpu(&s->dev->base, s, g) : code;
 }

@@ -452,6 +452,165 @@ static int test_swiglu(void)
     return failures ? FAILED : PASSED;
 }
 
+// ---- products of bf16 alone, as tuned kernels take them -------------------------------------------
+
+// Columns and k in eighths; more than one tile of 128 rows, of 192 columns, of 64 of k.
+static const struct product halves[] = {
+    {.m = 1, .n = 8, .k = 8},
+    {.m = 37, .n = 264, .k = 72},
+    {.m = 128, .n = 192, .k = 64},
+    {.m = 129, .n = 200, .k = 584},
+    {.m = 300, .n = 392, .k = 136},
+    {.m = 520, .n = 64, .k = 1032},
+    {.m = 2180, .n = 1544, .k = 24}, // more tiles than a GPU has multiprocessors
+};
+
+static const struct product ragged_halves[] = {
+    {.n = 72, .k = 40, .groups = 4, .counts = {13, 0, 1, 25}},
+    {.n = 64, .k = 32, .groups = 8, .counts = {0, 0, 330, 0, 0, 0, 0, 0}}, // all on one
+    {.n = 200, .k = 136, .groups = 5, .counts = {129, 0, 1, 128, 300}, .spare = 70},
+    {.n = 32, .k = 16, .groups = 2, .counts = {0, 0}, .spare = 3}, // nobody came
+    {.n = 776,
+     .k = 264,
+     .groups = 16,
+     .counts = {4, 97, 8, 11, 0, 12, 3, 2, 1, 96, 7, 65, 64, 0, 9, 200}},
+};
+
+// p as A B^T, A B and A^T B, into bf16 and f32, added and not.
+static int try_halves(unsigned flags, struct product p, enum gemm_ragged ragged)
+{
+    int failures = 0;
+    p.ragged = ragged;
+    p.a = p.b = BF16;
+    for (int i = 0; i < 8; i++) {
+        p.trans_b = i & 1;
+        p.accumulate = i & 2;
+        p.c = i & 4 ? F32 : BF16;
+        p.trans_a = !p.trans_b && p.c == F32;
+        if (p.trans_a != (ragged == GEMM_RAGGED_K) && ragged != GEMM_PLAIN)
+            continue;
+        p.m = ragged == GEMM_RAGGED_K ? p.k + 8 : p.m;
+        p.bias = ragged == GEMM_PLAIN && p.trans_b && !p.accumulate;
+        failures += try_product(flags, &p) != PASSED;
+    }
+    return failures ? FAILED : PASSED;
+}
+
+static int test_halves(void)
+{
+    int failures = 0;
+    for (int f = 0; f < 4; f++) {
+        if (!(op_flags[f] & OPEN_BF16))
+            continue;
+        for (size_t i = 0; i < sizeof halves / sizeof *halves; i++)
+            failures += try_halves(op_flags[f], halves[i], GEMM_PLAIN) != PASSED;
+        for (size_t i = 0; i < sizeof ragged_halves / sizeof *ragged_halves; i++) {
+            failures += try_halves(op_flags[f], ragged_halves[i], GEMM_RAGGED_M) != PASSED;
+            failures += try_halves(op_flags[f], ragged_halves[i], GEMM_RAGGED_K) != PASSED;
+        }
+    }
+    return failures ? FAILED : PASSED;
+}
+
+// SwiGLU within a product of bf16; with and without what may be left out. p: n is F.
+static int try_swiglu_halves(unsigned flags, const struct product *p, bool whole)
+{
+    struct op_run r;
+    const int F = p->n, k = p->k, groups = p->groups, matrices = groups ? groups : 1;
+    double first[GROUPS_MAX + 1];
+    offsets_of(p, first);
+    const int used = groups ? (int)first[groups] : p->m, rows = used + p->spare;
+    OK(op_begin(&r, flags, 14));
+    if (!r.c.dev->rebuilds_hidden || !op_swiglu_fuses(&r.c, F))
+        return op_end(&r);
+    struct operand *offsets = groups ? op_values(&r, I32, first, DIMS(groups + 1)) : NULL;
+    struct operand *x = rows_with_spare(&r, BF16, rows, k, p->spare);
+    struct operand *dy = rows_with_spare(&r, BF16, rows, k, p->spare);
+    struct operand *w = op_random(&r, BF16, -1, 1, DIMS(matrices, 2 * F, k));
+    struct operand *down = op_random(&r, BF16, -1, 1, DIMS(matrices, k, F));
+    struct operand *old = op_random(&r, BF16, -3, 3, DIMS(rows, 2 * F));
+    struct operand *gu = op_random(&r, BF16, -3, 3, DIMS(rows, 2 * F));
+    struct operand *h = op_random(&r, BF16, -3, 3, DIMS(rows, F));
+    struct operand *again = op_random(&r, BF16, -3, 3, DIMS(rows, F));
+    struct swiglu_case s = {F,
+                            k,
+                            k,
+                            x->v,
+                            w->v,
+                            down->v,
+                            dy->v,
+                            old->v,
+                            op_doubles(&r, gu->count),
+                            op_doubles(&r, h->count),
+                            op_doubles(&r, gu->count)};
+    double *want_again = op_doubles(&r, h->count);
+    for (int e = 0; e < matrices; e++)
+        swiglu_rows(&s, e, groups ? (int)first[e] : 0, groups ? (int)first[e + 1] : rows);
+    for (int i = 0; i < rows * F; i++) {
+        const double g = old->v[i / F * 2 * F + i % F], u = old->v[i / F * 2 * F + i % F + F];
+        want_again[i] = g / (1 + exp(-g)) * u;
+        if (i < used * F)
+            continue;
+        want_again[i] = again->v[i]; // rows that stay as they are
+        s.want_h[i] = h->v[i];
+        s.want_gu[2 * i] = gu->v[2 * i];
+        s.want_gu[2 * i + 1] = gu->v[2 * i + 1];
+        s.want_dgu[2 * i] = old->v[2 * i];
+        s.want_dgu[2 * i + 1] = old->v[2 * i + 1];
+    }
+    struct gemm g = {.ragged = groups ? GEMM_RAGGED_M : GEMM_PLAIN,
+                     .m = rows,
+                     .n = 2 * F,
+                     .k = k,
+                     .trans_b = true,
+                     .a = x->t.mem,
+                     .b = w->t.mem,
+                     .c = whole ? gu->t.mem : NULL,
+                     .type_a = BF16,
+                     .type_b = BF16,
+                     .type_c = BF16,
+                     .groups = groups,
+                     .offsets = groups ? offsets->t.mem : NULL,
+                     .swiglu = SWIGLU_FORWARD,
+                     .h = h->t.mem};
+    OK(run_gemm(&r, &g));
+    g.trans_b = false;
+    g.n = F;
+    g.a = dy->t.mem;
+    g.b = down->t.mem;
+    g.c = old->t.mem;
+    g.swiglu = SWIGLU_BACKWARD;
+    g.h = whole ? again->t.mem : NULL;
+    OK(run_gemm(&r, &g));
+    op_judge(&r, h, s.want_h, 8e-3, "bf16 swiglu h %d %d %d", rows, F, k);
+    op_judge(&r, old, s.want_dgu, 8e-3, "bf16 swiglu dgu %d %d %d", rows, F, k);
+    if (whole) {
+        op_judge(&r, gu, s.want_gu, 4e-3, "bf16 swiglu gu %d %d %d", rows, F, k);
+        op_judge(&r, again, want_again, 4e-3, "bf16 swiglu h again %d %d %d", rows, F, k);
+    }
+    return op_end(&r);
+}
+
+static int test_swiglu_halves(void)
+{
+    static const struct product cases[] = {
+        {.m = 1, .n = 64, .k = 8},
+        {.m = 300, .n = 192, .k = 136},
+        {.m = 129, .n = 320, .k = 72},
+        {.n = 192, .k = 200, .groups = 5, .counts = {130, 0, 1, 257, 3}, .spare = 9},
+        {.n = 64, .k = 64, .groups = 3, .counts = {0, 390, 0}},
+        {.n = 1024, .k = 72, .groups = 3, .counts = {900, 500, 1}},
+        {.m = 13, .n = 64, .k = 33}, // no kernel of ours: two steps
+    };
+    int failures = 0;
+    for (int f = 0; f < 4; f++)
+        for (size_t i = 0; op_flags[f] & OPEN_BF16 && i < sizeof cases / sizeof *cases; i++) {
+            failures += try_swiglu_halves(op_flags[f], &cases[i], true) != PASSED;
+            failures += try_swiglu_halves(op_flags[f], &cases[i], false) != PASSED;
+        }
+    return failures ? FAILED : PASSED;
+}
+
 // Every form once on a handful of elements: what a simulator of devices can run in a minute.
 static int test_tiny(void)
 {
@@ -483,5 +642,7 @@ const struct test gemm_tests[] = {
     {"linear", test_linear},
     {"experts", test_experts},
     {"swiglu", test_swiglu},
+    {"halves", test_halves},
+    {"swiglu_halves", test_swiglu_halves},
     {0},
 };

@@ -52,7 +52,15 @@ EQUAL(CUDA_CAPABILITY_MAJOR, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR);
 EQUAL(CUDA_CAPABILITY_MINOR, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR);
 EQUAL(CUDA_STREAM_NON_BLOCKING, CU_STREAM_NON_BLOCKING);
 EQUAL(CUDA_EVENT_DEFAULT, CU_EVENT_DEFAULT);
-EQUAL(CUDA_FUNCTION_MAX_SHARED, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES);
+EQUAL(CUDA_LAUNCH_EARLY, CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION);
+EQUAL(sizeof(cuda_launch_attribute), sizeof(CUlaunchAttribute));
+EQUAL(offsetof(cuda_launch_attribute, value), offsetof(CUlaunchAttribute, value));
+EQUAL(sizeof(cuda_launch_config), sizeof(CUlaunchConfig));
+EQUAL(offsetof(cuda_launch_config, block), offsetof(CUlaunchConfig, blockDimX));
+EQUAL(offsetof(cuda_launch_config, shared), offsetof(CUlaunchConfig, sharedMemBytes));
+EQUAL(offsetof(cuda_launch_config, stream), offsetof(CUlaunchConfig, hStream));
+EQUAL(offsetof(cuda_launch_config, attributes), offsetof(CUlaunchConfig, attrs));
+EQUAL(offsetof(cuda_launch_config, count), offsetof(CUlaunchConfig, numAttrs));
 EQUAL(CUDA_MAP_BF16, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16);
 EQUAL(CUDA_MAP_SWIZZLE_128, CU_TENSOR_MAP_SWIZZLE_128B);
 EQUAL(CUDA_MAP_PROMOTE_256, CU_TENSOR_MAP_L2_PROMOTION_L2_256B);
@@ -63,6 +71,7 @@ EQUAL(CUDA_FUNCTION_MAX_SHARED, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES)
 
 // cuda.h names the current version of a function by a macro; the symbol we look up must be the one
 // whose type is compared. cuEventElapsedTime is left out: its two versions have the same type.
+#define cuda_launch_config CUlaunchConfig // our names become the driver's own
 #define TEXT_OF(name) #name
 #define TEXT(name) TEXT_OF(name)
 #define CHECK(field, function, symbol, parameters)                      \
