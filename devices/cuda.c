@@ -6,6 +6,7 @@
 #include "devices/cuda.h"
 #include "devices/cuda_fused.h"
 #include "devices/cuda_tuned.h"
+#include "devices/gemm_gpu.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -107,6 +108,8 @@ static int cuda_open(const struct device_info *info, unsigned flags, struct devi
     TRY_OUT(open_kernels(dev));
     TRY_OUT(note_free_memory(dev));
     dev->base.fused_width = cuda_fused_width(dev);
+    dev->base.rebuilds_hidden = true;
+    dev->base.swiglu_columns = GEMM_GPU_SWIGLU;
     *out = &dev->base;
     return 0;
 out:
