@@ -579,6 +579,40 @@ static int adamw_padding(void)
     return PASSED;
 }
 
+// Updates tensor by tensor: a norm that is not finite ends the step's updates and is counted; a finite
+// one, or a step that is skipped already, changes nothing.
+static int guard_case(unsigned flags, double norm2, double skipped_before, bool ends)
+{
+    struct op_run r;
+    double in[CONTROL_COUNT] = {[CONTROL_SCALE] = 1, [CONTROL_SKIPPED] = skipped_before};
+    double out[CONTROL_COUNT] = {[CONTROL_SCALE] = 1, [CONTROL_SKIPPED] = skipped_before};
+    in[CONTROL_NORM2] = out[CONTROL_NORM2] = norm2;
+    OK(op_begin(&r, flags, 3));
+    struct operand *control = op_values(&r, F32, in, DIMS(CONTROL_COUNT));
+    struct operand *counts = op_values(&r, I32, (double[]){7, 2}, DIMS(2));
+    OK(OP_RUN(&r, op_adamw_guard(&r.c, &control->t, &counts->t)));
+    op_judge_exact(&r, counts, ends ? (double[]){6, 3} : (double[]){7, 2}, "guard's counts");
+    if (ends)
+        out[CONTROL_SKIPPED] = 1;
+    CHECK(op_read(&r, control) == 0, "guards");
+    for (int i = 0; i < CONTROL_COUNT; i++)
+        CHECK(i == CONTROL_NORM2 || control->v[i] == out[i], "control[%d] is %g", i, control->v[i]);
+    return op_end(&r);
+}
+
+static int adamw_guard(void)
+{
+    int failed = 0;
+    FOR_FLAGS(flags)
+    {
+        failed |= guard_case(*flags, 5, 0, false);
+        failed |= guard_case(*flags, INFINITY, 0, true);
+        failed |= guard_case(*flags, NAN, 0, true);
+        failed |= guard_case(*flags, NAN, 1, false);
+    }
+    return failed ? FAILED : PASSED;
+}
+
 const struct test train_ops_tests[] = {
     {"flow_mix", flow_mix},
     {"flow_reference", flow_reference},
@@ -594,5 +628,6 @@ const struct test train_ops_tests[] = {
     {"adamw_control", control},
     {"adamw_skipped", skipped},
     {"adamw_padding", adamw_padding},
+    {"adamw_guard", adamw_guard},
     {0},
 };
