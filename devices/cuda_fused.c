@@ -8,7 +8,7 @@
 
 #include "devices/accelerate.h"
 
-enum { WARP = 32, THREADS = 256, STRIPES = 16, WIDTH_MAX = 2048, VECTOR = 8, IMAGES_MAX = 65535 };
+enum { WARP = 32, THREADS = 256, STRIPES = 16, VECTOR = 8, IMAGES_MAX = 65535 };
 
 // The kernel `name` of fused.cu; `name` is a literal.
 #define KERNEL_OF(s, name) cuda_tuned((s)->dev, IMAGE_fused, name, 0)
@@ -46,11 +46,6 @@ static int cover(int64_t count, int64_t size)
     return (int)((count + size - 1) / size);
 }
 
-static bool good_width(int width)
-{
-    return width % VECTOR == 0 && width <= WIDTH_MAX;
-}
-
 // Threads of one group: whole warps that cover the columns; and of a block of as many groups as fit.
 static int group_threads(int width)
 {
@@ -71,15 +66,47 @@ static int launch(struct stream *s, cuda_function function, int x, int y, int th
 
 // ---- LayerNorm with what comes before and after it ----------------------------------------------
 
-static bool good_columns(const int *columns, int count)
+// A row is cut into segments of 384 columns, one a warp (fused_segment.cuh); columns come in units of
+// 128. A block has as many whole rows as fit.
+enum { SEGMENT = 384, UNIT = 128, ROW_WARPS = 4, WIDTH_MAX = ROW_WARPS * SEGMENT };
+enum {
+    ROUTER_SHARED = 96 << 10
+}; // shared memory for the router's weight, bytes: a device has as much
+
+static bool good_rows(int width, int images, const int *columns, int count)
 {
     for (int i = 0; i < count; i++)
         if (columns[i] % VECTOR != 0)
             return false;
-    return true;
+    return width % UNIT == 0 && width <= WIDTH_MAX && images <= IMAGES_MAX;
 }
 
-// The kernel of this many rows a group at a time.
+static int row_warps(int width)
+{
+    return cover(width, SEGMENT);
+}
+
+static int row_groups(int width)
+{
+    return ROW_WARPS / row_warps(width);
+}
+
+// Bytes of shared memory that the router's weight takes; none without a router.
+static unsigned router_bytes(int experts, int width)
+{
+    return (unsigned)(experts * row_warps(width) * SEGMENT) * (unsigned)sizeof(float);
+}
+
+static int launch_rows(struct stream *s, cuda_function function, void *a, int images, int tokens,
+                       int width, int chunk, unsigned shared)
+{
+    const unsigned grid[3] = {(unsigned)cover(tokens, chunk), (unsigned)images, 1};
+    const int threads = row_groups(width) * row_warps(width) * WARP;
+    return cuda_tuned_launch(s, function, grid, (unsigned)threads, shared, (void *[]){a, &chunk});
+}
+
+#define ROUTER_KERNEL(s, name) cuda_tuned((s)->dev, IMAGE_fused, name, ROUTER_SHARED)
+
 static cuda_function forward_kernel(struct stream *s, const struct norm_forward *a, int rows)
 {
     if (a->rows)
@@ -87,9 +114,9 @@ static cuda_function forward_kernel(struct stream *s, const struct norm_forward 
                : rows == 2 ? KERNEL_OF(s, "combine_norm_2")
                            : KERNEL_OF(s, "combine_norm_1");
     if (a->logits)
-        return rows == 4   ? KERNEL_OF(s, "residual_norm_router_4")
-               : rows == 2 ? KERNEL_OF(s, "residual_norm_router_2")
-                           : KERNEL_OF(s, "residual_norm_router_1");
+        return rows == 4   ? ROUTER_KERNEL(s, "residual_norm_router_4")
+               : rows == 2 ? ROUTER_KERNEL(s, "residual_norm_router_2")
+                           : ROUTER_KERNEL(s, "residual_norm_router_1");
     if (a->z)
         return rows == 4   ? KERNEL_OF(s, "residual_norm_4")
                : rows == 2 ? KERNEL_OF(s, "residual_norm_2")
@@ -99,57 +126,47 @@ static cuda_function forward_kernel(struct stream *s, const struct norm_forward 
                        : KERNEL_OF(s, "layernorm_1");
 }
 
-// Rows a group of threads takes at a time: more keep more loads in flight, but every multiprocessor
-// must have blocks enough.
-static int rows_at_once(const struct stream *s, int64_t groups_of_rows)
-{
-    int64_t units = s->dev->base.info.compute_units;
-    return groups_of_rows >= 16 * units ? 4 : groups_of_rows >= 8 * units ? 2 : 1;
-}
-
 static int norm_forward(struct stream *s, const void *args)
 {
     TAKE(norm_forward, a, images);
     const int columns[] = {a.mod_width, a.gate, a.shift, a.scale};
-    if (!good_width(a.width) || !good_columns(columns, 4) || a.images > IMAGES_MAX)
+    const unsigned shared = a.logits ? router_bytes(a.experts, a.width) : 0;
+    if (!good_rows(a.width, a.images, columns, 4) || shared > ROUTER_SHARED)
         return NOT_MINE;
-    int threads = block_threads(a.width), groups = threads / group_threads(a.width);
-    int rows = rows_at_once(s, (int64_t)a.images * a.tokens / groups);
+    int64_t warps = (int64_t)a.images * a.tokens * row_warps(a.width);
+    int rows = warps >= 64 * s->dev->base.info.compute_units ? 2 : 1;
     cuda_function function = forward_kernel(s, &a, rows);
     if (!function)
         return NOT_MINE;
-    int chunk = groups * rows;
-    return launch(s, function, cover(a.tokens, chunk), a.images, threads, (void *[]){&a, &chunk});
+    int chunk = row_groups(a.width) * rows;
+    return launch_rows(s, function, &a, a.images, a.tokens, a.width, chunk, shared);
 }
 
 static cuda_function backward_kernel(struct stream *s, const struct norm_backward *a, int rows)
 {
     if (a->drows || a->dlogits)
-        return rows == 4   ? KERNEL_OF(s, "norm_back_branches_4")
-               : rows == 2 ? KERNEL_OF(s, "norm_back_branches_2")
-                           : KERNEL_OF(s, "norm_back_branches_1");
-    return rows == 4   ? KERNEL_OF(s, "norm_back_4")
-           : rows == 2 ? KERNEL_OF(s, "norm_back_2")
-                       : KERNEL_OF(s, "norm_back_1");
+        return rows == 2 ? ROUTER_KERNEL(s, "norm_back_branches_2")
+                         : ROUTER_KERNEL(s, "norm_back_branches_1");
+    return rows == 2 ? KERNEL_OF(s, "norm_back_2") : KERNEL_OF(s, "norm_back_1");
 }
 
 static int norm_backward(struct stream *s, const void *args)
 {
     TAKE(norm_backward, a, images);
     const int columns[] = {a.mod_width, a.gate, a.shift, a.scale};
-    if (!good_width(a.width) || !good_columns(columns, 4) || a.images > IMAGES_MAX)
-        return NOT_MINE;
-    int threads = block_threads(a.width), groups = threads / group_threads(a.width);
-    int rows = rows_at_once(s, (int64_t)a.images * a.tokens / groups) > 1 ? 2 : 1;
-    cuda_function function = backward_kernel(s, &a, rows), sums = KERNEL_OF(s, "norm_back_sums");
-    if (!function || !sums)
+    const unsigned shared = a.dlogits ? router_bytes(a.experts, a.width) : 0;
+    if (!good_rows(a.width, a.images, columns, 4) || shared > ROUTER_SHARED)
         return NOT_MINE;
     // long chunks make few partial sums, but every multiprocessor must have blocks enough
     int64_t units = s->dev->base.info.compute_units;
     int chunk =
         (int64_t)a.images * cover(a.tokens, 2 * NORM_ROWS) >= 3 * units ? 2 * NORM_ROWS : NORM_ROWS;
+    int rows = 2;
+    cuda_function function = backward_kernel(s, &a, rows), sums = KERNEL_OF(s, "norm_back_sums");
+    if (!function || !sums)
+        return NOT_MINE;
     int chunks = cover(a.tokens, chunk);
-    TRY(launch(s, function, chunks, a.images, threads, (void *[]){&a, &chunk}));
+    TRY(launch_rows(s, function, &a, a.images, a.tokens, a.width, chunk, shared));
     const unsigned grid[3] = {(unsigned)cover(a.width, 4 * 64), a.dz ? 3 : 2, (unsigned)a.images};
     return cuda_tuned_launch(s, sums, grid, 64, 0, (void *[]){&a, &chunks});
 }
@@ -178,8 +195,10 @@ static int combine_backward(struct stream *s, const void *args)
 static int router_gradient(struct stream *s, const void *args)
 {
     TAKE(router_gradient, a, rows);
-    cuda_function rows = KERNEL_OF(s, "router_gradient_rows"), add = KERNEL_OF(s, "add_parts");
-    if (!rows || !add || !good_width(a.width))
+    cuda_function rows =
+        a.experts == 8 ? KERNEL_OF(s, "router_gradient_8") : KERNEL_OF(s, "router_gradient_any");
+    cuda_function add = KERNEL_OF(s, "add_parts");
+    if (!rows || !add || a.width % VECTOR != 0 || a.width > THREADS * VECTOR)
         return NOT_MINE;
     int chunk = cover(a.rows, SUM_PARTS), count = a.experts * a.width;
     chunk = cover(chunk, 16) * 16;
@@ -207,15 +226,31 @@ static int route(struct stream *s, const void *args)
 
 // ---- LayerNorm of q and k -----------------------------------------------------------------------
 
+enum { QK_MAX = 2048 };
+
 static bool good_heads(const struct qk_norm *a)
 {
-    return a->head % VECTOR == 0 && a->heads * a->head <= WIDTH_MAX;
+    return a->head % VECTOR == 0 && a->heads * a->head <= QK_MAX;
+}
+
+static cuda_function qk_kernel(struct stream *s, int head, bool back)
+{
+    switch (head / VECTOR) {
+    case 8:
+        return back ? KERNEL_OF(s, "qk_norm_back_8") : KERNEL_OF(s, "qk_norm_rows_8");
+    case 9:
+        return back ? KERNEL_OF(s, "qk_norm_back_9") : KERNEL_OF(s, "qk_norm_rows_9");
+    case 11:
+        return back ? KERNEL_OF(s, "qk_norm_back_11") : KERNEL_OF(s, "qk_norm_rows_11");
+    default:
+        return back ? KERNEL_OF(s, "qk_norm_back_0") : KERNEL_OF(s, "qk_norm_rows_0");
+    }
 }
 
 static int qk_norm_forward(struct stream *s, const void *args)
 {
     TAKE(qk_norm, a, rows);
-    cuda_function function = KERNEL_OF(s, "qk_norm_rows");
+    cuda_function function = qk_kernel(s, a.head, false);
     if (!function || !good_heads(&a))
         return NOT_MINE;
     int threads = cover(3 * a.heads * a.head / VECTOR, WARP) * WARP;
@@ -226,7 +261,7 @@ static int qk_norm_forward(struct stream *s, const void *args)
 static int qk_norm_backward(struct stream *s, const void *args)
 {
     TAKE(qk_norm, a, rows);
-    cuda_function function = KERNEL_OF(s, "qk_norm_back"), sums = KERNEL_OF(s, "qk_norm_sums");
+    cuda_function function = qk_kernel(s, a.head, true), sums = KERNEL_OF(s, "qk_norm_sums");
     if (!function || !sums || !good_heads(&a))
         return NOT_MINE;
     int threads = cover(2 * a.heads * a.head / VECTOR, WARP) * WARP;

@@ -240,7 +240,7 @@ struct device {
     enum dtype act;       // storage type of activations: F32 or BF16
     bool cpu_forms;       // launch `name_cpu` kernels where there are any
     int swiglu_columns;   // gemm() takes SwiGLU in where F is a multiple of this; 0: never
-    int fused_width;      // accelerate() fuses combine and LayerNorm up to this width; 0: never
+    int fused_width;      // accelerate() fuses combine and LayerNorm for multiples of 128 up to this
     bool rebuilds_hidden; // SWIGLU_BACKWARD can write h again, so that it need not be kept
     bool half_weights;    // products want weights as bf16: keep a rounded copy of the f32 ones
     unsigned flags;       // as opened

@@ -1,194 +1,228 @@
 // The backward of fused_norm.cuh, one pass over the rows, and the sums over an image's rows that it
 // leaves in parts.
-#include "devices/fused.cuh"
+#include "devices/fused_segment.cuh"
 
-// What a thread holds of R rows.
-template <int R> struct back_rows {
-    uint4 y[R], dx[R], z[R];
-    float g[R][V]; // the gradient of h
-    float mean[R], rstd[R];
+// What a lane holds of ROWS rows.
+template <int ROWS> struct back_rows {
+    unsigned y[ROWS][WORDS], dx[ROWS][WORDS], z[ROWS][WORDS];
+    float g[ROWS][VALUES]; // the gradient of h
+    float2 stats[ROWS];
 };
 
-// g += what comes back from the experts and from the router
-template <int R>
-INLINE void back_branches(back_rows<R> &b, const norm_backward &a, const place &p, size_t at,
-                          int row)
+// g += the gradients that come back from the token's experts
+template <int ROWS>
+INLINE void back_experts(back_rows<ROWS> &b, const norm_backward &a, const segment &s, size_t at,
+                         int row)
 {
-    const size_t vectors = a.width / V;
-    if (a.drows)
-        for (int k = 0; k < a.choices; k++) {
-            uint4 in[R];
+    for (int k = 0; k < a.choices; k++) {
+        unsigned in[ROWS][WORDS];
 #pragma unroll
-            for (int r = 0; r < R; r++)
-                if (row + r < p.end) {
-                    const int slot = static_cast<const int *>(a.slot)[(at + r) * a.choices + k];
-                    in[r] = load16(a.drows, slot * vectors + p.thread);
-                }
-#pragma unroll
-            for (int r = 0; r < R; r++)
-                if (row + r < p.end) {
-                    float part[V];
-                    unpack(part, in[r]);
-#pragma unroll
-                    for (int i = 0; i < V; i++)
-                        b.g[r][i] += part[i];
-                }
+        for (int r = 0; r < ROWS; r++) {
+            const size_t pair = (row + r < s.end ? at + r : at) * a.choices + k;
+            load_segment(in[r], a.drows, (size_t) static_cast<const int *>(a.slot)[pair] * a.width,
+                         s);
         }
-    if (a.dlogits)
-        for (int e = 0; e < a.experts; e++) {
-            float w[V];
-            load_parameters(w, static_cast<const float *>(a.router_w) + (size_t)e * a.width +
-                                   p.thread * V);
 #pragma unroll
-            for (int r = 0; r < R; r++)
-                if (row + r < p.end) {
-                    const float d = static_cast<const float *>(a.dlogits)[(at + r) * a.experts + e];
+        for (int r = 0; r < ROWS; r++)
 #pragma unroll
-                    for (int i = 0; i < V; i++)
-                        b.g[r][i] = fmaf(d, w[i], b.g[r][i]);
-                }
-        }
+            for (int i = 0; i < VALUES; i++)
+                b.g[r][i] += value(in[r], i);
+    }
 }
 
-template <int R, bool BRANCHES>
-INLINE void back_load(back_rows<R> &b, const norm_backward &a, const place &p, size_t image,
+// g += dlogits router_w
+template <int ROWS>
+INLINE void back_router(back_rows<ROWS> &b, const norm_backward &a, const segment &s, size_t at,
+                        int row, const float4 *weights)
+{
+    const float *dlogits = static_cast<const float *>(a.dlogits);
+#pragma unroll 4
+    for (int e = 0; e < a.experts; e++) {
+        float d[ROWS];
+#pragma unroll
+        for (int r = 0; r < ROWS; r++)
+            d[r] = dlogits[(row + r < s.end ? at + r : at) * a.experts + e];
+#pragma unroll
+        for (int q = 0; q < QUADS; q++) {
+            const float4 w = router_quad(weights, e, q, s);
+#pragma unroll
+            for (int r = 0; r < ROWS; r++) {
+                b.g[r][4 * q] = fmaf(d[r], w.x, b.g[r][4 * q]);
+                b.g[r][4 * q + 1] = fmaf(d[r], w.y, b.g[r][4 * q + 1]);
+                b.g[r][4 * q + 2] = fmaf(d[r], w.z, b.g[r][4 * q + 2]);
+                b.g[r][4 * q + 3] = fmaf(d[r], w.w, b.g[r][4 * q + 3]);
+            }
+        }
+    }
+}
+
+// Rows past the end are row `at` again; what comes of them counts nothing.
+template <int ROWS>
+INLINE void back_load(back_rows<ROWS> &b, const norm_backward &a, const segment &s, size_t at,
                       int row)
 {
-    const size_t vectors = a.width / V, at = image * a.tokens + row;
-    uint4 dh[R];
+    unsigned dh[ROWS][WORDS];
 #pragma unroll
-    for (int r = 0; r < R; r++) {
-        b.mean[r] = b.rstd[r] = 0.0f;
-        b.y[r] = b.dx[r] = b.z[r] = dh[r] = make_uint4(0, 0, 0, 0);
-        if (row + r < p.end && p.works) {
-            const float2 stats = static_cast<const float2 *>(a.stats)[at + r];
-            dh[r] = load16(a.dh, (at + r) * vectors + p.thread);
-            b.y[r] = load16(a.y, (at + r) * vectors + p.thread);
-            b.dx[r] = load16(a.dx, (at + r) * vectors + p.thread);
-            if (a.dz)
-                b.z[r] = load16(a.z, (at + r) * vectors + p.thread);
-            b.mean[r] = stats.x;
-            b.rstd[r] = stats.y;
-        }
+    for (int r = 0; r < ROWS; r++) {
+        const size_t m = row + r < s.end ? at + r : at;
+        load_segment(dh[r], a.dh, m * a.width, s);
+        load_segment(b.y[r], a.y, m * a.width, s);
+        load_segment(b.dx[r], a.dx, m * a.width, s);
+        if (a.dz)
+            load_segment(b.z[r], a.z, m * a.width, s);
+        b.stats[r] = static_cast<const float2 *>(a.stats)[m];
     }
 #pragma unroll
-    for (int r = 0; r < R; r++)
-        unpack(b.g[r], dh[r]);
-    if (BRANCHES && p.works)
-        back_branches(b, a, p, at, row);
+    for (int r = 0; r < ROWS; r++)
+#pragma unroll
+        for (int i = 0; i < VALUES; i++)
+            b.g[r][i] = value(dh[r], i);
 }
 
-// The means of p and p (y - mean)/std over each row, where p = g (1 + scale); sums of g and of
-// g (y - mean)/std are added to this thread's.
-template <int R>
-INLINE void back_means(float (&mean)[R][2], const back_rows<R> &b, const place &p, int width,
-                       const float (&by)[V], float (&shift)[V], float (&scale)[V],
-                       float (&shared)[WARPS][2 * R])
+// This lane's sums over rows: of g, of g (y - mean)/std, and of dx z.
+struct back_sums {
+    float shift[VALUES], scale[VALUES], gate[VALUES];
+};
+
+// Normalised y, from values that were packed. Lanes without columns have y 0, and g 0.
+INLINE float normal(const unsigned (&y)[WORDS], int i, float2 stats)
 {
-    const int warps = p.lanes / WARP, lane = p.thread % WARP, share = WARP / (2 * R);
-    float sums[2 * R];
-#pragma unroll
-    for (int r = 0; r < R; r++) {
-        float y[V];
-        unpack(y, b.y[r]);
-        sums[2 * r] = sums[2 * r + 1] = 0.0f;
-#pragma unroll
-        for (int i = 0; i < V; i++) {
-            const float normal = (y[i] - b.mean[r]) * b.rstd[r], g = b.g[r][i] * (1.0f + by[i]);
-            shift[i] += b.g[r][i];
-            scale[i] = fmaf(b.g[r][i], normal, scale[i]);
-            sums[2 * r] += g;
-            sums[2 * r + 1] = fmaf(g, normal, sums[2 * r + 1]);
-        }
-    }
-    const float sum = warp_sums(sums);
-    if (lane % share == 0)
-        shared[p.group * warps + p.thread / WARP][lane / share] = sum;
-    group_barrier(p.group, p.lanes);
-#pragma unroll
-    for (int i = 0; i < 2 * R; i++) {
-        float total = 0.0f;
-        for (int w = 0; w < warps; w++)
-            total += shared[p.group * warps + w][i];
-        mean[i / 2][i % 2] = total / (float)width;
-    }
+    return (value(y, i) - stats.x) * stats.y;
 }
 
-// dx and dz of R rows; this thread's sums of dx z
-template <int R>
-INLINE void back_store(const back_rows<R> &b, const norm_backward &a, const place &p, size_t image,
-                       int row, const float (&mean)[R][2], const float (&by)[V], uint4 packed_gate,
-                       float (&gate_sums)[V])
+// The means of p and p (y - mean)/std over each row, where p = g (1 + scale)
+template <int ROWS>
+INLINE void back_means(float (&mean)[2 * ROWS], const back_rows<ROWS> &b, const segment &s, int row,
+                       int width, const unsigned (&scale)[WORDS], back_sums &sums,
+                       float (&shared)[ROW_WARPS][2 * ROWS])
 {
-    const size_t vectors = a.width / V, at = image * a.tokens + row;
+    float part[2 * ROWS];
 #pragma unroll
-    for (int r = 0; r < R; r++) {
-        float y[V], dx[V], z[V], gate[V];
-        if (row + r >= p.end || !p.works)
+    for (int r = 0; r < ROWS; r++) {
+        const float counts = row + r < s.end ? 1.0f : 0.0f;
+        part[2 * r] = part[2 * r + 1] = 0.0f;
+#pragma unroll
+        for (int i = 0; i < VALUES; i++) {
+            const float n = normal(b.y[r], i, b.stats[r]), g = b.g[r][i];
+            const float p = fmaf(g, value(scale, i), g);
+            part[2 * r] += p;
+            part[2 * r + 1] = fmaf(p, n, part[2 * r + 1]);
+            sums.shift[i] = fmaf(counts, g, sums.shift[i]);
+            sums.scale[i] = fmaf(counts * g, n, sums.scale[i]);
+        }
+    }
+    group_sums(mean, part, s, shared);
+#pragma unroll
+    for (int i = 0; i < 2 * ROWS; i++)
+        mean[i] *= 1.0f / (float)width;
+}
+
+// dx, dz and this lane's sums of dx z
+template <int ROWS>
+INLINE void back_store(const back_rows<ROWS> &b, const norm_backward &a, const segment &s,
+                       size_t at, int row, const float (&mean)[2 * ROWS],
+                       const unsigned (&scale)[WORDS], const unsigned (&gate)[WORDS],
+                       back_sums &sums)
+{
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+        if (row + r >= s.end)
             continue;
-        unpack(y, b.y[r]);
-        unpack(dx, b.dx[r]);
+        float dx[VALUES], dz[VALUES];
 #pragma unroll
-        for (int i = 0; i < V; i++) {
-            const float normal = (y[i] - b.mean[r]) * b.rstd[r], g = b.g[r][i] * (1.0f + by[i]);
-            dx[i] = fmaf(b.rstd[r], g - mean[r][0] - normal * mean[r][1], dx[i]);
+        for (int i = 0; i < VALUES; i++) {
+            const float n = normal(b.y[r], i, b.stats[r]), g = b.g[r][i];
+            const float p = fmaf(g, value(scale, i), g);
+            dx[i] =
+                fmaf(b.stats[r].y, p - fmaf(n, mean[2 * r + 1], mean[2 * r]), value(b.dx[r], i));
         }
-        store16(a.dx, (at + r) * vectors + p.thread, pack(dx));
+        store_segment(a.dx, (at + r) * a.width, dx, s);
         if (!a.dz)
             continue;
-        unpack(z, b.z[r]);
-        unpack(gate, packed_gate);
 #pragma unroll
-        for (int i = 0; i < V; i++) {
-            gate_sums[i] = fmaf(dx[i], z[i], gate_sums[i]);
-            gate[i] *= dx[i];
+        for (int i = 0; i < VALUES; i++) {
+            sums.gate[i] = fmaf(dx[i], value(b.z[r], i), sums.gate[i]);
+            dz[i] = value(gate, i) * dx[i];
         }
-        store16(a.dz, (at + r) * vectors + p.thread, pack(gate));
+        store_segment(a.dz, (at + r) * a.width, dz, s);
     }
 }
 
-template <int R, bool BRANCHES> INLINE void norm_backward_rows(const norm_backward &a, int chunk)
+// out[this lane's columns] = the sums of a block's groups, added in their order
+INLINE void store_block_sums(float *out, const float (&sums)[VALUES], const segment &s,
+                             float (&shared)[ROW_THREADS][VALUES + 1])
 {
-    __shared__ float moments[2][WARPS][2 * R];
-    __shared__ float partial[THREADS][V];
-    const place p = find_place(a.width, a.tokens, chunk);
-    const size_t image = blockIdx.y, mod = image * a.mod_width / V + p.thread;
-    float by[V], shift[V] = {}, scale[V] = {}, gate_sums[V] = {};
-    uint4 gate = {}, packed = {};
-    if (p.works) {
-        packed = load16(a.mod, mod + a.scale / V);
-        if (a.dz)
-            gate = load16(a.mod, mod + a.gate / V);
+    float total[VALUES];
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < VALUES; i++)
+        shared[threadIdx.x][i] = total[i] = sums[i];
+    __syncthreads();
+    if (s.group > 0)
+        return;
+    for (int g = 1; g < s.groups; g++)
+#pragma unroll
+        for (int i = 0; i < VALUES; i++)
+            total[i] += shared[g * s.threads + threadIdx.x][i];
+    float4 *vector = reinterpret_cast<float4 *>(out + s.column);
+    if (s.vector) {
+        vector[0] = make_float4(total[0], total[1], total[2], total[3]);
+        vector[1] = make_float4(total[4], total[5], total[6], total[7]);
     }
-    unpack(by, packed);
-    int turn = 0;
-    for (int row = p.first + p.group * R; row < p.end; row += p.groups * R, turn ^= 1) {
-        back_rows<R> b;
-        float mean[R][2];
-        back_load<R, BRANCHES>(b, a, p, image, row);
-        back_means(mean, b, p, a.width, by, shift, scale, moments[turn]);
-        back_store(b, a, p, image, row, mean, by, gate, gate_sums);
-    }
-    const size_t part = (image * gridDim.x + blockIdx.x) * 3;
-    float *out = static_cast<float *>(a.partial) + part * a.width;
-    store_group_sums(out, p, shift, partial);
-    store_group_sums(out + a.width, p, scale, partial);
-    if (a.dz)
-        store_group_sums(out + 2 * a.width, p, gate_sums, partial);
+    if (s.tail)
+        *reinterpret_cast<float4 *>(out + s.last) =
+            make_float4(total[8], total[9], total[10], total[11]);
 }
 
-#define NORM_BACKWARD(name, rows, branches)                                                      \
-    extern "C" __global__ void __launch_bounds__(THREADS) name(const norm_backward a, int chunk) \
-    {                                                                                            \
-        norm_backward_rows<rows, branches>(a, chunk);                                            \
+template <int ROWS, bool BRANCHES> INLINE void norm_backward_rows(const norm_backward &a, int chunk)
+{
+    extern __shared__ float4 weights[];
+    __shared__ __align__(16) float moments[2][ROW_WARPS][2 * ROWS];
+    __shared__ float shared[ROW_THREADS][VALUES + 1];
+    const segment s = find_segment(a.width, a.tokens, chunk);
+    const size_t image = blockIdx.y, mod = image * a.mod_width;
+    back_sums sums = {};
+    unsigned gate[WORDS] = {}, scale[WORDS];
+    load_segment(scale, a.mod, mod + a.scale, s);
+    if (a.dz)
+        load_segment(gate, a.mod, mod + a.gate, s);
+    if (BRANCHES && a.dlogits) {
+        stage_router(weights, a.router_w, a.experts, a.width, s.warps);
+        __syncthreads();
+    }
+    int turn = 0;
+    for (int row = s.first + s.group * ROWS; row < s.end; row += s.groups * ROWS, turn ^= 1) {
+        const size_t at = image * a.tokens + row;
+        back_rows<ROWS> b;
+        float mean[2 * ROWS];
+        stay_packed(gate);
+        stay_packed(scale);
+        back_load(b, a, s, at, row);
+        if (BRANCHES && a.drows)
+            back_experts(b, a, s, at, row);
+        if (BRANCHES && a.dlogits)
+            back_router(b, a, s, at, row, weights);
+        back_means(mean, b, s, row, a.width, scale, sums, moments[turn]);
+        back_store(b, a, s, at, row, mean, scale, gate, sums);
+    }
+    float *out = static_cast<float *>(a.partial) + (image * gridDim.x + blockIdx.x) * 3 * a.width;
+    store_block_sums(out, sums.shift, s, shared);
+    store_block_sums(out + a.width, sums.scale, s, shared);
+    if (a.dz)
+        store_block_sums(out + 2 * a.width, sums.gate, s, shared);
+}
+
+#define NORM_BACKWARD(name, rows, branches, blocks)                   \
+    extern "C" __global__ void __launch_bounds__(ROW_THREADS, blocks) \
+        name(const norm_backward a, int chunk)                        \
+    {                                                                 \
+        norm_backward_rows<rows, branches>(a, chunk);                 \
     }
 
-NORM_BACKWARD(norm_back_1, 1, false)
-NORM_BACKWARD(norm_back_2, 2, false)
-NORM_BACKWARD(norm_back_4, 4, false)
-NORM_BACKWARD(norm_back_branches_1, 1, true)
-NORM_BACKWARD(norm_back_branches_2, 2, true)
-NORM_BACKWARD(norm_back_branches_4, 4, true)
+NORM_BACKWARD(norm_back_1, 1, false, 4)
+NORM_BACKWARD(norm_back_2, 2, false, 3)
+NORM_BACKWARD(norm_back_branches_1, 1, true, 4)
+NORM_BACKWARD(norm_back_branches_2, 2, true, 3)
 
 // dmod's columns of each part (shift, scale, gate) from the chunks' partial sums. x: 4 columns a
 // thread, y: parts, z: images

@@ -91,49 +91,71 @@ extern "C" __global__ void __launch_bounds__(THREADS) combine_back_2(const combi
 
 // ---- the router's gradient ----------------------------------------------------------------------
 
-// partial[block][e][d] = sum over the block's rows of dlogits[row,e] h[row,d], EXPERTS experts from
-// `first` on; a thread has 8 columns, the groups of threads share the rows.
-extern "C" __global__ void __launch_bounds__(THREADS)
-    router_gradient_rows(const router_gradient a, int chunk)
+enum { GRADIENT_EXPERTS = 8, GRADIENT_ROWS = 4 }; // experts in one go; rows on their way at a time
+
+// d = dlogits[row, first..first+8); zeros for experts that there are not. EIGHT: there are exactly 8.
+template <bool EIGHT>
+INLINE void load_dlogits(float (&d)[GRADIENT_EXPERTS], const router_gradient &a, size_t row,
+                         int first)
 {
-    enum { EXPERTS = 8, AHEAD = 4 };
+    const float *dlogits = static_cast<const float *>(a.dlogits) + row * a.experts + first;
+    if constexpr (EIGHT) {
+        load_parameters(d, dlogits);
+    } else {
+#pragma unroll
+        for (int e = 0; e < GRADIENT_EXPERTS; e++)
+            d[e] = first + e < a.experts ? dlogits[e] : 0.0f;
+    }
+}
+
+// partial[block][e][d] = sum over the block's rows of dlogits[row,e] h[row,d]; a thread has 8 columns,
+// the groups of threads share the rows.
+template <bool EIGHT> INLINE void router_gradient_rows(const router_gradient &a, int chunk)
+{
     __shared__ float shared[THREADS][V];
     const place p = find_place(a.width, a.rows, chunk);
-    const float *dlogits = static_cast<const float *>(a.dlogits);
     float *partial = static_cast<float *>(a.partial) + (size_t)blockIdx.x * a.experts * a.width;
     const size_t vectors = a.width / V;
-    for (int first = 0; first < a.experts; first += EXPERTS) {
-        float sums[EXPERTS][V] = {};
-        for (int row = p.first + p.group * AHEAD; row < p.end; row += p.groups * AHEAD) {
-            uint4 in[AHEAD];
-            float d[AHEAD][EXPERTS];
+    for (int first = 0; first < (EIGHT ? 1 : a.experts); first += GRADIENT_EXPERTS) {
+        float sums[GRADIENT_EXPERTS][V] = {};
+        for (int row = p.first + p.group; row < p.end; row += p.groups * GRADIENT_ROWS) {
+            uint4 in[GRADIENT_ROWS];
 #pragma unroll
-            for (int r = 0; r < AHEAD; r++) {
-                const bool there = row + r < p.end && p.works;
-                in[r] =
-                    there ? load16(a.h, (row + r) * vectors + p.thread) : make_uint4(0, 0, 0, 0);
+            for (int r = 0; r < GRADIENT_ROWS; r++)
+                in[r] = p.works && row + r * p.groups < p.end
+                            ? load16(a.h, (row + r * p.groups) * vectors + p.thread)
+                            : make_uint4(0, 0, 0, 0);
 #pragma unroll
-                for (int e = 0; e < EXPERTS; e++)
-                    d[r][e] = there && first + e < a.experts
-                                  ? dlogits[(size_t)(row + r) * a.experts + first + e]
-                                  : 0.0f;
-            }
-#pragma unroll
-            for (int r = 0; r < AHEAD; r++) {
-                float h[V];
+            for (int r = 0; r < GRADIENT_ROWS; r++) {
+                float h[V], d[GRADIENT_EXPERTS];
+                if (row + r * p.groups >= p.end)
+                    break;
+                load_dlogits<EIGHT>(d, a, row + r * p.groups, first);
                 unpack(h, in[r]);
 #pragma unroll
-                for (int e = 0; e < EXPERTS; e++)
+                for (int e = 0; e < GRADIENT_EXPERTS; e++)
 #pragma unroll
                     for (int i = 0; i < V; i++)
-                        sums[e][i] = fmaf(d[r][e], h[i], sums[e][i]);
+                        sums[e][i] = fmaf(d[e], h[i], sums[e][i]);
             }
         }
 #pragma unroll
-        for (int e = 0; e < EXPERTS; e++)
+        for (int e = 0; e < GRADIENT_EXPERTS; e++)
             if (first + e < a.experts)
                 store_group_sums(partial + (size_t)(first + e) * a.width, p, sums[e], shared);
     }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
+    router_gradient_8(const router_gradient a, int chunk)
+{
+    router_gradient_rows<true>(a, chunk);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
+    router_gradient_any(const router_gradient a, int chunk)
+{
+    router_gradient_rows<false>(a, chunk);
 }
 
 // ---- choice and sort ----------------------------------------------------------------------------

@@ -1,211 +1,225 @@
 // LayerNorm with modulation, with what comes before it: gated residual, combination of the experts'
-// rows; and with the router's product after it. And all of it backwards.
-#include "devices/fused.cuh"
+// rows; and with the router's product after it.
+#include "devices/fused_segment.cuh"
 
 enum norm_input { INPUT_PLAIN, INPUT_RESIDUAL, INPUT_COMBINE };
 
-enum { EXPERTS = 8 }; // that the router's product takes in one go
+// ROWS: what a group takes at a time. EXPERTS: what the router takes in one go.
+enum { EXPERTS = 8 };
 
-// Mean and 1/std of R rows, each held 8 values a thread by the p.lanes threads of a group. The
-// variance is that of warps around their own means, merged (Chan, Golub and LeVeque 1983).
-template <int R>
-INLINE void row_moments(float (&mean)[R], float (&rstd)[R], const float (&v)[R][V], const place &p,
-                        int width, float2 (&shared)[WARPS][R])
+// z += weight * the row of an expert
+INLINE void add_expert(float (&z)[VALUES], const unsigned (&row)[WORDS], float weight)
 {
-    const int warps = p.lanes / WARP, w = p.thread / WARP, vectors = width / V;
-    const float inverse = 1.0f / (float)(V * min(WARP, vectors - w * WARP));
 #pragma unroll
-    for (int r = 0; r < R; r++) {
-        float sum = 0.0f, squares = 0.0f;
-#pragma unroll
-        for (int i = 0; i < V; i++)
-            sum += v[r][i];
-        const float m = warp_sum(p.works ? sum : 0.0f) * inverse;
-#pragma unroll
-        for (int i = 0; i < V; i++)
-            squares = fmaf(v[r][i] - m, v[r][i] - m, squares);
-        squares = warp_sum(p.works ? squares : 0.0f);
-        if (p.thread % WARP == 0)
-            shared[p.group * warps + w][r] = make_float2(m, squares);
-    }
-    group_barrier(p.group, p.lanes);
-#pragma unroll
-    for (int r = 0; r < R; r++) {
-        float sum = 0.0f, squares = 0.0f;
-        for (int i = 0; i < warps; i++)
-            sum = fmaf(shared[p.group * warps + i][r].x, (float)min(WARP, vectors - i * WARP), sum);
-        mean[r] = sum / (float)vectors;
-        for (int i = 0; i < warps; i++) {
-            const float2 part = shared[p.group * warps + i][r];
-            const float count = (float)(V * min(WARP, vectors - i * WARP)), d = part.x - mean[r];
-            squares += fmaf(count * d, d, part.y);
-        }
-        rstd[r] = rsqrtf(squares / (float)width + 1e-6f);
-    }
+    for (int i = 0; i < VALUES; i++)
+        z[i] = fmaf(weight, value(row, i), z[i]);
 }
 
-// sum_k weight[m,k] rows[slot[m,k],:] + shared[m,:], this thread's 8 columns
-INLINE void combine(float (&z)[V], const norm_forward &a, size_t row, int thread)
+// sum_k weight[m,k] rows[slot[m,k],:] + shared[m,:]; two experts' rows are on their way at a time
+INLINE void combine(float (&z)[VALUES], const norm_forward &a, size_t row, const segment &s)
 {
     const int *slot = static_cast<const int *>(a.slot) + row * a.choices;
     const float *weight = static_cast<const float *>(a.weight) + row * a.choices;
-    const size_t vectors = a.width / V;
-    float part[V];
-    uint4 shared = make_uint4(0, 0, 0, 0);
+    unsigned shared[WORDS] = {}, one[WORDS], two[WORDS];
     if (a.shared)
-        shared = load16(a.shared, row * vectors + thread);
-    unpack(z, shared);
+        load_segment(shared, a.shared, row * a.width, s);
     int k = 0;
     for (; k + 2 <= a.choices; k += 2) {
-        const uint4 one = load16(a.rows, slot[k] * vectors + thread);
-        const uint4 two = load16(a.rows, slot[k + 1] * vectors + thread);
-        unpack(part, one);
+        load_segment(one, a.rows, (size_t)slot[k] * a.width, s);
+        load_segment(two, a.rows, (size_t)slot[k + 1] * a.width, s);
+        if (k == 0)
 #pragma unroll
-        for (int i = 0; i < V; i++)
-            z[i] = fmaf(weight[k], part[i], z[i]);
-        unpack(part, two);
-#pragma unroll
-        for (int i = 0; i < V; i++)
-            z[i] = fmaf(weight[k + 1], part[i], z[i]);
+            for (int i = 0; i < VALUES; i++)
+                z[i] = value(shared, i);
+        add_expert(z, one, weight[k]);
+        add_expert(z, two, weight[k + 1]);
     }
-    if (k < a.choices) {
-        unpack(part, load16(a.rows, slot[k] * vectors + thread));
+    if (k == 0)
 #pragma unroll
-        for (int i = 0; i < V; i++)
-            z[i] = fmaf(weight[k], part[i], z[i]);
+        for (int i = 0; i < VALUES; i++)
+            z[i] = value(shared, i);
+    if (k < a.choices) {
+        load_segment(one, a.rows, (size_t)slot[k] * a.width, s);
+        add_expert(z, one, weight[k]);
     }
 }
 
 // v = the values to be normalised: x, or y = x + gate z, which is stored
-template <int R, norm_input INPUT>
-INLINE void norm_inputs(float (&v)[R][V], const norm_forward &a, const place &p, size_t image,
-                        int row, uint4 packed_gate)
+template <int ROWS, norm_input INPUT>
+INLINE void norm_inputs(float (&v)[ROWS][VALUES], const norm_forward &a, const segment &s,
+                        size_t at, int row, const unsigned (&gate)[WORDS])
 {
-    const size_t vectors = a.width / V, at = (image * a.tokens + row) * vectors + p.thread;
-    uint4 x[R], z[R];
+    unsigned x[ROWS][WORDS], z[ROWS][WORDS];
 #pragma unroll
-    for (int r = 0; r < R; r++)
-        if (row + r < p.end) {
-            x[r] = load16(a.x, at + r * vectors);
+    for (int r = 0; r < ROWS; r++)
+        if (row + r < s.end) {
+            load_segment(x[r], a.x, (at + r) * a.width, s);
             if (INPUT == INPUT_RESIDUAL)
-                z[r] = load16(a.z, at + r * vectors);
+                load_segment(z[r], a.z, (at + r) * a.width, s);
         }
 #pragma unroll
-    for (int r = 0; r < R; r++)
-        if (row + r < p.end) {
-            unpack(v[r], x[r]);
-            if (INPUT == INPUT_PLAIN)
-                continue;
-            float gate[V], branch[V];
+    for (int r = 0; r < ROWS; r++) {
+        if (row + r >= s.end)
+            continue;
+        float branch[VALUES];
+        if (INPUT == INPUT_COMBINE) {
+            combine(branch, a, at + r, s);
+            if (a.kept)
+                store_segment(a.kept, (at + r) * a.width, branch, s);
+        }
+#pragma unroll
+        for (int i = 0; i < VALUES; i++) {
+            v[r][i] = value(x[r], i);
             if (INPUT == INPUT_RESIDUAL)
-                unpack(branch, z[r]);
-            else
-                combine(branch, a, image * a.tokens + row + r, p.thread);
-            if (INPUT == INPUT_COMBINE && a.kept)
-                store16(a.kept, at + r * vectors, pack(branch));
-            unpack(gate, packed_gate);
-#pragma unroll
-            for (int i = 0; i < V; i++)
-                v[r][i] = fmaf(gate[i], branch[i], v[r][i]);
-            store16(a.y, at + r * vectors, pack(v[r]));
+                v[r][i] = fmaf(value(gate, i), value(z[r], i), v[r][i]);
+            if (INPUT == INPUT_COMBINE)
+                v[r][i] = fmaf(value(gate, i), branch[i], v[r][i]);
         }
-}
-
-// logits[row..,:] = h router_w^T of R rows, EXPERTS of them at a time
-template <int R>
-INLINE void router_product(const norm_forward &a, const float (&h)[R][V], const place &p,
-                           size_t image, int row, float (&shared)[WARPS][R * EXPERTS])
-{
-    const int warps = p.lanes / WARP, warp = p.group * warps + p.thread / WARP;
-    const int lane = p.thread % WARP, share = WARP / (R * EXPERTS);
-    for (int first = 0; first < a.experts; first += EXPERTS) {
-        float sums[R * EXPERTS] = {};
-        if (p.works)
-#pragma unroll
-            for (int e = 0; e < EXPERTS; e++)
-                if (first + e < a.experts) {
-                    float w[V];
-                    load_parameters(w, static_cast<const float *>(a.router_w) +
-                                           (size_t)(first + e) * a.width + p.thread * V);
-#pragma unroll
-                    for (int r = 0; r < R; r++)
-#pragma unroll
-                        for (int i = 0; i < V; i++)
-                            sums[r * EXPERTS + e] = fmaf(h[r][i], w[i], sums[r * EXPERTS + e]);
-                }
-        const float sum = warp_sums(sums);
-        if (first > 0)
-            group_barrier(p.group, p.lanes); // the last ones were read
-        if (lane % share == 0)
-            shared[warp][lane / share] = sum;
-        group_barrier(p.group, p.lanes);
-        const int r = p.thread / EXPERTS, e = first + p.thread % EXPERTS;
-        if (r < R && row + r < p.end && e < a.experts) {
-            float logit = 0.0f;
-            for (int i = 0; i < warps; i++)
-                logit += shared[p.group * warps + i][p.thread];
-            static_cast<float *>(a.logits)[(image * a.tokens + row + r) * a.experts + e] = logit;
-        }
+        if (INPUT != INPUT_PLAIN)
+            store_segment(a.y, (at + r) * a.width, v[r], s);
     }
 }
 
-// Blocks of whole groups of threads; x: chunks of an image's rows, y: images. A group takes R rows at
-// a time.
-template <int R, norm_input INPUT, bool ROUTER>
+// Mean and 1/std of the rows.
+template <int ROWS>
+INLINE void row_moments(float (&mean)[ROWS], float (&rstd)[ROWS], const float (&v)[ROWS][VALUES],
+                        const segment &s, int width, float (&shared)[2][ROW_WARPS][ROWS])
+{
+    const float inverse = 1.0f / (float)width;
+    float part[ROWS];
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+        part[r] = 0.0f;
+#pragma unroll
+        for (int i = 0; i < VALUES; i++)
+            part[r] += v[r][i];
+    }
+    group_sums(mean, part, s, shared[0]);
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+        mean[r] *= inverse;
+        part[r] = 0.0f;
+        if (s.vector)
+#pragma unroll
+            for (int i = 0; i < 8; i++)
+                part[r] = fmaf(v[r][i] - mean[r], v[r][i] - mean[r], part[r]);
+        if (s.tail)
+#pragma unroll
+            for (int i = 8; i < VALUES; i++)
+                part[r] = fmaf(v[r][i] - mean[r], v[r][i] - mean[r], part[r]);
+    }
+    group_sums(rstd, part, s, shared[1]);
+#pragma unroll
+    for (int r = 0; r < ROWS; r++)
+        rstd[r] = rsqrtf(fmaf(rstd[r], inverse, 1e-6f));
+}
+
+// logits[row..,:] = h router_w^T, EXPERTS of them at a time
+template <int ROWS>
+INLINE void router_product(const norm_forward &a, const float (&h)[ROWS][VALUES], const segment &s,
+                           size_t at, int row, const float4 *weights,
+                           float (&shared)[ROW_WARPS][ROWS * EXPERTS])
+{
+    enum { share = WARP / (ROWS * EXPERTS) };
+    for (int first = 0; first < a.experts; first += EXPERTS) {
+        float sums[ROWS * EXPERTS] = {};
+#pragma unroll
+        for (int e = 0; e < EXPERTS; e++)
+            if (first + e < a.experts)
+#pragma unroll
+                for (int q = 0; q < QUADS; q++) {
+                    const float4 w = router_quad(weights, first + e, q, s);
+#pragma unroll
+                    for (int r = 0; r < ROWS; r++) {
+                        float &sum = sums[r * EXPERTS + e];
+                        sum = fmaf(h[r][4 * q], w.x, sum);
+                        sum = fmaf(h[r][4 * q + 1], w.y, sum);
+                        sum = fmaf(h[r][4 * q + 2], w.z, sum);
+                        sum = fmaf(h[r][4 * q + 3], w.w, sum);
+                    }
+                }
+        float logit = warp_sums(sums); // lane / share: row * EXPERTS + expert
+        if (s.warps > 1) {
+            if (s.lane % share == 0)
+                shared[s.group * s.warps + s.warp][s.lane / share] = logit;
+            group_barrier(s.group, s.threads);
+            logit = 0.0f;
+            for (int w = 0; w < s.warps; w++)
+                logit += shared[s.group * s.warps + w][s.lane / share];
+            if (first + EXPERTS < a.experts)
+                group_barrier(s.group, s.threads); // they were read
+        }
+        const int r = s.lane / share / EXPERTS, e = first + s.lane / share % EXPERTS;
+        if (s.warp == 0 && s.lane % share == 0 && row + r < s.end && e < a.experts)
+            static_cast<float *>(a.logits)[(at + r) * a.experts + e] = logit;
+    }
+}
+
+// x of the grid: chunks of an image's rows, y: images
+template <int ROWS, norm_input INPUT, bool ROUTER>
 INLINE void norm_forward_rows(const norm_forward &a, int chunk)
 {
-    __shared__ float2 moments[2][WARPS][R];
-    __shared__ float logits[ROUTER ? WARPS : 1][R * EXPERTS];
-    const place p = find_place(a.width, a.tokens, chunk);
-    const size_t image = blockIdx.y, vectors = a.width / V;
-    uint4 gate = {}, shift = {}, scale = {};
-    const size_t mod = image * a.mod_width / V + p.thread;
-    if (p.works) {
-        shift = load16(a.mod, mod + a.shift / V);
-        scale = load16(a.mod, mod + a.scale / V);
-        if (INPUT != INPUT_PLAIN)
-            gate = load16(a.mod, mod + a.gate / V);
+    extern __shared__ float4 weights[];
+    __shared__ __align__(16) float moments[2][2][ROW_WARPS][ROWS];
+    __shared__ float logits[ROUTER ? ROW_WARPS : 1][ROWS * EXPERTS];
+    const segment s = find_segment(a.width, a.tokens, chunk);
+    const size_t image = blockIdx.y, mod = image * a.mod_width;
+    unsigned gate[WORDS] = {}, shift[WORDS], scale[WORDS];
+    load_segment(shift, a.mod, mod + a.shift, s);
+    load_segment(scale, a.mod, mod + a.scale, s);
+    if (INPUT != INPUT_PLAIN)
+        load_segment(gate, a.mod, mod + a.gate, s);
+    if (ROUTER) {
+        stage_router(weights, a.router_w, a.experts, a.width, s.warps);
+        __syncthreads();
     }
     int turn = 0;
-    for (int row = p.first + p.group * R; row < p.end; row += p.groups * R, turn ^= 1) {
-        float v[R][V] = {}, mean[R], rstd[R];
-        if (p.works)
-            norm_inputs<R, INPUT>(v, a, p, image, row, gate);
-        row_moments(mean, rstd, v, p, a.width, moments[turn]);
+    for (int row = s.first + s.group * ROWS; row < s.end; row += s.groups * ROWS, turn ^= 1) {
+        float v[ROWS][VALUES] = {}, mean[ROWS], rstd[ROWS];
         const size_t at = image * a.tokens + row;
-        float by[V], plus[V];
-        unpack(by, scale);
-        unpack(plus, shift);
+        stay_packed(gate);
+        stay_packed(shift);
+        stay_packed(scale);
+        norm_inputs<ROWS, INPUT>(v, a, s, at, row, gate);
+        row_moments(mean, rstd, v, s, a.width, moments[turn]);
 #pragma unroll
-        for (int r = 0; r < R; r++) {
+        for (int r = 0; r < ROWS; r++) {
 #pragma unroll
-            for (int i = 0; i < V; i++)
-                v[r][i] = fmaf((v[r][i] - mean[r]) * rstd[r], 1.0f + by[i], plus[i]);
-            if (row + r < p.end && p.works)
-                store16(a.h, (at + r) * vectors + p.thread, pack(v[r]));
-            if (row + r < p.end && p.thread == 0)
-                static_cast<float2 *>(a.stats)[at + r] = make_float2(mean[r], rstd[r]);
+            for (int i = 0; i < VALUES; i++) {
+                const float by = fmaf(rstd[r], value(scale, i), rstd[r]);
+                v[r][i] = fmaf(v[r][i] - mean[r], by, value(shift, i));
+            }
+            if (row + r < s.end)
+                store_segment(a.h, (at + r) * a.width, v[r], s);
+        }
+        if (s.warp == 0 && s.lane < ROWS && row + s.lane < s.end) {
+            float2 stats = make_float2(mean[0], rstd[0]);
+#pragma unroll
+            for (int r = 1; r < ROWS; r++)
+                stats = s.lane == r ? make_float2(mean[r], rstd[r]) : stats;
+            static_cast<float2 *>(a.stats)[at + s.lane] = stats;
         }
         if constexpr (ROUTER)
-            router_product<R>(a, v, p, image, row, logits);
+            router_product(a, v, s, at, row, weights, logits);
     }
 }
 
-#define NORM_FORWARD(name, rows, input, router)                                                 \
-    extern "C" __global__ void __launch_bounds__(THREADS) name(const norm_forward a, int chunk) \
-    {                                                                                           \
-        norm_forward_rows<rows, input, router>(a, chunk);                                       \
+#define NORM_FORWARD(name, rows, input, router, blocks)               \
+    extern "C" __global__ void __launch_bounds__(ROW_THREADS, blocks) \
+        name(const norm_forward a, int chunk)                         \
+    {                                                                 \
+        norm_forward_rows<rows, input, router>(a, chunk);             \
     }
 
-NORM_FORWARD(layernorm_1, 1, INPUT_PLAIN, false)
-NORM_FORWARD(layernorm_2, 2, INPUT_PLAIN, false)
-NORM_FORWARD(layernorm_4, 4, INPUT_PLAIN, false)
-NORM_FORWARD(residual_norm_1, 1, INPUT_RESIDUAL, false)
-NORM_FORWARD(residual_norm_2, 2, INPUT_RESIDUAL, false)
-NORM_FORWARD(residual_norm_4, 4, INPUT_RESIDUAL, false)
-NORM_FORWARD(residual_norm_router_1, 1, INPUT_RESIDUAL, true)
-NORM_FORWARD(residual_norm_router_2, 2, INPUT_RESIDUAL, true)
-NORM_FORWARD(residual_norm_router_4, 4, INPUT_RESIDUAL, true)
-NORM_FORWARD(combine_norm_1, 1, INPUT_COMBINE, false)
-NORM_FORWARD(combine_norm_2, 2, INPUT_COMBINE, false)
-NORM_FORWARD(combine_norm_4, 4, INPUT_COMBINE, false)
+NORM_FORWARD(layernorm_1, 1, INPUT_PLAIN, false, 8)
+NORM_FORWARD(layernorm_2, 2, INPUT_PLAIN, false, 5)
+NORM_FORWARD(layernorm_4, 4, INPUT_PLAIN, false, 3)
+NORM_FORWARD(residual_norm_1, 1, INPUT_RESIDUAL, false, 8)
+NORM_FORWARD(residual_norm_2, 2, INPUT_RESIDUAL, false, 5)
+NORM_FORWARD(residual_norm_4, 4, INPUT_RESIDUAL, false, 3)
+NORM_FORWARD(residual_norm_router_1, 1, INPUT_RESIDUAL, true, 7)
+NORM_FORWARD(residual_norm_router_2, 2, INPUT_RESIDUAL, true, 4)
+NORM_FORWARD(residual_norm_router_4, 4, INPUT_RESIDUAL, true, 2)
+NORM_FORWARD(combine_norm_1, 1, INPUT_COMBINE, false, 6)
+NORM_FORWARD(combine_norm_2, 2, INPUT_COMBINE, false, 5)
+NORM_FORWARD(combine_norm_4, 4, INPUT_COMBINE, false, 3)

@@ -12,10 +12,11 @@ struct qk_place {
     bool works; // has columns of q or k
 };
 
-INLINE qk_place find_qk(const qk_norm &a)
+// VECTORS of a head; 0: found at run time
+template <int VECTORS> INLINE qk_place find_qk(const qk_norm &a)
 {
     qk_place p;
-    p.vectors = a.head / V;
+    p.vectors = VECTORS ? VECTORS : a.head / V;
     p.width = 2 * a.heads * p.vectors;
     p.head = threadIdx.x / p.vectors;
     p.vector = threadIdx.x % p.vectors;
@@ -31,17 +32,21 @@ INLINE void qk_parameters(float (&out)[V], const qk_norm &a, const qk_place &p, 
 }
 
 // Mean and 1/std of this thread's head from means and squared deviations of 8 values each.
-INLINE float2 qk_moments(const float2 *parts, const qk_place &p)
+template <int VECTORS> INLINE float2 qk_moments(const float2 *parts, const qk_place &p)
 {
     float mean = 0.0f, squares = 0.0f;
-    for (int i = 0; i < p.vectors; i++)
+#pragma unroll
+    for (int i = 0; i < (VECTORS ? VECTORS : p.vectors); i++) {
         mean += parts[i].x;
-    mean /= (float)p.vectors;
-    for (int i = 0; i < p.vectors; i++) {
-        const float d = parts[i].x - mean;
-        squares += fmaf((float)V * d, d, parts[i].y);
+        squares += parts[i].y;
     }
-    return make_float2(mean, rsqrtf(squares / (float)(p.vectors * V) + 1e-6f));
+    mean *= 1.0f / (float)p.vectors;
+#pragma unroll
+    for (int i = 0; i < (VECTORS ? VECTORS : p.vectors); i++) {
+        const float d = parts[i].x - mean;
+        squares = fmaf((float)V * d, d, squares);
+    }
+    return make_float2(mean, rsqrtf(fmaf(squares, 1.0f / (float)(p.vectors * V), 1e-6f)));
 }
 
 INLINE float2 vector_moments(const float (&v)[V])
@@ -58,10 +63,10 @@ INLINE float2 vector_moments(const float (&v)[V])
 }
 
 // Blocks of whole warps that cover q, k and v of a row; `chunk` rows a block.
-extern "C" __global__ void __launch_bounds__(QKV_THREADS) qk_norm_rows(const qk_norm a, int chunk)
+template <int VECTORS> INLINE void qk_forward(const qk_norm &a, int chunk)
 {
     __shared__ float2 shared[2][QK_ROWS][QKV_THREADS];
-    const qk_place p = find_qk(a);
+    const qk_place p = find_qk<VECTORS>(a);
     const int end = min((int)(blockIdx.x + 1) * chunk, a.rows);
     const size_t vectors = p.width / 2 * 3;
     const bool there = threadIdx.x < vectors && (p.works || a.out != a.qkv);
@@ -89,7 +94,7 @@ extern "C" __global__ void __launch_bounds__(QKV_THREADS) qk_norm_rows(const qk_
         for (int r = 0; r < QK_ROWS; r++)
             if (there && row + r < end) {
                 if (p.works) {
-                    const float2 m = qk_moments(&shared[turn][r][p.head * p.vectors], p);
+                    const float2 m = qk_moments<VECTORS>(&shared[turn][r][p.head * p.vectors], p);
                     float v[V];
                     unpack(v, in[r]);
 #pragma unroll
@@ -130,11 +135,11 @@ INLINE void qk_partial(const qk_norm &a, const qk_place &p, const float (&dw)[V]
 }
 
 // Blocks of whole warps that cover q and k of a row.
-extern "C" __global__ void __launch_bounds__(QK_THREADS) qk_norm_back(const qk_norm a, int chunk)
+template <int VECTORS> INLINE void qk_backward(const qk_norm &a, int chunk)
 {
     __shared__ float2 sums[2][QK_ROWS][QK_THREADS];
     __shared__ float partial[QK_THREADS][V];
-    const qk_place p = find_qk(a);
+    const qk_place p = find_qk<VECTORS>(a);
     const int end = min((int)(blockIdx.x + 1) * chunk, a.rows);
     const size_t vectors = p.width / 2 * 3;
     float w[V] = {}, dw[V] = {}, dbias[V] = {};
@@ -174,13 +179,14 @@ extern "C" __global__ void __launch_bounds__(QK_THREADS) qk_norm_back(const qk_n
         for (int r = 0; r < QK_ROWS; r++)
             if (p.works && row + r < end) {
                 float x[V], g[V], mean = 0.0f, slope = 0.0f;
-                for (int i = 0; i < p.vectors; i++) {
+#pragma unroll
+                for (int i = 0; i < (VECTORS ? VECTORS : p.vectors); i++) {
                     const float2 part = sums[turn][r][p.head * p.vectors + i];
                     mean += part.x;
                     slope += part.y;
                 }
-                mean /= (float)a.head;
-                slope /= (float)a.head;
+                mean *= 1.0f / (float)(p.vectors * V);
+                slope *= 1.0f / (float)(p.vectors * V);
                 unpack(x, in[r]);
                 unpack(g, gradient[r]);
 #pragma unroll
@@ -193,6 +199,23 @@ extern "C" __global__ void __launch_bounds__(QK_THREADS) qk_norm_back(const qk_n
     }
     qk_partial(a, p, dw, dbias, partial);
 }
+
+#define QK_NORM(vectors)                                      \
+    extern "C" __global__ void __launch_bounds__(QKV_THREADS) \
+        qk_norm_rows_##vectors(const qk_norm a, int chunk)    \
+    {                                                         \
+        qk_forward<vectors>(a, chunk);                        \
+    }                                                         \
+    extern "C" __global__ void __launch_bounds__(QK_THREADS)  \
+        qk_norm_back_##vectors(const qk_norm a, int chunk)    \
+    {                                                         \
+        qk_backward<vectors>(a, chunk);                       \
+    }
+
+QK_NORM(0)
+QK_NORM(8)
+QK_NORM(9)
+QK_NORM(11)
 
 // dwq, dbq, dwk, dbk += the sums over the blocks' partials
 extern "C" __global__ void __launch_bounds__(WARP *STRIPES) qk_norm_sums(const qk_norm a, int parts)

@@ -11,7 +11,7 @@
 
 bool op_combine_norm_fuses(const struct context *c, int64_t width)
 {
-    return width <= c->dev->fused_width && width % 8 == 0;
+    return width <= c->dev->fused_width && width % 128 == 0;
 }
 
 int op_residual_norm_fwd(struct context *c, struct tensor *y, struct tensor *h,

@@ -7,10 +7,10 @@
 #include <string.h>
 
 // Whether the device has its own versions of these operations, and no portable kernel may run for
-// widths that are multiples of 8.
+// widths that are multiples of 128.
 static bool fuses(const struct op_run *r, int width)
 {
-    return width % 8 == 0 && width <= r->c.dev->fused_width;
+    return width % 128 == 0 && width <= r->c.dev->fused_width;
 }
 
 #define CHECK_TAKEN(r, width, kernel, before)                           \
@@ -32,10 +32,11 @@ static struct fused fused_shape(const int *s)
     return f;
 }
 
-static const int shapes[][6] = {{1, 3, 8, 2, 1},    {2, 7, 40, 3, 2},     {3, 33, 64, 8, 2},
+static const int shapes[][6] = {{1, 3, 8, 2, 1},    {2, 7, 40, 3, 2},     {3, 33, 128, 8, 2},
                                 {2, 17, 384, 8, 2}, {2, 130, 1152, 8, 2}, {2, 5, 1408, 16, 3},
-                                {1, 3, 2048, 4, 1}, {2, 9, 37, 5, 2},     {37, 64, 104, 13, 4},
-                                {1, 2, 2056, 8, 2}, {1, 600, 256, 9, 1},  {5, 31, 768, 8, 2}};
+                                {1, 3, 512, 4, 1},  {2, 9, 37, 5, 2},     {37, 64, 256, 13, 4},
+                                {1, 2, 1664, 8, 2}, {1, 600, 640, 9, 1},  {5, 31, 768, 8, 2},
+                                {3, 256, 384, 8, 2}};
 
 static const double *mod_row(const struct fused *f, const struct operand *mod, int m)
 {
@@ -169,7 +170,7 @@ static int far_case(struct op_run *r, const int *s)
 
 static int layernorm_far(void)
 {
-    static const int far[][6] = {{2, 9, 384, 1, 1}, {1, 5, 1152, 1, 1}};
+    static const int far[][6] = {{2, 9, 384, 1, 1}, {1, 5, 1152, 1, 1}, {1, 7, 640, 1, 1}};
     return OP_FOR_ALL(far_case, far);
 }
 
@@ -523,7 +524,7 @@ static int route_case(struct op_run *r, const int *s)
     op_judge(r, fraction, want.fraction, 1e-5, "fraction %d x %d of %d", M, K, E);
     op_judge(r, mean, want.mean, 1e-5, "mean_prob %d x %d of %d", M, K, E);
     if (E <= 16 && K <= 8 && (G == 1 || M / G % 256 == 0))
-        CHECK_TAKEN(r, 8, route_place, before);
+        CHECK_TAKEN(r, 128, route_place, before);
     return PASSED;
 }
 
