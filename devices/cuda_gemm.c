@@ -216,16 +216,17 @@ size_t cuda_gemm_space(struct device *base, const struct gemm *g)
 {
     struct cuda_device *dev = cuda_device_of(base);
     gemm_check(base, g);
-    if (cuda_gemm_sm90_suits(dev, g))
-        return cuda_gemm_sm90_space(dev, g);
-    return suits(g) && library(dev) ? SPACE : 0;
+    const size_t by_library = suits(g) && library(dev) ? SPACE : 0;
+    const size_t own = cuda_gemm_sm90_suits(dev, g) ? cuda_gemm_sm90_space(dev, g) : 0;
+    return own > by_library ? own : by_library;
 }
 
 int cuda_gemm(struct stream *s, const struct gemm *g)
 {
     gemm_check(&s->dev->base, g);
-    if (cuda_gemm_sm90_suits(s->dev, g))
-        return cuda_gemm_sm90(s, g, 0);
-    int code = cuda_gemm_by_library(s, g);
-    return code == NOT_MINE ? gemm_gpu(&s->dev->base, s, g) : code;
+    const bool own = cuda_gemm_sm90_suits(s->dev, g);
+    int code = own && cuda_gemm_sm90_wins(s->dev, g) ? NOT_MINE : cuda_gemm_by_library(s, g);
+    if (code == NOT_MINE)
+        code = own ? cuda_gemm_sm90(s, g, 0) : gemm_gpu(&s->dev->base, s, g);
+    return code;
 }

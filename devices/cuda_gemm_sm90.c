@@ -3,11 +3,13 @@
 // graph keeps it.
 #include "devices/cuda_gemm_sm90.h"
 
+#include <math.h>
+
 #include "devices/cuda_tuned.h"
 #include "devices/gemm_gpu.h"
 #include "devices/gemm_sm90.h"
 
-enum { VARIANTS = 5, SPACE = 32 << 20 };
+enum { VARIANTS = 5, PARTS_MAX = 16, SPACE = 40 << 20 };
 
 // A CUtensorMap.
 struct tensor_map {
@@ -22,18 +24,15 @@ static const struct variant {
     int width, pair;
 } variants[VARIANTS] = {{64, 1}, {128, 1}, {192, 1}, {128, 2}, {192, 2}};
 
-// Kernels by what they compute and how; NULL: not made.
+// Kernels by what they compute and how.
 #define NAMES(name)                                                            \
     {                                                                          \
         name "_64", name "_128", name "_192", name "_pair128", name "_pair192" \
     }
 static const char *const names[KINDS][VARIANTS] = {
-    [NT_BF16] = NAMES("gemm_nt_bf16"),
-    [NT_F32] = NAMES("gemm_nt_f32"),
-    [NT_SWIGLU] = NAMES("gemm_nt_swiglu"),
-    [NN_BF16] = NAMES("gemm_nn_bf16"),
-    [NN_SWIGLU] = {"gemm_nn_swiglu_64", "gemm_nn_swiglu_128", NULL, "gemm_nn_swiglu_pair128"},
-    [TN_F32] = NAMES("gemm_tn_f32"),
+    [NT_BF16] = NAMES("gemm_nt_bf16"),     [NT_F32] = NAMES("gemm_nt_f32"),
+    [NT_SWIGLU] = NAMES("gemm_nt_swiglu"), [NN_BF16] = NAMES("gemm_nn_bf16"),
+    [NN_SWIGLU] = NAMES("gemm_nn_swiglu"), [TN_F32] = NAMES("gemm_tn_f32"),
 };
 
 // ---- what is taken ------------------------------------------------------------------------------
@@ -89,50 +88,74 @@ static int tile_columns(const struct gemm *g, int width)
     return g->swiglu == SWIGLU_FORWARD ? width / 2 : width;
 }
 
-// Tiles of one part of k, if every expert has its share of rows.
-static int tiles_of(const struct gemm *g, int width)
+// Units of work of one part of k, if every expert has its share of rows: tiles, or pairs of them.
+static int units_of(const struct gemm *g, const struct variant *v)
 {
     int rows = gemm_cover(g->m, GEMM_SM90_ROWS),
-        columns = gemm_cover(columns_of(g), tile_columns(g, width));
+        columns = gemm_cover(columns_of(g), v->pair * tile_columns(g, v->width));
     if (g->ragged == GEMM_RAGGED_M)
         rows += g->groups / 2;
     return rows * columns * (g->ragged == GEMM_RAGGED_K ? g->groups : 1);
 }
 
-// Into how many parts k of a plain A^T B is split, so that every multiprocessor has work.
-static int parts_of(const struct cuda_device *dev, const struct gemm *g, int width)
+// Bytes of C, h, g | u that a tile reads and writes.
+static double bytes_out(const struct gemm *g, int width)
 {
-    if (!g->trans_a || g->ragged != GEMM_PLAIN)
-        return 1;
-    const size_t each = (size_t)g->m * (size_t)g->n * sizeof(float);
-    const int tiles = tiles_of(g, width), room = (int)(SPACE / each);
-    int parts = dev->base.info.compute_units / tiles, most = g->k / (8 * GEMM_SM90_DEPTH);
-    parts = parts < room ? parts : room;
-    parts = parts < most ? parts : most;
-    return parts > 1 ? parts : 1;
+    const double elements = (double)GEMM_SM90_ROWS * width;
+    if (g->swiglu == SWIGLU_FORWARD)
+        return elements * (g->c ? 3 : 1);
+    if (g->swiglu == SWIGLU_BACKWARD)
+        return elements * (g->h ? 10 : 8);
+    return elements * (g->type_c == F32 ? 4 : 2);
 }
 
-// The time of g relative to other widths: of a multiprocessor with the most tiles. A stage costs the
-// more the wider it is, but not in proportion (measured: 64, 128 and 192 columns as 117, 152 and 192),
-// and a tile costs a stage or so besides.
-static double time_of(const struct cuda_device *dev, const struct gemm *g, int width)
+// Microseconds of g by a variant, k in `parts`. What limits it, as measured on an H100: 62 KB that a
+// multiprocessor gets from L2 in a microsecond, of A and B and of what goes out; or the products, for
+// pairs. Some 20 KB stand for what a tile costs besides. Parts go through memory twice.
+static double time_of(const struct cuda_device *dev, const struct gemm *g, const struct variant *v,
+                      int parts)
 {
-    const int parts = parts_of(dev, g, width), tiles = parts * tiles_of(g, width);
-    double stages = (double)g->k / (GEMM_SM90_DEPTH * parts);
-    if (g->ragged == GEMM_RAGGED_K)
-        stages /= g->groups;
-    return (stages + 2) * (80 + 0.58 * width) * gemm_cover(tiles, dev->base.info.compute_units);
+    const double groups = g->ragged == GEMM_RAGGED_K ? g->groups : 1;
+    const double stages = ceil(g->k / (GEMM_SM90_DEPTH * parts * groups));
+    const double read = (128.0 / v->pair + v->width) * 128, product = 190.0 * v->width;
+    const double tile =
+        stages * (read > product ? read : product) + bytes_out(g, v->width) + (20 << 10);
+    const int waves = gemm_cover(parts * units_of(g, v), dev->base.info.compute_units / v->pair);
+    const double sums = parts > 1 ? (2.0 * parts + 1) * g->m * g->n * 4 : 0;
+    return waves * tile / 62e3 + sums / 3e6;
 }
 
-// The index of the best width.
-static int choose(const struct cuda_device *dev, const struct gemm *g)
+// How g is done: a variant, in how many parts of k.
+struct way {
+    int variant, parts;
+    double time;
+};
+
+// The best way for g, by variant `only` if that is one. A plain A^T B may be split over k, so that all
+// multiprocessors have work.
+static struct way choose(const struct cuda_device *dev, const struct gemm *g, int only)
 {
-    int best = 0;
-    for (int i = 1; i < 3; i++)
-        if (names[kind_of(g)][i] &&
-            time_of(dev, g, variants[i].width) <= time_of(dev, g, variants[best].width))
-            best = i;
+    struct way best = {0, 1, INFINITY};
+    const double each = (double)g->m * g->n * sizeof(float);
+    for (int i = 0; i < VARIANTS; i++)
+        for (int parts = 1; parts <= PARTS_MAX; parts++) {
+            const double time = time_of(dev, g, &variants[i], parts);
+            if (only >= 0 && i != only)
+                break;
+            if (parts > 1 && (!g->trans_a || g->ragged != GEMM_PLAIN || parts * each > SPACE ||
+                              g->k / parts < 4 * GEMM_SM90_DEPTH))
+                break;
+            if (time < best.time)
+                best = (struct way){i, parts, time};
+        }
     return best;
+}
+
+bool cuda_gemm_sm90_wins(const struct cuda_device *dev, const struct gemm *g)
+{
+    const double ideal = 2.0 * g->m * g->n * g->k / 680e6;
+    return g->ragged != GEMM_PLAIN || g->swiglu || g->bias || ideal < 10 ||
+           choose(dev, g, -1).time < 1.3 * ideal;
 }
 
 // ---- maps ---------------------------------------------------------------------------------------
@@ -219,7 +242,7 @@ static int sum_parts(struct stream *s, const struct gemm *g, int parts)
 
 size_t cuda_gemm_sm90_space(const struct cuda_device *dev, const struct gemm *g)
 {
-    const int parts = parts_of(dev, g, variants[choose(dev, g)].width);
+    const int parts = choose(dev, g, -1).parts;
     return parts > 1 ? (size_t)parts * (size_t)g->m * (size_t)g->n * sizeof(float) : 0;
 }
 
@@ -241,38 +264,40 @@ static int launch_early(struct stream *s, cuda_function function, unsigned block
     return 0;
 }
 
-static int launch(struct stream *s, const struct gemm *g, const char *name, const struct variant *v)
+static int launch(struct stream *s, const struct gemm *g, const struct way *way)
 {
-    const int width = v->width;
-    const unsigned shared = shared_of(kind_of(g), width);
+    const struct variant *v = &variants[way->variant];
+    const char *name = names[kind_of(g)][way->variant];
+    const unsigned shared = shared_of(kind_of(g), v->width);
     cuda_function function = cuda_tuned(s->dev, IMAGE_gemm_sm90, name, shared);
-    const int parts = g->space ? parts_of(s->dev, g, width) : 1;
-    const int columns = gemm_cover(columns_of(g), v->pair * tile_columns(g, width));
+    const int parts = g->space ? way->parts : 1;
+    const int columns = gemm_cover(columns_of(g), v->pair * tile_columns(g, v->width));
     int rows = gemm_cover(g->m, GEMM_SM90_ROWS);
     struct tensor_map a, b, c = {{0}};
     struct gemm_sm90 p = arguments(g, parts);
     p.band = columns > 40 ? 2 : 1; // a wave of blocks shares all of a narrow B
     TRY(describe_a(s->dev, &a, g));
-    TRY(describe_b(s->dev, &b, g, width));
+    TRY(describe_b(s->dev, &b, g, v->width));
     if (g->swiglu == SWIGLU_BACKWARD)
         TRY(describe_gu(s->dev, &c, g));
     if (g->ragged == GEMM_RAGGED_M)
         rows += g->groups;
-    const int64_t tiles = (int64_t)rows * columns * (g->trans_a ? p.groups : 1);
-    const int64_t most = s->dev->base.info.compute_units / v->pair;
+    const int64_t units = (int64_t)rows * columns * (g->trans_a ? p.groups : 1);
+    const struct device *dev = &s->dev->base;
+    const int64_t most = (dev->info.compute_units - dev->reserved_units) / v->pair;
     void *values[] = {&a, &b, &c, &p};
-    TRY(launch_early(s, function, (unsigned)(v->pair * (tiles < most ? tiles : most)), shared,
+    TRY(launch_early(s, function, (unsigned)(v->pair * (units < most ? units : most)), shared,
                      values));
     return parts > 1 ? sum_parts(s, g, p.groups) : 0;
 }
 
 int cuda_gemm_sm90(struct stream *s, const struct gemm *g, int width)
 {
-    int i = choose(s->dev, g);
-    if (width)
-        for (i = 0;
-             i < VARIANTS && variants[i].width * variants[i].pair + variants[i].pair - 1 != width;)
-            i++;
-    return i < VARIANTS && names[kind_of(g)][i] ? launch(s, g, names[kind_of(g)][i], &variants[i])
-                                                : NOT_MINE;
+    int only = width ? VARIANTS - 1 : -1;
+    while (only >= 0 && variants[only].pair * (variants[only].width + 1) - 1 != width)
+        only--;
+    if (width && only < 0)
+        return NOT_MINE;
+    const struct way way = choose(s->dev, g, only);
+    return launch(s, g, &way);
 }

@@ -713,9 +713,7 @@ WIDTHS(gemm_nt_bf16, NT, TO_BF16)
 WIDTHS(gemm_nt_f32, NT, TO_F32)
 WIDTHS(gemm_nt_swiglu, NT, SWIGLU_FWD)
 WIDTHS(gemm_nn_bf16, NN, TO_BF16)
-GEMM(gemm_nn_swiglu, NN, SWIGLU_BWD, 64)
-GEMM(gemm_nn_swiglu, NN, SWIGLU_BWD, 128)
-GEMM_PAIR(gemm_nn_swiglu, NN, SWIGLU_BWD, 128)
+WIDTHS(gemm_nn_swiglu, NN, SWIGLU_BWD)
 WIDTHS(gemm_tn_f32, TN, TO_F32)
 
 // C (+)= the sum of `parts` matrices of `count` elements, in their order; count is a multiple of 4.
