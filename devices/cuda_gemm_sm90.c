@@ -140,7 +140,7 @@ static struct way choose(const struct cuda_device *dev, const struct gemm *g, in
     for (int i = 0; i < VARIANTS; i++)
         for (int parts = 1; parts <= PARTS_MAX; parts++) {
             const double time = time_of(dev, g, &variants[i], parts);
-            if (only >= 0 && i != only)
+            if (only >= 0 ? i != only : variants[i].pair > 1)
                 break;
             if (parts > 1 && (!g->trans_a || g->ragged != GEMM_PLAIN || parts * each > SPACE ||
                               g->k / parts < 4 * GEMM_SM90_DEPTH))
