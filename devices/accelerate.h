@@ -21,12 +21,12 @@ enum {
     NORM2_PARTS = 4096 // the most partial sums of norm2
 };
 
-// op_layernorm_mod_fwd (y, z and rows NULL), op_residual_norm_fwd (z), op_combine_norm_fwd (rows, slot,
-// weight, shared; kept: its z). Logits and router_w, shared, kept: NULL where absent.
+// op_layernorm_mod_fwd (z and rows NULL), op_residual_norm_fwd (z), op_combine_norm_fwd (rows, slot,
+// weight, shared, z1; kept: its z). y, kept, logits and router_w, shared, z1: NULL where absent.
 struct norm_forward {
     accelerate_mem y, h, stats, logits, kept;
-    accelerate_mem x, z, rows, slot, weight, shared, mod, router_w;
-    int images, tokens, width, mod_width, gate, shift, scale, experts, choices;
+    accelerate_mem x, z, z1, rows, slot, weight, shared, mod, router_w;
+    int images, tokens, width, mod_width, gate, gate1, shift, scale, experts, choices;
 };
 
 // op_layernorm_mod_bwd (dz NULL), op_norm_gate_bwd. partial: scratch of
@@ -83,11 +83,13 @@ struct norm2 {
     int added;
 };
 
+// units: 0, or the compute units to keep to.
 // op_adamw; ema may be NULL; low NULL: w is f32
 struct adamw_step {
     accelerate_mem w, m, v, ema, g, control, low;
     unsigned long long count;
     float beta1, rest1, beta2, rest2, eps, decay;
+    int units;
 };
 
 #endif

@@ -8,7 +8,7 @@
 
 #include "devices/accelerate.h"
 
-enum { WARP = 32, THREADS = 256, STRIPES = 16, VECTOR = 8, IMAGES_MAX = 65535 };
+enum { WARP = 32, THREADS = 256, ASIDE = 1024, STRIPES = 16, VECTOR = 8, IMAGES_MAX = 65535 };
 
 // The kernel `name` of fused.cu; `name` is a literal.
 #define KERNEL_OF(s, name) cuda_tuned((s)->dev, IMAGE_fused, name, 0)
@@ -129,9 +129,9 @@ static cuda_function forward_kernel(struct stream *s, const struct norm_forward 
 static int norm_forward(struct stream *s, const void *args)
 {
     TAKE(norm_forward, a, images);
-    const int columns[] = {a.mod_width, a.gate, a.shift, a.scale};
+    const int columns[] = {a.mod_width, a.gate, a.gate1, a.shift, a.scale};
     const unsigned shared = a.logits ? router_bytes(a.experts, a.width) : 0;
-    if (!good_rows(a.width, a.images, columns, 4) || shared > ROUTER_SHARED)
+    if (!good_rows(a.width, a.images, columns, 5) || shared > ROUTER_SHARED)
         return NOT_MINE;
     int64_t warps = (int64_t)a.images * a.tokens * row_warps(a.width);
     int rows = warps >= 64 * s->dev->base.info.compute_units ? 2 : 1;
@@ -307,11 +307,14 @@ static int norm2(struct stream *s, const void *args)
 static int adamw(struct stream *s, const void *args)
 {
     TAKE(adamw_step, a, count);
-    cuda_function function = KERNEL_OF(s, "adamw_rows");
+    cuda_function function = a.units ? KERNEL_OF(s, "adamw_aside") : KERNEL_OF(s, "adamw_rows");
     if (!function)
         return NOT_MINE;
-    int blocks = cover((int64_t)(a.count / 4) + 1, THREADS);
-    return launch(s, function, blocks, 1, THREADS, (void *[]){&a});
+    const int threads = a.units ? ASIDE : THREADS;
+    int blocks = cover((int64_t)(a.count / 4) + 1, threads);
+    if (a.units && blocks > a.units)
+        blocks = a.units;
+    return launch(s, function, blocks, 1, threads, (void *[]){&a});
 }
 
 // ---- the door -----------------------------------------------------------------------------------

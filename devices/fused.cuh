@@ -122,18 +122,18 @@ INLINE void store_group_sums(float *out, const place &p, const float (&sums)[V],
         for (int i = 0; i < V; i++)
             shared[threadIdx.x][i] = sums[i];
     __syncthreads();
-    if (p.group > 0 || !p.works)
-        return;
     float total[V];
 #pragma unroll
     for (int i = 0; i < V; i++) {
         total[i] = sums[i];
-        for (int g = 1; g < p.groups; g++)
+        for (int g = 1; g < p.groups && p.group == 0; g++)
             total[i] += shared[g * p.lanes + p.thread][i];
     }
-    float4 *to = reinterpret_cast<float4 *>(out + p.thread * V);
-    to[0] = make_float4(total[0], total[1], total[2], total[3]);
-    to[1] = make_float4(total[4], total[5], total[6], total[7]);
+    if (p.group == 0 && p.works) { // no return: the warp must be whole at the next barrier
+        float4 *to = reinterpret_cast<float4 *>(out + p.thread * V);
+        to[0] = make_float4(total[0], total[1], total[2], total[3]);
+        to[1] = make_float4(total[4], total[5], total[6], total[7]);
+    }
 }
 
 enum { STRIPES = 16 };

@@ -7,64 +7,73 @@ enum norm_input { INPUT_PLAIN, INPUT_RESIDUAL, INPUT_COMBINE };
 // ROWS: what a group takes at a time. EXPERTS: what the router takes in one go.
 enum { EXPERTS = 8 };
 
-// z += weight * the row of an expert
-INLINE void add_expert(float (&z)[VALUES], const unsigned (&row)[WORDS], float weight)
-{
-#pragma unroll
-    for (int i = 0; i < VALUES; i++)
-        z[i] = fmaf(weight, value(row, i), z[i]);
-}
+// The rows of a token's first two experts and of the shared one, on their way from memory together.
+struct experts_rows {
+    unsigned one[WORDS], two[WORDS], shared[WORDS];
+    float first, second; // their weights
+};
 
-// sum_k weight[m,k] rows[slot[m,k],:] + shared[m,:]; two experts' rows are on their way at a time
-INLINE void combine(float (&z)[VALUES], const norm_forward &a, size_t row, const segment &s)
+INLINE void load_experts(experts_rows &e, const norm_forward &a, size_t row, const segment &s)
 {
     const int *slot = static_cast<const int *>(a.slot) + row * a.choices;
     const float *weight = static_cast<const float *>(a.weight) + row * a.choices;
-    unsigned shared[WORDS] = {}, one[WORDS], two[WORDS];
+    const bool second = a.choices > 1;
+    e.first = weight[0];
+    e.second = second ? weight[1] : 0.0f;
+    load_segment(e.one, a.rows, (size_t)slot[0] * a.width, s);
+    load_segment(e.two, a.rows, (size_t)slot[second ? 1 : 0] * a.width, s);
     if (a.shared)
-        load_segment(shared, a.shared, row * a.width, s);
-    int k = 0;
-    for (; k + 2 <= a.choices; k += 2) {
-        load_segment(one, a.rows, (size_t)slot[k] * a.width, s);
-        load_segment(two, a.rows, (size_t)slot[k + 1] * a.width, s);
-        if (k == 0)
+        load_segment(e.shared, a.shared, row * a.width, s);
+}
+
+// sum_k weight[m,k] rows[slot[m,k],:] + shared[m,:]
+INLINE void combine(float (&z)[VALUES], const experts_rows &e, const norm_forward &a, size_t row,
+                    const segment &s)
+{
 #pragma unroll
-            for (int i = 0; i < VALUES; i++)
-                z[i] = value(shared, i);
-        add_expert(z, one, weight[k]);
-        add_expert(z, two, weight[k + 1]);
+    for (int i = 0; i < VALUES; i++) {
+        z[i] = a.shared ? value(e.shared, i) : 0.0f;
+        z[i] = fmaf(e.first, value(e.one, i), z[i]);
+        z[i] = a.choices > 1 ? fmaf(e.second, value(e.two, i), z[i]) : z[i];
     }
-    if (k == 0)
+    for (int k = 2; k < a.choices; k++) {
+        const size_t pair = row * a.choices + k;
+        const float weight = static_cast<const float *>(a.weight)[pair];
+        unsigned next[WORDS];
+        load_segment(next, a.rows, (size_t) static_cast<const int *>(a.slot)[pair] * a.width, s);
 #pragma unroll
         for (int i = 0; i < VALUES; i++)
-            z[i] = value(shared, i);
-    if (k < a.choices) {
-        load_segment(one, a.rows, (size_t)slot[k] * a.width, s);
-        add_expert(z, one, weight[k]);
+            z[i] = fmaf(weight, value(next, i), z[i]);
     }
 }
 
-// v = the values to be normalised: x, or y = x + gate z, which is stored
+// Rows past the end are row `at` again, and not stored. v = the values to be normalised: x, or y = x + gate z, or with combined z = x + gate1 z1 + gate z.
+// y is stored unless it is NULL.
 template <int ROWS, norm_input INPUT>
 INLINE void norm_inputs(float (&v)[ROWS][VALUES], const norm_forward &a, const segment &s,
-                        size_t at, int row, const unsigned (&gate)[WORDS])
+                        size_t at, int row, const unsigned (&gate)[WORDS],
+                        const unsigned (&gate1)[WORDS])
 {
-    unsigned x[ROWS][WORDS], z[ROWS][WORDS];
-#pragma unroll
-    for (int r = 0; r < ROWS; r++)
-        if (row + r < s.end) {
-            load_segment(x[r], a.x, (at + r) * a.width, s);
-            if (INPUT == INPUT_RESIDUAL)
-                load_segment(z[r], a.z, (at + r) * a.width, s);
-        }
+    unsigned x[ROWS][WORDS], z[ROWS][WORDS] = {};
+    experts_rows experts[INPUT == INPUT_COMBINE ? ROWS : 1];
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
-        if (row + r >= s.end)
-            continue;
+        const size_t m = row + r < s.end ? at + r : at;
+        if (INPUT == INPUT_COMBINE)
+            load_experts(experts[r], a, m, s);
+        load_segment(x[r], a.x, m * a.width, s);
+        if (INPUT == INPUT_RESIDUAL)
+            load_segment(z[r], a.z, m * a.width, s);
+        if (INPUT == INPUT_COMBINE && a.z1)
+            load_segment(z[r], a.z1, m * a.width, s);
+    }
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+        const bool there = row + r < s.end;
         float branch[VALUES];
         if (INPUT == INPUT_COMBINE) {
-            combine(branch, a, at + r, s);
-            if (a.kept)
+            combine(branch, experts[r], a, there ? at + r : at, s);
+            if (a.kept && there)
                 store_segment(a.kept, (at + r) * a.width, branch, s);
         }
 #pragma unroll
@@ -73,9 +82,10 @@ INLINE void norm_inputs(float (&v)[ROWS][VALUES], const norm_forward &a, const s
             if (INPUT == INPUT_RESIDUAL)
                 v[r][i] = fmaf(value(gate, i), value(z[r], i), v[r][i]);
             if (INPUT == INPUT_COMBINE)
-                v[r][i] = fmaf(value(gate, i), branch[i], v[r][i]);
+                v[r][i] =
+                    fmaf(value(gate, i), branch[i], fmaf(value(gate1, i), value(z[r], i), v[r][i]));
         }
-        if (INPUT != INPUT_PLAIN)
+        if (INPUT != INPUT_PLAIN && a.y && there)
             store_segment(a.y, (at + r) * a.width, v[r], s);
     }
 }
@@ -164,11 +174,13 @@ INLINE void norm_forward_rows(const norm_forward &a, int chunk)
     __shared__ float logits[ROUTER ? ROW_WARPS : 1][ROWS * EXPERTS];
     const segment s = find_segment(a.width, a.tokens, chunk);
     const size_t image = blockIdx.y, mod = image * a.mod_width;
-    unsigned gate[WORDS] = {}, shift[WORDS], scale[WORDS];
+    unsigned gate[WORDS] = {}, gate1[WORDS] = {}, shift[WORDS], scale[WORDS];
     load_segment(shift, a.mod, mod + a.shift, s);
     load_segment(scale, a.mod, mod + a.scale, s);
     if (INPUT != INPUT_PLAIN)
         load_segment(gate, a.mod, mod + a.gate, s);
+    if (INPUT == INPUT_COMBINE && a.z1)
+        load_segment(gate1, a.mod, mod + a.gate1, s);
     if (ROUTER) {
         stage_router(weights, a.router_w, a.experts, a.width, s.warps);
         __syncthreads();
@@ -178,9 +190,10 @@ INLINE void norm_forward_rows(const norm_forward &a, int chunk)
         float v[ROWS][VALUES] = {}, mean[ROWS], rstd[ROWS];
         const size_t at = image * a.tokens + row;
         stay_packed(gate);
+        stay_packed(gate1);
         stay_packed(shift);
         stay_packed(scale);
-        norm_inputs<ROWS, INPUT>(v, a, s, at, row, gate);
+        norm_inputs<ROWS, INPUT>(v, a, s, at, row, gate, gate1);
         row_moments(mean, rstd, v, s, a.width, moments[turn]);
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
@@ -220,6 +233,6 @@ NORM_FORWARD(residual_norm_4, 4, INPUT_RESIDUAL, false, 3)
 NORM_FORWARD(residual_norm_router_1, 1, INPUT_RESIDUAL, true, 7)
 NORM_FORWARD(residual_norm_router_2, 2, INPUT_RESIDUAL, true, 4)
 NORM_FORWARD(residual_norm_router_4, 4, INPUT_RESIDUAL, true, 2)
-NORM_FORWARD(combine_norm_1, 1, INPUT_COMBINE, false, 6)
-NORM_FORWARD(combine_norm_2, 2, INPUT_COMBINE, false, 5)
-NORM_FORWARD(combine_norm_4, 4, INPUT_COMBINE, false, 3)
+NORM_FORWARD(combine_norm_1, 1, INPUT_COMBINE, false, 5)
+NORM_FORWARD(combine_norm_2, 2, INPUT_COMBINE, false, 4)
+NORM_FORWARD(combine_norm_4, 4, INPUT_COMBINE, false, 2)

@@ -34,6 +34,14 @@ static bool rebuilds(const struct dit *d, int64_t columns)
     return d->lean && op_swiglu_rebuilds(&d->ctx, columns);
 }
 
+// Whether `mid` is left out of the forward pass: its sum goes into the block's last one unrounded, which
+// keeps bf16 nearer to f32, and the backward pass makes it again.
+static bool leaves_mid_out(const struct dit *d, int layer)
+{
+    return config_is_moe(&d->config, layer) && (!d->options.train || d->lean) &&
+           op_combine_norm_fuses(&d->ctx, d->config.hidden);
+}
+
 static int plan_attention_half(struct dit *d, int l, struct block_act *a)
 {
     const struct config *c = &d->config;
@@ -49,8 +57,9 @@ static int plan_attention_half(struct dit *d, int l, struct block_act *a)
     ACTIVATION(d, l, "o", act, 1, 2, 5, &a->o, M, D);
     if (d->options.train)
         ACTIVATION(d, l, "lse", F32, 1, 1, 5, &a->lse, N, c->heads, T);
-    ACTIVATION(d, l, "attn", act, 2, 2, 4, &a->attn, M, D);
-    ACTIVATION(d, l, "mid", act, 2, 5, d->lean ? NEVER : 4, &a->mid, M, D);
+    ACTIVATION(d, l, "attn", act, 2, 5, 4, &a->attn, M, D);
+    if (!leaves_mid_out(d, l))
+        ACTIVATION(d, l, "mid", act, 2, 5, d->lean ? NEVER : 4, &a->mid, M, D);
     ACTIVATION(d, l, "stats2", F32, 2, 2, 4, &a->stats2, M, 2);
     ACTIVATION(d, l, "h2", act, 2, 3, d->lean ? NEVER : 3, &a->h2, M, D);
     ACTIVATION(d, l, "out", act, 5, 5, 3, &a->out, M, D);
@@ -201,8 +210,8 @@ static int block_body(struct dit *d, int layer)
     const bool moe = config_is_moe(&d->config, layer);
     const struct norm_columns at = middle_columns(d, layer);
     TRY(attention_forward(d, layer));
-    TRY(op_residual_norm_fwd(&d->ctx, &a->mid, &a->h2, &a->stats2, moe ? &a->logits : NULL,
-                             &d->x[layer], &a->attn, &d->mod, at,
+    TRY(op_residual_norm_fwd(&d->ctx, leaves_mid_out(d, layer) ? NULL : &a->mid, &a->h2, &a->stats2,
+                             moe ? &a->logits : NULL, &d->x[layer], &a->attn, &d->mod, at,
                              moe ? &d->w.blocks[layer].gate_w : NULL));
     return moe ? moe_forward(d, layer) : mlp_forward(d, layer);
 }
@@ -223,8 +232,11 @@ int block_forward(struct dit *d, int layer)
     if (!config_is_moe(&d->config, layer))
         return op_residual_norm_fwd(c, x, n.h, n.stats, NULL, &a->mid, &a->out, &d->mod, at, NULL);
     const bool keep = d->options.train || !op_combine_norm_fuses(c, d->config.hidden);
-    return op_combine_norm_fwd(c, x, n.h, n.stats, keep ? &a->out : NULL, &a->mid, &a->y, &a->slot,
-                               &a->weight, shared_out(d, a), &d->mod, at);
+    const bool left_out = leaves_mid_out(d, layer);
+    return op_combine_norm_fwd(c, x, n.h, n.stats, keep ? &a->out : NULL,
+                               left_out ? &d->x[layer] : &a->mid, left_out ? &a->attn : NULL,
+                               dit_column(d, layer, GATE1), &a->y, &a->slot, &a->weight,
+                               shared_out(d, a), &d->mod, at);
 }
 
 // The forward pass of a block whose activations were not kept, up to `out`.

@@ -203,21 +203,24 @@ struct norm_columns {
     int gate, shift, scale; // first columns in mod; they may belong to different layers
 };
 
-// y[M,D] = x + mod[n, gate+d] z (y may be x); h = LN(y) (1 + mod[n, scale+d]) + mod[n, shift+d];
-// stats[M,2] f32 of LN; logits[M,E] f32 = h router_w^T, router_w[E,D] f32 (both NULL: no router).
+// Whether a sum may be left out (NULL) for this width D: it is then used, in f32, but not kept.
+bool op_combine_norm_fuses(const struct context *c, int64_t width);
+
+// y[M,D] = x + mod[n, gate+d] z (y may be x; NULL: see above);
+// h = LN(y) (1 + mod[n, scale+d]) + mod[n, shift+d]; stats[M,2] f32 of LN;
+// logits[M,E] f32 = h router_w^T, router_w[E,D] f32 (both NULL: no router).
 int op_residual_norm_fwd(struct context *c, struct tensor *y, struct tensor *h,
                          struct tensor *stats, struct tensor *logits, const struct tensor *x,
                          const struct tensor *z, const struct tensor *mod, struct norm_columns at,
                          const struct tensor *router_w);
 
-// z[m,:] = sum_k weight[m,k] rows[slot[m,k],:] (+ shared[m,:] when not NULL); then y, h and stats as
-// above. z may be NULL where op_combine_norm_fuses() says so for this width D: it is then not kept.
-bool op_combine_norm_fuses(const struct context *c, int64_t width);
+// z[m,:] = sum_k weight[m,k] rows[slot[m,k],:] (+ shared[m,:] when not NULL; z NULL: see above); then y,
+// h and stats as above, where x + mod[n, gate1+d] z1 takes the place of x (z1 NULL: x itself).
 int op_combine_norm_fwd(struct context *c, struct tensor *y, struct tensor *h, struct tensor *stats,
-                        struct tensor *z, const struct tensor *x, const struct tensor *rows,
-                        const struct tensor *slot, const struct tensor *weight,
-                        const struct tensor *shared, const struct tensor *mod,
-                        struct norm_columns at);
+                        struct tensor *z, const struct tensor *x, const struct tensor *z1, int gate1,
+                        const struct tensor *rows, const struct tensor *slot,
+                        const struct tensor *weight, const struct tensor *shared,
+                        const struct tensor *mod, struct norm_columns at);
 
 // Backward of either. First dh[M,D] is completed: + sum_k drows[slot[m,k],:] (both NULL: none)
 // + dlogits[M,E] router_w (both NULL: none). Then dx += the backward of h from y and stats, and the

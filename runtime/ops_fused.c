@@ -14,13 +14,21 @@ bool op_combine_norm_fuses(const struct context *c, int64_t width)
     return width <= c->dev->fused_width && width % 128 == 0;
 }
 
+// Checks that sums are left out only where the device does without them. Stands for one while shapes
+// are checked.
+static struct tensor *stand_in(struct context *c, struct tensor *given, struct tensor *unkept)
+{
+    BUG_IF(!given && !(c->dry && op_combine_norm_fuses(c, unkept->shape[1])));
+    return given ? given : unkept;
+}
+
 int op_residual_norm_fwd(struct context *c, struct tensor *y, struct tensor *h,
                          struct tensor *stats, struct tensor *logits, const struct tensor *x,
                          const struct tensor *z, const struct tensor *mod, struct norm_columns at,
                          const struct tensor *router_w)
 {
     BUG_IF(!logits != !router_w);
-    const struct norm_forward args = {.y = y->mem,
+    const struct norm_forward args = {.y = MEM(y),
                                       .h = h->mem,
                                       .stats = stats->mem,
                                       .logits = MEM(logits),
@@ -33,39 +41,43 @@ int op_residual_norm_fwd(struct context *c, struct tensor *y, struct tensor *h,
     int code = ACCELERATE(c, ACCELERATE_NORM_FWD, &args, y, h, stats, logits, x, z, mod, router_w);
     if (code != NOT_MINE)
         return code;
+    struct tensor unkept = *x;
+    y = stand_in(c, y, &unkept);
     TRY(op_gate_residual_fwd(c, y, x, z, mod, at.gate));
     TRY(op_layernorm_mod_fwd(c, h, stats, y, mod, at.shift, at.scale));
     return logits ? op_linear(c, logits, h, router_w, NULL) : 0;
 }
 
 int op_combine_norm_fwd(struct context *c, struct tensor *y, struct tensor *h, struct tensor *stats,
-                        struct tensor *z, const struct tensor *x, const struct tensor *rows,
-                        const struct tensor *slot, const struct tensor *weight,
-                        const struct tensor *shared, const struct tensor *mod,
-                        struct norm_columns at)
+                        struct tensor *z, const struct tensor *x, const struct tensor *z1,
+                        int gate1, const struct tensor *rows, const struct tensor *slot,
+                        const struct tensor *weight, const struct tensor *shared,
+                        const struct tensor *mod, struct norm_columns at)
 {
-    struct tensor unkept = *x; // stands for a z that is not kept while shapes are checked
     const struct norm_forward args = {.y = y->mem,
                                       .h = h->mem,
                                       .stats = stats->mem,
                                       .kept = MEM(z),
                                       .x = x->mem,
+                                      .z1 = MEM(z1),
                                       .rows = rows->mem,
                                       .slot = slot->mem,
                                       .weight = weight->mem,
                                       .shared = MEM(shared),
                                       .mod = mod->mem,
                                       NORM_SIZES(x, mod, at),
+                                      .gate1 = z1 ? gate1 : 0,
                                       .choices = arg_int(slot->shape[1])};
-    int code = ACCELERATE(c, ACCELERATE_NORM_FWD, &args, y, h, stats, z, x, rows, slot, weight,
+    int code = ACCELERATE(c, ACCELERATE_NORM_FWD, &args, y, h, stats, z, x, z1, rows, slot, weight,
                           shared, mod);
     if (code != NOT_MINE)
         return code;
-    BUG_IF(!z && !(c->dry && op_combine_norm_fuses(c, x->shape[1])));
-    if (!z)
-        z = &unkept;
+    struct tensor unkept = *x;
+    z = stand_in(c, z, &unkept);
     TRY(op_combine_fwd(c, z, rows, slot, weight, shared));
-    TRY(op_gate_residual_fwd(c, y, x, z, mod, at.gate));
+    if (z1)
+        TRY(op_gate_residual_fwd(c, y, x, z1, mod, gate1));
+    TRY(op_gate_residual_fwd(c, y, z1 ? y : x, z, mod, at.gate));
     return op_layernorm_mod_fwd(c, h, stats, y, mod, at.shift, at.scale);
 }
 

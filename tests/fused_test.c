@@ -118,6 +118,11 @@ static int residual_case(struct op_run *r, const int *s)
     judge_forward(r, &f, &t, "residual_norm");
     op_judge(r, logits, want, composed(r), "router logits, %d x %d to %d", f.M, f.D, f.E);
 
+    const bool fused = op_combine_norm_fuses(&r->c, f.D); // y is not kept
+    OK(OP_RUN(r, op_residual_norm_fwd(&r->c, fused ? NULL : &t.y->t, &t.h->t, &t.stats->t,
+                                      &logits->t, &t.x->t, &z->t, &t.mod->t, f.at, &w->t)));
+    op_judge(r, t.h, t.want_h, composed(r), "residual_norm without y, h");
+    op_judge(r, logits, want, composed(r), "residual_norm without y, logits");
     op_rewrite(r, t.y, z->v); // without router, onto z's own x
     OK(OP_RUN(r, op_residual_norm_fwd(&r->c, &t.x->t, &t.h->t, &t.stats->t, NULL, &t.x->t, &z->t,
                                       &t.mod->t, f.at, NULL)));
@@ -200,21 +205,27 @@ static int combine_case(struct op_run *r, const int *s)
     struct operand *weight = op_random(r, F32, 0, 1, DIMS(f.M, f.K));
     struct operand *shared = op_random(r, r->act, -1, 1, DIMS(f.M, f.D));
     struct operand *z = op_output(r, r->act, DIMS(f.M, f.D));
-    double *want = op_doubles(r, z->count);
-    for (int with = 1; with >= 0; with--) { // the shared expert; then no z either, where allowed
+    struct operand *z1 = op_random(r, r->act, -1, 1, DIMS(f.M, f.D));
+    double *want = op_doubles(r, z->count), *sum = op_doubles(r, z->count);
+    const int gate1 = f.at.shift; // any column
+    for (int with = 1; with >= 0;
+         with--) { // the shared expert; then z1 instead, and no z where allowed
         for (int i = 0; i < f.M * f.D; i++) {
             want[i] = with ? shared->v[i] : 0;
+            sum[i] = t.x->v[i];
+            if (!with)
+                sum[i] += mod_row(&f, t.mod, i / f.D)[gate1 + i % f.D] * z1->v[i];
             for (int k = 0; k < f.K; k++) {
                 const int pair = i / f.D * f.K + k;
                 want[i] += weight->v[pair] * rows->v[(int)slot->v[pair] * f.D + i % f.D];
             }
         }
         const bool kept = with || !op_combine_norm_fuses(&r->c, f.D);
-        ref_norm(&f, t.mod, t.x->v, want, t.want_y, t.want_stats, t.want_h);
+        ref_norm(&f, t.mod, sum, want, t.want_y, t.want_stats, t.want_h);
         OK(OP_RUN(r, op_combine_norm_fwd(&r->c, &t.y->t, &t.h->t, &t.stats->t, kept ? &z->t : NULL,
-                                         &t.x->t, &rows->t, &slot->t, &weight->t,
-                                         with ? &shared->t : NULL, &t.mod->t, f.at)));
-        judge_forward(r, &f, &t, with ? "combine_norm" : "combine_norm without shared");
+                                         &t.x->t, with ? NULL : &z1->t, gate1, &rows->t, &slot->t,
+                                         &weight->t, with ? &shared->t : NULL, &t.mod->t, f.at)));
+        judge_forward(r, &f, &t, with ? "combine_norm" : "combine_norm onto two");
         if (kept)
             op_judge(r, z, want, op_tolerance(r, 1e-5), "combine_norm z, %d x %d", f.M, f.D);
     }

@@ -420,8 +420,9 @@ static int run_combine_norm(struct bench *b)
     const bool keep = !op_combine_norm_fuses(&b->c, b->config->hidden);
     const bool shared = b->config->shared > 0;
     USES(b, X2, X3, X0, ROWS, STATS, keep ? X1 : ABSENT, shared ? X0 : ABSENT);
-    return op_combine_norm_fwd(&b->c, T(X2), T(X3), T(STATS), keep ? T(X1) : NULL, T(X0), T(ROWS),
-                               T(SLOT), T(WEIGHT), shared ? T(X0) : NULL, T(MOD), norm_columns(b));
+    return op_combine_norm_fwd(&b->c, T(X2), T(X3), T(STATS), keep ? T(X1) : NULL, T(X0), NULL, 0,
+                               T(ROWS), T(SLOT), T(WEIGHT), shared ? T(X0) : NULL, T(MOD),
+                               norm_columns(b));
 }
 
 static int run_norm_gate_bwd(struct bench *b)
