@@ -418,7 +418,8 @@ static int try_swiglu(unsigned flags, const struct product *p)
         OK(OP_RUN(&r, op_experts_swiglu(&r.c, &h->t, &gu->t, &x->t, &w->t, &offsets->t)));
         if (fuses)
             OK(OP_RUN(&r, op_experts_swiglu(&r.c, &h_alone->t, NULL, &x->t, &w->t, &offsets->t)));
-        OK(OP_RUN(&r, op_experts_swiglu_dx(&r.c, &old->t, scratch, NULL, &dy->t, &down->t, &offsets->t)));
+        OK(OP_RUN(
+            &r, op_experts_swiglu_dx(&r.c, &old->t, scratch, NULL, &dy->t, &down->t, &offsets->t)));
     } else {
         OK(OP_RUN(&r, op_linear_swiglu(&r.c, &h->t, &gu->t, &x->t, &w->t)));
         if (fuses)
@@ -456,12 +457,8 @@ static int test_swiglu(void)
 
 // Columns and k in eighths; more than one tile of 128 rows, of 192 columns, of 64 of k.
 static const struct product halves[] = {
-    {.m = 1, .n = 8, .k = 8},
-    {.m = 37, .n = 264, .k = 72},
-    {.m = 128, .n = 192, .k = 64},
-    {.m = 129, .n = 200, .k = 584},
-    {.m = 300, .n = 392, .k = 136},
-    {.m = 520, .n = 64, .k = 1032},
+    {.m = 1, .n = 8, .k = 8},        {.m = 37, .n = 264, .k = 72},   {.m = 128, .n = 192, .k = 64},
+    {.m = 129, .n = 200, .k = 584},  {.m = 300, .n = 392, .k = 136}, {.m = 520, .n = 64, .k = 1032},
     {.m = 2180, .n = 1544, .k = 24}, // more tiles than a GPU has multiprocessors
 };
 
@@ -611,6 +608,49 @@ static int test_swiglu_halves(void)
     return failures ? FAILED : PASSED;
 }
 
+// Products so large that a GPU form cuts C into its larger tiles (devices/gemm_gpu.c), whose last ones
+// are not full: u of them down, or with every expert's own end, and two across.
+static int try_large(unsigned flags, int k)
+{
+    const struct device *dev = test_device(flags);
+    const int units = dev && dev->info.compute_units > 1 ? dev->info.compute_units : 2;
+    const int u = units > 8 ? units : 2 * units, e = u > 8 ? 3 : 1, rows = 128 * (u - e) - 4 * e;
+    const enum dtype act = flags & OPEN_BF16 ? BF16 : F32;
+    struct product p = {.m = 128 * u - 4, .n = 252, .k = k, .a = act, .b = F32, .c = act};
+    struct product ragged = p;
+    int failures = 0;
+    ragged.groups = e;
+    ragged.spare = 2;
+    for (int i = 0; i < e; i++) // one takes what the others leave
+        ragged.counts[i] = i > 0 ? 128 + 4 * i : rows - (e - 1) * 128 - (e > 1 ? 12 : 0);
+    p.trans_b = true;
+    p.bias = true;
+    failures += try_product(flags, &p) != PASSED;
+    p.bias = p.trans_b = false;
+    p.accumulate = true;
+    failures += try_product(flags, &p) != PASSED;
+    p.trans_a = true;
+    p.b = act;
+    failures += try_product(flags, &p) != PASSED;
+    ragged.ragged = GEMM_RAGGED_M;
+    failures += try_product(flags, &ragged) != PASSED;
+    ragged.trans_b = true;
+    failures += try_product(flags, &ragged) != PASSED;
+    p = (struct product){.m = 128 * u - 3, .n = 124, .k = k};
+    failures += try_swiglu(flags, &p) != PASSED;
+    return failures ? FAILED : PASSED;
+}
+
+static int test_large(void)
+{
+    int failures = 0;
+    for (int f = 0; f < 4; f++) {
+        failures += try_large(op_flags[f], 20) != PASSED; // two steps of k and a half
+        failures += try_large(op_flags[f], 13) != PASSED;
+    }
+    return failures ? FAILED : PASSED;
+}
+
 // Every form once on a handful of elements: what a simulator of devices can run in a minute.
 static int test_tiny(void)
 {
@@ -644,5 +684,6 @@ const struct test gemm_tests[] = {
     {"swiglu", test_swiglu},
     {"halves", test_halves},
     {"swiglu_halves", test_swiglu_halves},
+    {"large", test_large},
     {0},
 };
