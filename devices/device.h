@@ -159,6 +159,7 @@ enum accelerated {
     ACCELERATE_COMBINE_BWD,  // struct combine_backward
     ACCELERATE_QK_NORM_FWD,  // struct qk_norm
     ACCELERATE_QK_NORM_BWD,
+    ACCELERATE_QK_ATTENTION_FWD, // struct qk_attention
     ACCELERATE_COLUMN_SUMS, // struct column_sums
     ACCELERATE_ROUTER_DW,   // struct router_gradient
     ACCELERATE_ROUTE,       // struct route
@@ -243,6 +244,7 @@ struct device {
     int fused_width;      // accelerate() fuses combine and LayerNorm for multiples of 128 up to this
     bool rebuilds_hidden; // SWIGLU_BACKWARD can write h again, so that it need not be kept
     bool half_weights;    // products want weights as bf16: keep a rounded copy of the f32 ones
+    int reserved_units;   // compute units that long products leave to another stream's work
     unsigned flags;       // as opened
     uint64_t allocations; // alloc() calls so far; tests assert that training makes none
     uint64_t allocated;   // bytes allocated now

@@ -215,3 +215,19 @@ extern "C" __global__ void __launch_bounds__(THREADS) adamw_rows(const adamw_ste
     if (i < a.count % 4)
         adamw_single(a, c, vectors * 4 + i);
 }
+
+// The same by few blocks, one on a multiprocessor and nothing beside it (64 registers a thread fill
+// it): while another stream multiplies on the rest.
+constexpr int ASIDE = 1024;
+extern "C" __global__ void __launch_bounds__(ASIDE, 1) adamw_aside(const adamw_step a)
+{
+    const float *control = static_cast<const float *>(a.control);
+    const size_t first = (size_t)blockIdx.x * ASIDE + threadIdx.x, vectors = a.count / 4;
+    if (control[6] != 0.0f)
+        return;
+    const adamw_scalars c = {control[1], control[2], control[3], control[4], control[5]};
+    for (size_t i = first; i < vectors; i += (size_t)gridDim.x * ASIDE)
+        adamw_vector(a, c, i);
+    if (first < a.count % 4)
+        adamw_single(a, c, vectors * 4 + first);
+}

@@ -13,6 +13,11 @@ int attention_forward(struct dit *d, int layer)
     const struct block_weights *w = &d->w.blocks[layer];
     const int heads = d->config.heads;
     TRY(op_linear(c, &a->qkv, &a->h1, &w->qkv_w, &w->qkv_b));
+    if (d->config.qk_norm && !d->options.train) {
+        TRY(op_qk_attention_fwd(c, &a->o, &a->qk_stats, &a->qkv, &w->q_norm_w, &w->q_norm_b,
+                                &w->k_norm_w, &w->k_norm_b, d->options.batch, heads));
+        return op_linear(c, &a->attn, &a->o, &w->proj_w, &w->proj_b);
+    }
     if (d->config.qk_norm)
         TRY(op_qk_norm_fwd(c, &a->qk, &a->qk_stats, &a->qkv, &w->q_norm_w, &w->q_norm_b,
                            &w->k_norm_w, &w->k_norm_b, heads));

@@ -51,7 +51,8 @@ static int plan_attention_half(struct dit *d, int l, struct block_act *a)
     ACTIVATION(d, l, "h1", act, ENTRY, 0, d->lean ? NEVER : 6, &a->h1, M, D);
     ACTIVATION(d, l, "qkv", act, 0, 1, 6, &a->qkv, M, 3 * D);
     if (c->qk_norm) {
-        ACTIVATION(d, l, "qk", act, 0, 1, d->lean ? NEVER : 5, &a->qk, M, 3 * D);
+        if (d->options.train)
+            ACTIVATION(d, l, "qk", act, 0, 1, d->lean ? NEVER : 5, &a->qk, M, 3 * D);
         ACTIVATION(d, l, "qk_stats", F32, 0, 1, 6, &a->qk_stats, M, 2 * c->heads, 2);
     }
     ACTIVATION(d, l, "o", act, 1, 2, 5, &a->o, M, D);
