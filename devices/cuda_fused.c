@@ -1,7 +1,7 @@
 // Memory-bound operations in one pass (fused.cu): which shapes, and how they are launched.
 //
-// Every kernel moves 16 bytes at a time, so widths and first columns are multiples of 8 and addresses
-// of 16 bytes; what is not goes to the portable kernels.
+// Every kernel moves 16 bytes at a time, so widths and first columns are multiples of 8 and
+// addresses of 16 bytes; what is not goes to the portable kernels.
 #include "devices/cuda_fused.h"
 
 #include <string.h>
@@ -46,7 +46,8 @@ static int cover(int64_t count, int64_t size)
     return (int)((count + size - 1) / size);
 }
 
-// Threads of one group: whole warps that cover the columns; and of a block of as many groups as fit.
+// Threads of one group: whole warps that cover the columns; and of a block of as many groups as
+// fit.
 static int group_threads(int width)
 {
     return cover(width / VECTOR, WARP) * WARP;
@@ -66,8 +67,8 @@ static int launch(struct stream *s, cuda_function function, int x, int y, int th
 
 // ---- LayerNorm with what comes before and after it ----------------------------------------------
 
-// A row is cut into segments of 384 columns, one a warp (fused_segment.cuh); columns come in units of
-// 128. A block has as many whole rows as fit.
+// A row is cut into segments of 384 columns, one a warp (fused_segment.cuh); columns come in units
+// of 128. A block has as many whole rows as fit.
 enum { SEGMENT = 384, UNIT = 128, ROW_WARPS = 4, WIDTH_MAX = ROW_WARPS * SEGMENT };
 enum {
     ROUTER_SHARED = 96 << 10
@@ -171,7 +172,7 @@ static int norm_backward(struct stream *s, const void *args)
     return cuda_tuned_launch(s, sums, grid, 64, 0, (void *[]){&a, &chunks});
 }
 
-// ---- experts' rows and the router -------------------------------------------------------------------
+// ---- experts' rows and the router ---------------------------------------------------------------
 
 static int dispatch(struct stream *s, const void *args)
 {

@@ -61,8 +61,8 @@ INLINE float warp_sum(float v)
     return v;
 }
 
-// Sums N values (a power of 2, at most 32) over the warp. Lane l returns the sum of v[l * N / 32]: each
-// step halves the number of values a lane works on.
+// Sums N values (a power of 2, at most 32) over the warp. Lane l returns the sum of v[l * N / 32]:
+// each step halves the number of values a lane works on.
 template <int N, int STEP = WARP / 2> INLINE float warp_sums(float (&v)[N])
 {
     if constexpr (N == 1) {
@@ -112,7 +112,8 @@ INLINE place find_place(int width, int rows, int chunk)
     return p;
 }
 
-// Adds the sums of a block's groups, in their order, and stores the total: out[this thread's columns].
+// Adds the sums of a block's groups, in their order, and stores the total: out[this thread's
+// columns].
 INLINE void store_group_sums(float *out, const place &p, const float (&sums)[V],
                              float (&shared)[THREADS][V])
 {
@@ -138,8 +139,9 @@ INLINE void store_group_sums(float *out, const place &p, const float (&sums)[V],
 
 enum { STRIPES = 16 };
 
-// The sum over `parts` of partial[part][i] for the first warp of a block of STRIPES warps: each sums
-// every STRIPES'th part, then they are added in their order. i is the same lane by lane in all warps.
+// The sum over `parts` of partial[part][i] for the first warp of a block of STRIPES warps: each
+// sums every STRIPES'th part, then they are added in their order. i is the same lane by lane in all
+// warps.
 INLINE float sum_parts(const float *partial, int count, int parts, int i)
 {
     __shared__ float shared[STRIPES][WARP];

@@ -27,9 +27,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) dispatch_rows(const dispat
     }
 }
 
-// drows[slot,:] = weight dout[m,:] and the dot product of dout[m,:] and rows[slot,:], K choices of a
-// token at a time; a warp a token. drows may be rows: a vector is read before it is written, by one
-// thread.
+// drows[slot,:] = weight dout[m,:] and the dot product of dout[m,:] and rows[slot,:], K choices of
+// a token at a time; a warp a token. drows may be rows: a vector is read before it is written, by
+// one thread.
 template <int K> INLINE void combine_back(const combine_backward &a)
 {
     enum { AHEAD = 2 };
@@ -93,7 +93,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) combine_back_2(const combi
 
 enum { GRADIENT_EXPERTS = 8, GRADIENT_ROWS = 4 }; // experts in one go; rows on their way at a time
 
-// d = dlogits[row, first..first+8); zeros for experts that there are not. EIGHT: there are exactly 8.
+// d = dlogits[row, first..first+8); zeros for experts that there are not. EIGHT: there are exactly
+// 8.
 template <bool EIGHT>
 INLINE void load_dlogits(float (&d)[GRADIENT_EXPERTS], const router_gradient &a, size_t row,
                          int first)
@@ -108,8 +109,8 @@ INLINE void load_dlogits(float (&d)[GRADIENT_EXPERTS], const router_gradient &a,
     }
 }
 
-// partial[block][e][d] = sum over the block's rows of dlogits[row,e] h[row,d]; a thread has 8 columns,
-// the groups of threads share the rows.
+// partial[block][e][d] = sum over the block's rows of dlogits[row,e] h[row,d]; a thread has 8
+// columns, the groups of threads share the rows.
 template <bool EIGHT> INLINE void router_gradient_rows(const router_gradient &a, int chunk)
 {
     __shared__ float shared[THREADS][V];
@@ -162,8 +163,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
 
 enum { CHOICES_MAX = 8 };
 
-// Which of MOST experts are chosen, as bits: their K largest probabilities in descending order, ties
-// to the lower expert. NaN counts as less than any probability.
+// Which of MOST experts are chosen, as bits: their K largest probabilities in descending order,
+// ties to the lower expert. NaN counts as less than any probability.
 template <int MOST> INLINE unsigned choose(const route &a, size_t row, const float (&p)[MOST])
 {
     float *weight = static_cast<float *>(a.weight) + row * a.choices;
@@ -217,8 +218,8 @@ template <int MOST> INLINE void softmax(float (&p)[MOST], const route &a, size_t
     }
 }
 
-// A thread a token. Leaves in partial how often the block's tokens chose each expert, [blocks,experts]
-// ints, then the sums of their probabilities, as many floats.
+// A thread a token. Leaves in partial how often the block's tokens chose each expert,
+// [blocks,experts] ints, then the sums of their probabilities, as many floats.
 template <int MOST> INLINE void route_choose(const route &a)
 {
     __shared__ int counts[WARPS][MOST];
@@ -291,7 +292,8 @@ template <int MOST> INLINE void route_balance(const route &a)
     static_cast<float *>(a.mean_prob)[at] = sum / (float)rows;
 }
 
-// Writes slot and token of this thread's token; `base`: the first row of each expert for this block.
+// Writes slot and token of this thread's token; `base`: the first row of each expert for this
+// block.
 template <int MOST> INLINE void route_place(const route &a, const int (&base)[MOST])
 {
     __shared__ int before[WARPS][MOST];

@@ -47,8 +47,8 @@ INLINE void combine(float (&z)[VALUES], const experts_rows &e, const norm_forwar
     }
 }
 
-// Rows past the end are row `at` again, and not stored. v = the values to be normalised: x, or y = x + gate z, or with combined z = x + gate1 z1 + gate z.
-// y is stored unless it is NULL.
+// Rows past the end are row `at` again, and not stored. v = the values to be normalised: x, or y =
+// x + gate z, or with combined z = x + gate1 z1 + gate z. y is stored unless it is NULL.
 template <int ROWS, norm_input INPUT>
 INLINE void norm_inputs(float (&v)[ROWS][VALUES], const norm_forward &a, const segment &s,
                         size_t at, int row, const unsigned (&gate)[WORDS],

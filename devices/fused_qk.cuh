@@ -1,5 +1,5 @@
-// LayerNorm per head of q and k, whose rows are q | k | v of 3 * heads * head columns. A thread has 8
-// columns of every row; the threads of a head exchange their sums through shared memory.
+// LayerNorm per head of q and k, whose rows are q | k | v of 3 * heads * head columns. A thread has
+// 8 columns of every row; the threads of a head exchange their sums through shared memory.
 #include "devices/fused.cuh"
 
 // Threads of a block at most, with v and without; rows at a time

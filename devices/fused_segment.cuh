@@ -1,6 +1,7 @@
-// Rows cut into segments of 384 columns, one a warp: a lane has 8 neighbouring columns of the first 256
-// and 4 of the last 128, so that widths that are multiples of 128 leave few lanes idle. The warps of a
-// row are a group; a block has several groups, which go through different rows of one image.
+// Rows cut into segments of 384 columns, one a warp: a lane has 8 neighbouring columns of the first
+// 256 and 4 of the last 128, so that widths that are multiples of 128 leave few lanes idle. The
+// warps of a row are a group; a block has several groups, which go through different rows of one
+// image.
 #ifndef DITMOE_FUSED_SEGMENT_CUH
 #define DITMOE_FUSED_SEGMENT_CUH
 
@@ -50,7 +51,8 @@ INLINE void load_segment(unsigned (&words)[WORDS], const void *base, size_t row,
     words[4] = tail.x, words[5] = tail.y;
 }
 
-// Keeps the compiler from unpacking these once for all turns of a loop, which takes twice the registers.
+// Keeps the compiler from unpacking these once for all turns of a loop, which takes twice the
+// registers.
 INLINE void stay_packed(unsigned (&words)[WORDS])
 {
 #pragma unroll
@@ -75,8 +77,8 @@ INLINE float value(const unsigned (&words)[WORDS], int i)
     return __uint_as_float(i % 2 ? words[i / 2] & 0xffff0000u : words[i / 2] << 16);
 }
 
-// Totals over rows of N values a lane, of all lanes of the group. shared: 2 of them in turn, so that one
-// barrier is enough.
+// Totals over rows of N values a lane, of all lanes of the group. shared: 2 of them in turn, so
+// that one barrier is enough.
 template <int N>
 INLINE void group_sums(float (&total)[N], float (&v)[N], const segment &s,
                        float (&shared)[ROW_WARPS][N])
@@ -94,7 +96,7 @@ INLINE void group_sums(float (&total)[N], float (&v)[N], const segment &s,
             total[i] += shared[s.group * s.warps + w][i];
 }
 
-// ---- the router's weight in shared memory ------------------------------------------------------------
+// ---- the router's weight in shared memory -------------------------------------------------------
 
 // Copies router_w[experts,width] as segments see it: [expert][warp][quad][lane] float4.
 INLINE void stage_router(float4 *shared, const void *router_w, int experts, int width, int warps)

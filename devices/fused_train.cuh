@@ -128,8 +128,8 @@ INLINE void adamw_value(float &w, float &m, float &v, float &ema, float g, const
     ema = fmaf(1.0f - c.ema, w - ema, ema);
 }
 
-// A weight in two halves: the nearest bf16, which products read, and in `low` the signed difference of
-// the f32's bits from it.
+// A weight in two halves: the nearest bf16, which products read, and in `low` the signed difference
+// of the f32's bits from it.
 INLINE float join_halves(unsigned high, unsigned low)
 {
     return __uint_as_float((high << 16) + (unsigned)(int)(short)low);

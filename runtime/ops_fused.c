@@ -1,6 +1,6 @@
-// Operations that join what lies between two branches of a block. Each is given whole to devices that
-// have it in one pass over memory; elsewhere it is a composition of the single operations, whose
-// checks hold for both.
+// Operations that join what lies between two branches of a block. Each is given whole to devices
+// that have it in one pass over memory; elsewhere it is a composition of the single operations,
+// whose checks hold for both.
 #include "runtime/ops_internal.h"
 
 // N, T, D and W of x[N*T,D] and mod[N,W], and the columns, for either struct
@@ -14,8 +14,8 @@ bool op_combine_norm_fuses(const struct context *c, int64_t width)
     return width <= c->dev->fused_width && width % 128 == 0;
 }
 
-// Checks that sums are left out only where the device does without them. Stands for one while shapes
-// are checked.
+// Checks that sums are left out only where the device does without them. Stands for one while
+// shapes are checked.
 static struct tensor *stand_in(struct context *c, struct tensor *given, struct tensor *unkept)
 {
     BUG_IF(!given && !(c->dry && op_combine_norm_fuses(c, unkept->shape[1])));

@@ -1,5 +1,5 @@
-// Operations that are done as one: against the same mathematics in double precision, in every form and
-// storage type, at widths and columns that devices with their own versions take and at others.
+// Operations that are done as one: against the same mathematics in double precision, in every form
+// and storage type, at widths and columns that devices with their own versions take and at others.
 #include "tests/op_table.h"
 
 #include <math.h>
