@@ -56,6 +56,13 @@ struct qk_norm {
     int rows, heads, head;
 };
 
+// op_qk_attention_fwd
+struct qk_attention {
+    accelerate_mem o, qkv, wq, bq, wk, bk;
+    int images, heads, tokens, head;
+    float scale;
+};
+
 // out[columns] f32 += the sum over the rows of a[rows,columns] (ACT). partial: SUM_PARTS * columns floats
 struct column_sums {
     accelerate_mem out, a, partial;

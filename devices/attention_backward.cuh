@@ -24,20 +24,6 @@ struct attention_backward_args {
     float scale;
 };
 
-constexpr float log2_e = 1.4426950408889634f;
-
-// sum of the products of eight pairs
-__device__ __forceinline__ float dot8(uint4 a, uint4 b)
-{
-    const uint32_t x[4] = {a.x, a.y, a.z, a.w}, y[4] = {b.x, b.y, b.z, b.w};
-    float sum = 0;
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-        sum = fmaf(unpack_low(x[i]), unpack_low(y[i]),
-                   fmaf(unpack_high(x[i]), unpack_high(y[i]), sum));
-    return sum;
-}
-
 // width: head sizes up to it. m_tiles: of 16 keys, a warp. sub: queries at once (16 or 32). stages: of keys and
 // values, 2 to load the next head's while this one's are in use.
 template <int width, int m_tiles, int sub, int stages, bool whole> struct attention_backward_kv {

@@ -13,6 +13,8 @@ struct attention_forward_args {
     int units;       // images * heads * tiles of queries
     int heads, tokens, hd;
     float scale; // of the scores, times log2(e): exponentials are powers of two
+    const float *wq, *bq, *wk,
+        *bk; // [hd]: of the LayerNorm of q and k, where a kernel takes that in
 };
 
 // width: head sizes up to it, a multiple of 8. m_tiles: of 16 queries, a warp. keys: a tile of them, of which

@@ -37,6 +37,21 @@
     I(88, 1, 64)                \
     I(128, 1, 32)
 
+// Hopper's own (image attention_sm90). attention_fwd_sm90_WIDTH_QUERIES, and attention_fwd_sm90_norm_WIDTH_QUERIES
+// with the LayerNorm of q and k within. The wide ones are slower than attention_fwd's, but for the LayerNorm.
+// I(width, queries, warpgroups, tiles of 64 keys held, blocks a multiprocessor)
+#define ATTENTION_FORWARD_SM90(I) \
+    I(64, 128, 2, 4, 2)           \
+    I(64, 64, 1, 3, 3)            \
+    I(72, 128, 2, 4, 2)           \
+    I(72, 64, 1, 3, 3)
+#define ATTENTION_FORWARD_SM90_WIDE(I) \
+    I(88, 128, 2, 4, 1)                \
+    I(88, 64, 1, 4, 2)
+
+// attention_bwd_sm90_WIDTH: dqkv at once, 256 keys. I(width, queries at once)
+#define ATTENTION_BACKWARD_SM90(I) I(64, 64)
+
 enum {
     ATTENTION_BACKWARD_THREADS = 256,
     ATTENTION_BACKWARD_Q_THREADS = 128,
@@ -52,5 +67,11 @@ enum {
      ((is_whole) ? (keys)*ATTENTION_ROW(64) : 0) + 4 * 64 * 4)
 #define ATTENTION_BACKWARD_Q_SHARED(width, tiles, keys) \
     ((2 * 64 * (tiles) + 4 * (keys)) * ATTENTION_ROW(width))
+
+// Rows of these tiles are not padded; 1024 bytes of zeros, and as many to begin at a multiple of that.
+#define ATTENTION_FORWARD_SM90_SHARED(width, queries, stages, norm) \
+    (4 * ((queries) + 64 * (stages)) * (width) + 2048 + ((norm) ? (2 * (width) + 64) * 4 : 0))
+#define ATTENTION_BACKWARD_SM90_SHARED(width) \
+    (2 * (4 * 256 + 4 * 64) * (width) + 256 * 128 + 4 * 64 * 4 + 2048)
 
 #endif

@@ -6,6 +6,31 @@
 
 #include "devices/tensor_core.cuh"
 
+constexpr float log2_e = 1.4426950408889634f;
+
+// sum of the products of eight pairs
+__device__ __forceinline__ float dot8(uint4 a, uint4 b)
+{
+    const uint32_t x[4] = {a.x, a.y, a.z, a.w}, y[4] = {b.x, b.y, b.z, b.w};
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        sum = fmaf(unpack_low(x[i]), unpack_low(y[i]),
+                   fmaf(unpack_high(x[i]), unpack_high(y[i]), sum));
+    return sum;
+}
+
+// f(j, value) for each of eight values
+template <class function> __device__ __forceinline__ void each_of_8(uint4 a, const function &f)
+{
+    const uint32_t x[4] = {a.x, a.y, a.z, a.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        f(2 * i, unpack_low(x[i]));
+        f(2 * i + 1, unpack_high(x[i]));
+    }
+}
+
 // A row takes an odd number of 16-byte chunks, so that eight rows of one column (what ldmatrix reads at
 // once) lie in different banks.
 template <int width> struct tile_rows {

@@ -9,6 +9,8 @@ int cuda_accelerate(struct stream *s, enum accelerated op, const void *args)
         return cuda_attention_fwd(s, args);
     case ACCELERATE_ATTENTION_BWD:
         return cuda_attention_bwd(s, args);
+    case ACCELERATE_QK_ATTENTION_FWD:
+        return cuda_qk_attention_fwd(s, args);
     case ACCELERATE_COUNT:
         break;
     default:

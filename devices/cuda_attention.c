@@ -20,36 +20,65 @@ enum {
 };
 
 struct forward_kernel {
-    const char *name;
+    const char *name, *norm; // norm: with the LayerNorm of q and k within, or NULL
+    enum cuda_image image;
     int width, queries, resident;
-    unsigned threads, shared;
+    unsigned threads, shared, norm_shared;
 };
 
+// Of one width and as many queries, the most wanted first.
 static const struct forward_kernel forward_kernels[] = {
+#define FORWARD_SM90(width, queries, groups, stages, resident)     \
+    {"attention_fwd_sm90_" #width "_" #queries,                    \
+     "attention_fwd_sm90_norm_" #width "_" #queries,               \
+     IMAGE_attention_sm90,                                         \
+     width,                                                        \
+     queries,                                                      \
+     resident,                                                     \
+     128 * (groups),                                               \
+     ATTENTION_FORWARD_SM90_SHARED(width, queries, stages, false), \
+     ATTENTION_FORWARD_SM90_SHARED(width, queries, stages, true)},
 #define FORWARD(width, queries, warps, tiles, keys, stages, resident) \
     {"attention_fwd_" #width "_" #queries,                            \
+     NULL,                                                            \
+     IMAGE_attention,                                                 \
      width,                                                           \
      queries,                                                         \
      resident,                                                        \
      32 * (warps),                                                    \
-     ATTENTION_FORWARD_SHARED(width, queries, keys, stages)},
-    ATTENTION_FORWARD(FORWARD)
+     ATTENTION_FORWARD_SHARED(width, queries, keys, stages),          \
+     0},
+    ATTENTION_FORWARD_SM90(FORWARD_SM90) ATTENTION_FORWARD(FORWARD)
+        ATTENTION_FORWARD_SM90_WIDE(FORWARD_SM90)
 #undef FORWARD
+#undef FORWARD_SM90
 };
 
 enum { whole = 1, part = 0 };
 struct backward_kernel {
     const char *name;
-    int width, keys;
+    enum cuda_image image;
+    int width, keys, tokens; // tokens: from how many on it is the best
     bool is_whole;
     unsigned shared;
 };
 
+// Of one width, the most wanted first.
 static const struct backward_kernel backward_kernels[] = {
-#define BACKWARD(width, keys, which, tiles, sub, stages)                           \
-    {"attention_bwd_" #width "_" #keys "_" #which "_" #stages, width, keys, which, \
+#define BACKWARD(width, sub)                                                            \
+    {"attention_bwd_sm90_" #width,         IMAGE_attention_sm90, width, 256, 129, true, \
+     ATTENTION_BACKWARD_SM90_SHARED(width)},
+    ATTENTION_BACKWARD_SM90(BACKWARD)
+#undef BACKWARD
+#define BACKWARD(width, keys, which, tiles, sub, stages)       \
+    {"attention_bwd_" #width "_" #keys "_" #which "_" #stages, \
+     IMAGE_attention,                                          \
+     width,                                                    \
+     keys,                                                     \
+     0,                                                        \
+     which,                                                    \
      ATTENTION_BACKWARD_SHARED(width, keys, stages, which)},
-    ATTENTION_BACKWARD(BACKWARD)
+        ATTENTION_BACKWARD(BACKWARD)
 #undef BACKWARD
 };
 
@@ -74,63 +103,107 @@ static int cover(int count, int size)
     return (count + size - 1) / size;
 }
 
+// The narrowest width of the kernels that holds a head.
+static int width_for(int hd)
+{
+    return hd <= 64 ? 64 : hd <= 72 ? 72 : hd <= 88 ? 88 : ATTENTION_WIDTH_MAX;
+}
+
 // Rows are copied 16 bytes at a time.
-static bool suits(struct stream *s, const union arg *args, int buffers, int hd)
+static bool suits(struct stream *s, struct mem *const *buffers, int count, int hd)
 {
     if (s->dev->base.act != BF16 || hd % 8 || hd > ATTENTION_WIDTH_MAX)
         return false;
-    for (int i = 0; i < buffers; i++)
-        if (args[i].b && args[i].b->address % 16)
+    for (int i = 0; i < count; i++)
+        if (buffers[i] && buffers[i]->address % 16)
             return false;
     return true;
 }
 
-// The narrowest kernel; of these, more queries a block where that still leaves every multiprocessor full.
-static const struct forward_kernel *choose_forward(struct stream *s, int heads, int tokens, int hd)
+struct forward {
+    cuda_address o, lse, qkv,
+        parameters[4];          // parameters: wq, bq, wk, bk; 0: no LayerNorm of q and k
+    int all, heads, tokens, hd; // all: images * heads
+    float scale;
+};
+
+// The most queries a block that still leave every multiprocessor full; else the fewest.
+static const struct forward_kernel *choose_forward(struct stream *s, const struct forward *f,
+                                                   cuda_function *function)
 {
-    int units = s->dev->base.info.compute_units;
+    const bool norm = f->parameters[0] != 0;
     const struct forward_kernel *best = NULL;
     for (int i = 0; i < COUNT(forward_kernels); i++) {
         const struct forward_kernel *k = &forward_kernels[i];
-        if (k->width < hd || (best && k->width > best->width))
+        const char *name = norm ? k->norm : k->name;
+        if (!name || k->width != width_for(f->hd) || (best && k->queries >= best->queries))
+            continue;
+        cuda_function found = cuda_tuned(s->dev, k->image, name, norm ? k->norm_shared : k->shared);
+        if (!found)
             continue;
         best = k;
-        if ((int64_t)heads * cover(tokens, k->queries) >= (int64_t)units * k->resident)
+        *function = found;
+        if ((int64_t)f->all * cover(f->tokens, k->queries) >=
+            (int64_t)s->dev->base.info.compute_units * k->resident)
             break;
     }
     return best;
 }
 
-int cuda_attention_fwd(struct stream *s, const union arg *args)
+static int forward(struct stream *s, struct forward *f)
 {
-    int heads = args[FWD_HEADS].i, tokens = args[FWD_TOKENS].i, hd = args[FWD_HD].i;
-    if (!suits(s, args, FWD_HEADS, hd))
+    cuda_function function = NULL;
+    const struct forward_kernel *kernel = choose_forward(s, f, &function);
+    if (!kernel)
         return NOT_MINE;
-    const struct forward_kernel *kernel = choose_forward(s, args[FWD_ALL].i, tokens, hd);
-    cuda_function function = cuda_tuned(s->dev, IMAGE_attention, kernel->name, kernel->shared);
-    if (!function)
-        return NOT_MINE;
-    cuda_address o = args[FWD_O].b->address, qkv = args[FWD_QKV].b->address;
-    cuda_address lse = args[FWD_WANTED].i ? args[FWD_LSE].b->address : 0;
-    float scale = args[FWD_SCALE].f;
-    int units = args[FWD_ALL].i * cover(tokens, kernel->queries);
+    int units = f->all * cover(f->tokens, kernel->queries);
     int places = s->dev->base.info.compute_units * kernel->resident;
-    void *values[] = {&o, &lse, &qkv, &units, &heads, &tokens, &hd, &scale};
+    cuda_address *w = f->parameters;
+    void *values[] = {&f->o,  &f->lse,   &f->qkv, &units, &f->heads, &f->tokens,
+                      &f->hd, &f->scale, &w[0],   &w[1],  &w[2],     &w[3]};
     const unsigned grid[3] = {(unsigned)(units < places ? units : places), 1, 1};
-    return cuda_tuned_launch(s, function, grid, kernel->threads, kernel->shared, values);
+    return cuda_tuned_launch(s, function, grid, kernel->threads,
+                             w[0] ? kernel->norm_shared : kernel->shared, values);
 }
 
-// The first kernel for the shape whose shared memory this device has, and its function.
+int cuda_attention_fwd(struct stream *s, const union arg *args)
+{
+    struct mem *const buffers[] = {args[FWD_O].b, args[FWD_LSE].b, args[FWD_QKV].b};
+    struct forward f = {.o = args[FWD_O].b->address,
+                        .lse = args[FWD_WANTED].i ? args[FWD_LSE].b->address : 0,
+                        .qkv = args[FWD_QKV].b->address,
+                        .all = args[FWD_ALL].i,
+                        .heads = args[FWD_HEADS].i,
+                        .tokens = args[FWD_TOKENS].i,
+                        .hd = args[FWD_HD].i,
+                        .scale = args[FWD_SCALE].f};
+    return suits(s, buffers, COUNT(buffers), f.hd) ? forward(s, &f) : NOT_MINE;
+}
+
+int cuda_qk_attention_fwd(struct stream *s, const struct qk_attention *a)
+{
+    struct mem *const buffers[] = {a->o, a->qkv};
+    struct forward f = {
+        .o = a->o->address,
+        .qkv = a->qkv->address,
+        .parameters = {a->wq->address, a->bq->address, a->wk->address, a->bk->address},
+        .all = a->images * a->heads,
+        .heads = a->heads,
+        .tokens = a->tokens,
+        .hd = a->head,
+        .scale = a->scale};
+    return suits(s, buffers, COUNT(buffers), f.hd) ? forward(s, &f) : NOT_MINE;
+}
+
+// The first kernel for the shape that this device has, and its function.
 static const struct backward_kernel *choose_backward(struct stream *s, int tokens, int hd,
                                                      cuda_function *function)
 {
-    int width = 0;
     for (int i = 0; i < COUNT(backward_kernels); i++) {
         const struct backward_kernel *k = &backward_kernels[i];
-        if (k->width < hd || (width && k->width != width) || (k->is_whole && tokens > k->keys))
+        if (k->width != width_for(hd) || tokens < k->tokens || (k->is_whole && tokens > k->keys))
             continue;
-        width = k->width;
-        *function = cuda_tuned(s->dev, IMAGE_attention, k->name, k->shared);
+        *function = cuda_tuned(s->dev, k->image, k->name, k->shared);
         if (*function)
             return k;
     }
@@ -149,7 +222,10 @@ int cuda_attention_bwd(struct stream *s, const union arg *args)
 {
     int images = args[BWD_IMAGES].i, heads = args[BWD_HEADS].i, tokens = args[BWD_TOKENS].i;
     int hd = args[BWD_HD].i, units = s->dev->base.info.compute_units;
-    if (!suits(s, args, BWD_IMAGES, hd))
+    struct mem *memories[BWD_IMAGES];
+    for (int i = 0; i < BWD_IMAGES; i++)
+        memories[i] = args[i].b;
+    if (!suits(s, memories, BWD_IMAGES, hd))
         return NOT_MINE;
     cuda_function function = NULL;
     const struct backward_kernel *kernel = choose_backward(s, tokens, hd, &function);
@@ -163,7 +239,7 @@ int cuda_attention_bwd(struct stream *s, const union arg *args)
                                    [BWD_HD] = &hd,
                                    [BWD_SCALE] = &scale};
     for (int i = 0; i < BWD_IMAGES; i++) {
-        buffers[i] = args[i].b->address;
+        buffers[i] = memories[i]->address;
         values[i] = &buffers[i];
     }
     int all = images * heads, blocks = all;

@@ -9,6 +9,7 @@
 // I(name): devices/NAME.cu; the architectures of each are in CMakeLists.txt.
 #define CUDA_IMAGES(I) \
     I(attention)       \
+    I(attention_sm90)  \
     I(fused)           \
     I(gemm_sm90)
 

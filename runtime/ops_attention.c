@@ -199,6 +199,30 @@ int op_qk_norm_fwd(struct context *c, struct tensor *out, struct tensor *stats,
                   INT(c->dry || out->mem != qkv->mem));
 }
 
+int op_qk_attention_fwd(struct context *c, struct tensor *o, struct tensor *stats,
+                        struct tensor *qkv, const struct tensor *wq, const struct tensor *bq,
+                        const struct tensor *wk, const struct tensor *bk, int images, int heads)
+{
+    struct attention_shape s = attention_shape(c, qkv, o, images, heads);
+    BUG_IF(qk_head(c, qkv, stats, (const struct tensor *const[]){wq, bq, wk, bk}, heads) != s.hd);
+    const struct qk_attention args = {.o = o->mem,
+                                      .qkv = qkv->mem,
+                                      .wq = wq->mem,
+                                      .bq = bq->mem,
+                                      .wk = wk->mem,
+                                      .bk = bk->mem,
+                                      .images = images,
+                                      .heads = heads,
+                                      .tokens = arg_int(s.tokens),
+                                      .head = arg_int(s.hd),
+                                      .scale = s.scale};
+    int code = ACCELERATE(c, ACCELERATE_QK_ATTENTION_FWD, &args, o, qkv, wq, bq, wk, bk);
+    if (code != NOT_MINE)
+        return code;
+    TRY(op_qk_norm_fwd(c, qkv, stats, qkv, wq, bq, wk, bk, heads));
+    return op_attention_fwd(c, o, NULL, qkv, images, heads);
+}
+
 int op_qk_norm_bwd(struct context *c, struct tensor *dqkv, struct tensor *dwq, struct tensor *dbq,
                    struct tensor *dwk, struct tensor *dbk, const struct tensor *qkv,
                    const struct tensor *stats, const struct tensor *wq, const struct tensor *wk,
@@ -224,8 +248,8 @@ int op_qk_norm_bwd(struct context *c, struct tensor *dqkv, struct tensor *dwq, s
                                  .rows = arg_int(rows),
                                  .heads = heads,
                                  .head = arg_int(hd)};
-    int code = ACCELERATE(c, ACCELERATE_QK_NORM_BWD, &args, dqkv, dwq, dbq, dwk, dbk, qkv, stats, wq,
-                          wk);
+    int code =
+        ACCELERATE(c, ACCELERATE_QK_NORM_BWD, &args, dqkv, dwq, dbq, dwk, dbk, qkv, stats, wq, wk);
     if (code != NOT_MINE)
         return code;
     int64_t chunk = op_chunk(c, rows, 8, c->dev->cpu_forms ? 256 : 32), chunks = cover(rows, chunk);

@@ -1,5 +1,7 @@
 #include "runtime/profile.h"
 
+#include "devices/accelerate.h"
+
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -217,6 +219,7 @@ const char *accelerated_name(enum accelerated op)
         [ACCELERATE_COMBINE_BWD] = "combine_bwd",
         [ACCELERATE_QK_NORM_FWD] = "qk_norm_fwd",
         [ACCELERATE_QK_NORM_BWD] = "qk_norm_bwd",
+        [ACCELERATE_QK_ATTENTION_FWD] = "qk_norm, attention_fwd",
         [ACCELERATE_COLUMN_SUMS] = "column_sums",
         [ACCELERATE_ROUTER_DW] = "router_dw",
         [ACCELERATE_ROUTE] = "route",
@@ -239,6 +242,9 @@ int profile_end_accelerated(struct profile *p, enum accelerated op, const void *
             mems[used++] = operands[i]->mem;
     if (op == ACCELERATE_ATTENTION_FWD) // list[4]: tokens
         flops = attention_flops(KERNEL_attention_fwd, (double)tensor_count(operands[0]), list[4].i);
+    if (op == ACCELERATE_QK_ATTENTION_FWD)
+        flops = attention_flops(KERNEL_attention_fwd, (double)tensor_count(operands[0]),
+                                ((const struct qk_attention *)args)->tokens);
     if (op == ACCELERATE_ATTENTION_BWD)
         flops =
             attention_flops(KERNEL_attention_bwd_cpu, (double)tensor_count(operands[0]), list[8].i);

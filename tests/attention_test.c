@@ -296,6 +296,39 @@ static int test_tuned(void)
     return OP_FOR_ALL(tuned_case, shapes);
 }
 
+// q and k normalised within: against the two operations in double. Where that is one kernel, qkv stays as it was.
+static int qk_attention_case(struct op_run *r, const int *s)
+{
+    struct heads p = {s[0], s[1], s[2], s[3]};
+    int rows = p.images * p.tokens, width = p.heads * p.hd;
+    struct operand *qkv = op_random(r, r->act, -1, 3, DIMS(rows, 3 * width)), *w[4];
+    struct operand *o = op_output(r, r->act, DIMS(rows, width));
+    struct operand *stats = op_output(r, F32, DIMS(rows, 2 * p.heads, 2));
+    double *before = op_doubles(r, qkv->count), *normal = op_doubles(r, qkv->count);
+    double *want = op_doubles(r, o->count);
+    memcpy(before, qkv->v, (size_t)qkv->count * sizeof *before);
+    for (int i = 0; i < 4; i++)
+        w[i] = op_random(r, F32, -1, 2, DIMS(p.hd));
+    OK(OP_RUN(r, op_qk_attention_fwd(&r->c, &o->t, &stats->t, &qkv->t, &w[0]->t, &w[1]->t, &w[2]->t,
+                                     &w[3]->t, p.images, p.heads)));
+    qk_forward(&p, before, (const double *const[]){w[0]->v, w[1]->v, w[2]->v, w[3]->v}, normal);
+    attention_forward(&p, normal, want, NULL);
+    // bf16: q and k are rounded before their product
+    op_judge(r, o, want, r->act == BF16 ? 1e-2 : 2e-5, "qk_attention_fwd N=%d T=%d H=%d hd=%d",
+             s[0], s[1], s[2], s[3]);
+    if (has_tuned(r) && strstr(r->c.dev->info.language, " 9.0") && p.hd <= 88)
+        op_judge_exact(r, qkv, before, "qkv after qk_attention_fwd");
+    return PASSED;
+}
+
+static int test_qk_attention(void)
+{
+    static const int shapes[][6] = {{2, 64, 2, 72},  {1, 100, 2, 72}, {1, 257, 2, 72},
+                                    {1, 256, 2, 64}, {1, 130, 1, 88}, {30, 33, 10, 72},
+                                    {1, 65, 2, 56},  {2, 20, 2, 32},  {1, 40, 1, 128}};
+    return OP_FOR_ALL(qk_attention_case, shapes);
+}
+
 // Large scores: the softmax must not overflow. NaN in one head must reach that head's output.
 static int extreme_case(struct op_run *r, const int *s)
 {
@@ -400,6 +433,7 @@ const struct test attention_tests[] = {
     {"tiles", test_attention},
     {"long", test_attention_long},
     {"tuned", test_tuned},
+    {"qk_attention", test_qk_attention},
     {"extreme", test_attention_extreme},
     {"repeat", test_repeat},
     {NULL, NULL},

@@ -1,0 +1,257 @@
+// Forward attention as attention_forward.cuh has it, for Hopper: products by wgmma, with Q, K and V as they lie in
+// shared memory and P in registers.
+#ifndef DITMOE_ATTENTION_FORWARD_SM90_CUH
+#define DITMOE_ATTENTION_FORWARD_SM90_CUH
+
+#include "devices/attention_forward.cuh"
+#include "devices/attention_wgmma.cuh"
+
+// groups: warpgroups, of 64 queries each. keys: 64 a tile, `stages` tiles in shared memory.
+template <int width, int groups, int stages, bool norm> struct attention_forward_sm90 {
+    static constexpr int threads = 128 * groups, queries = 64 * groups, keys = 64;
+    using q_tile = swizzled_tile<width, queries>;
+    using k_tile = swizzled_tile<width, keys>;
+    static constexpr int ahead_by = stages - 2; // products of the tile before may be under way
+    static constexpr uint32_t stage_bytes = 2 * k_tile::bytes;
+    static constexpr uint32_t nothing_at = 2 * q_tile::bytes + stages * stage_bytes;
+    // u | v of q_norm, 1 / std of a tile of keys
+    static constexpr uint32_t norm_at = nothing_at + 1024,
+                              norm_bytes = norm ? (2 * width + keys) * sizeof(float) : 0;
+    static constexpr uint32_t shared_bytes = norm_at + norm_bytes + 1024; // what aligns it
+    using softmax = attention_softmax<width, 1, keys>;
+
+    struct unit {
+        int head, first;
+        const bf16 *q;
+
+        __device__ __forceinline__ unit(const attention_forward_args &p, int index)
+        {
+            const int q_tiles = (p.tokens + queries - 1) / queries;
+            head = index / q_tiles;
+            first = index % q_tiles * queries;
+            q = p.qkv +
+                (static_cast<size_t>(head / p.heads) * p.tokens * 3 * p.heads + head % p.heads) *
+                    p.hd;
+        }
+    };
+
+    // The next tile of keys to ask for: ahead of the one in use, into the next unit where that is.
+    struct cursor {
+        int index, first, stage;
+        const bf16 *head;
+
+        __device__ __forceinline__ void load_next(const attention_forward_args &p, uint32_t ring)
+        {
+            if (index < p.units) {
+                const int row = p.heads * p.hd;
+                const uint32_t to = ring + stage * stage_bytes;
+                k_tile::template load<threads>(to, head + row, 3 * row, first, p.tokens, p.hd);
+                k_tile::template load<threads>(to + k_tile::bytes, head + 2 * row, 3 * row, first,
+                                               p.tokens, p.hd);
+                stage = stage + 1 == stages ? 0 : stage + 1;
+                first += keys;
+                if (first >= p.tokens) {
+                    first = 0;
+                    index += gridDim.x;
+                    if (index < p.units)
+                        head = unit(p, index).q;
+                }
+            }
+            copy_commit();
+        }
+    };
+
+    // LayerNorm of q and k (eps 1e-6) within: with q' = (q - mean) / std o wq + bq and k' so, all of a row's scores
+    // q' . k' differ by one number, of which softmax knows nothing, from
+    //     (1 / std of k) c . k,   c = q' o wk less its mean over the head
+    // (sum of c is 0, so that k's mean does not matter). c takes the place of q in shared memory.
+    static __device__ __forceinline__ void prepare_norm(const attention_forward_args &p, float *uv)
+    {
+        for (int i = threadIdx.x; i < width; i += threads) {
+            uv[i] = i < p.hd ? p.wq[i] * p.wk[i] : 0;
+            uv[width + i] = i < p.hd ? p.bq[i] * p.wk[i] : 0;
+        }
+    }
+
+    // Rows of the thread's warpgroup, two threads a row, every second chunk each.
+    static __device__ __forceinline__ void norm_queries(char *q, const float *uv, int hd)
+    {
+        constexpr int half = (width / 8 + 1) / 2;
+        const int row = threadIdx.x / 2, side = threadIdx.x % 2;
+        uint4 x[half];
+        float sum = 0, squares = 0, along = 0, shift = 0;
+#pragma unroll
+        for (int i = 0; i < half; i++) {
+            const int c = 2 * i + side;
+            x[i] = make_uint4(0, 0, 0, 0);
+            if (c < width / 8)
+                x[i] = *reinterpret_cast<const uint4 *>(q + q_tile::chunk(row, c));
+            sum += dot8(x[i], make_uint4(0x3f803f80, 0x3f803f80, 0x3f803f80, 0x3f803f80));
+        }
+        sum += __shfl_xor_sync(~0u, sum, 1);
+        const float mean = sum / hd;
+#pragma unroll
+        for (int i = 0; i < half; i++) {
+            const int c = 2 * i + side;
+            if (8 * c < hd)
+                each_of_8(x[i], [&](int j, float value) {
+                    const float off = value - mean;
+                    squares = fmaf(off, off, squares);
+                    along = fmaf(off, uv[8 * c + j], along);
+                    shift += uv[width + 8 * c + j];
+                });
+        }
+        squares += __shfl_xor_sync(~0u, squares, 1);
+        along += __shfl_xor_sync(~0u, along, 1);
+        shift += __shfl_xor_sync(~0u, shift, 1);
+        const float inverse = rsqrtf(squares / hd + 1e-6f),
+                    center = fmaf(along, inverse, shift) / hd;
+#pragma unroll
+        for (int i = 0; i < half; i++) {
+            const int c = 2 * i + side;
+            if (8 * c >= hd)
+                continue;
+            float y[8];
+            each_of_8(x[i], [&](int j, float value) {
+                y[j] =
+                    fmaf((value - mean) * inverse, uv[8 * c + j], uv[width + 8 * c + j] - center);
+            });
+            *reinterpret_cast<uint4 *>(q + q_tile::chunk(row, c)) =
+                make_uint4(pack(y[0], y[1]), pack(y[2], y[3]), pack(y[4], y[5]), pack(y[6], y[7]));
+        }
+    }
+
+    // 1 / std of a tile's keys, threads / keys threads each.
+    static __device__ __forceinline__ void key_norms(const char *k, float *inverse, int hd)
+    {
+        constexpr int lanes = threads / keys, most = (width / 8 + lanes - 1) / lanes;
+        const int row = threadIdx.x / lanes;
+        float sum = 0, squares = 0;
+#pragma unroll
+        for (int i = 0; i < most; i++) {
+            const int c = i * lanes + threadIdx.x % lanes;
+            if (c < width / 8) {
+                const uint4 x = *reinterpret_cast<const uint4 *>(k + k_tile::chunk(row, c));
+                sum += dot8(x, make_uint4(0x3f803f80, 0x3f803f80, 0x3f803f80, 0x3f803f80));
+                squares += dot8(x, x);
+            }
+        }
+#pragma unroll
+        for (int i = 1; i < lanes; i *= 2) {
+            sum += __shfl_xor_sync(~0u, sum, i);
+            squares += __shfl_xor_sync(~0u, squares, i);
+        }
+        const float mean = sum / hd;
+        if (threadIdx.x % lanes == 0)
+            inverse[row] = rsqrtf(fmaxf(squares / hd - mean * mean, 0) + 1e-6f);
+    }
+
+    // Starts s = Q K^T of a tile.
+    static __device__ __forceinline__ void start_scores(accumulator<1, keys / 8> &s, uint32_t q,
+                                                        uint32_t k, uint32_t nothing)
+    {
+        products_begin();
+        multiply_rows<q_tile, k_tile>(s[0], q, threadIdx.x / 128 * 64, k, 0, nothing);
+        products_end();
+    }
+
+    // Waits for it and the tile before, then starts o += P V.
+    static __device__ __forceinline__ void visit_keys(softmax &rows, accumulator<1, keys / 8> &s,
+                                                      uint32_t v, int left, float scale,
+                                                      const float *inverse)
+    {
+        products_wait(s[0], rows.o[0]);
+        if constexpr (norm)
+#pragma unroll
+            for (int n = 0; n < keys / 8; n++) {
+                const float2 by =
+                    *reinterpret_cast<const float2 *>(inverse + 8 * n + threadIdx.x % 4 * 2);
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+                    s[0][n][i] *= i % 2 ? by.y : by.x;
+            }
+        if (left < keys)
+            rows.mask(s, left);
+        rows.add(s, scale);
+        uint32_t a[4][1][4];
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            pack_step(a[i], s, i);
+        products_begin();
+        multiply_rows_across<k_tile>(rows.o[0], a, v, 0);
+        products_end();
+    }
+
+    // O leaves through the warp's rows of the Q tile. first: the warp's first query.
+    static __device__ __forceinline__ void finish(const attention_forward_args &p, softmax &rows,
+                                                  char *q, int row, int head, int first)
+    {
+        const int stride = p.heads * p.hd;
+        float inverse[1][2];
+        products_wait(rows.o[0]);
+        rows.finish(inverse, p.lse ? p.lse + static_cast<size_t>(head) * p.tokens : nullptr, first,
+                    p.tokens, p.scale);
+        group_sync(); // the warpgroup's products have read Q
+        bf16 *to = p.o + (static_cast<size_t>(head / p.heads) * p.tokens + first) * stride +
+                   head % p.heads * p.hd;
+        store_swizzled<q_tile>(to, stride, p.tokens - first, p.hd, q, row, rows.o[0], inverse[0]);
+    }
+
+    static __device__ __forceinline__ void run(const attention_forward_args &p)
+    {
+        extern __shared__ char shared[];
+        char *q = shared + (1024 - shared_address(shared) % 1024) % 1024;
+        const uint32_t base = shared_address(q), ring = base + 2 * q_tile::bytes;
+        clear_nothing(q + nothing_at);
+        float *uv = reinterpret_cast<float *>(q + norm_at), *inverse = uv + 2 * width;
+        if constexpr (norm)
+            prepare_norm(p, uv);
+        const int own = threadIdx.x / 32 * 16;
+        cursor ahead = {static_cast<int>(blockIdx.x), 0, 0, unit(p, blockIdx.x).q};
+        const int row = 3 * p.heads * p.hd;
+        q_tile::template load<threads>(base, ahead.head, row, unit(p, blockIdx.x).first, p.tokens,
+                                       p.hd);
+        for (int i = 0; i < ahead_by; i++)
+            ahead.load_next(p, ring);
+        int stage = 0, side = 0; // in use: of keys, of queries
+        for (int index = blockIdx.x; index < p.units; index += gridDim.x) {
+            softmax rows;
+            rows.start();
+            hold(rows.o[0]);
+            const uint32_t in_use = base + side * q_tile::bytes;
+            for (int first = 0; first < p.tokens; first += keys) {
+                if (p.tokens <= (ahead_by - 1) * keys) // queries came with a later tile of keys
+                    copy_wait<0>();
+                else
+                    copy_wait<ahead_by - 1>();
+                show_to_products();
+                __syncthreads(); // this tile is here, and nobody reads the one before the last
+                const uint32_t k = ring + stage * stage_bytes;
+                if (norm && first == 0) {
+                    norm_queries(q + side * q_tile::bytes, uv, p.hd);
+                    show_to_products();
+                    group_sync();
+                }
+                accumulator<1, keys / 8> s;
+                start_scores(s, in_use, k, base + nothing_at);
+                if (first == 0 && index + gridDim.x < p.units) {
+                    const unit next(p, index + gridDim.x);
+                    q_tile::template load<threads>(base + (1 - side) * q_tile::bytes, next.q, row,
+                                                   next.first, p.tokens, p.hd);
+                }
+                ahead.load_next(p, ring);
+                if constexpr (norm) {
+                    key_norms(q + (k - base), inverse, p.hd);
+                    __syncthreads();
+                }
+                visit_keys(rows, s, k + k_tile::bytes, p.tokens - first, p.scale, inverse);
+                stage = stage + 1 == stages ? 0 : stage + 1;
+            }
+            const unit u(p, index);
+            finish(p, rows, q + side * q_tile::bytes, own, u.head, u.first + own);
+            side = 1 - side;
+        }
+    }
+};
+
+#endif
