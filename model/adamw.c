@@ -147,16 +147,16 @@ static int aside_commit(struct trainer *t)
     struct aside *a = &t->aside;
     const struct backend *api = c->dev->api;
     const int units = aside_units(t);
-    if (!t->dit->half || !api->capture || t->options.early || units < 1 ||
-        units >= c->dev->info.compute_units)
+    if (!t->dit->half || !api->capture || t->options.early || t->dit->config.layers < 2 ||
+        units < 1 || units >= c->dev->info.compute_units)
         return 0;
-    a->done = calloc((size_t)t->dit->config.layers + 1, sizeof(struct event *));
+    a->done = calloc((size_t)t->dit->config.layers, sizeof(struct event *));
     if (!a->done)
-        return fail(ERR_NOMEM, "no host memory for %d events", t->dit->config.layers + 1);
+        return fail(ERR_NOMEM, "no host memory for %d events", t->dit->config.layers);
     a->c = (struct context){.dev = c->dev, .units = units};
     TRY(api->stream_new(c->dev, &a->c.stream));
     TRY(api->event_new(c->dev, &a->start));
-    for (int i = 0; i <= t->dit->config.layers; i++)
+    for (int i = 0; i < t->dit->config.layers; i++)
         TRY(api->event_new(c->dev, &a->done[i]));
     a->on = true;
     return 0;
@@ -170,7 +170,7 @@ void aside_free(struct trainer *t)
         api->stream_free(a->c.stream);
     if (a->start)
         api->event_free(a->start);
-    for (int i = 0; a->done && i <= t->dit->config.layers; i++)
+    for (int i = 0; a->done && i < t->dit->config.layers; i++)
         if (a->done[i])
             api->event_free(a->done[i]);
     free(a->done);
@@ -188,7 +188,7 @@ static int nothing_due(struct trainer *t)
                                       CONTROL_SKIPPED * sizeof one, sizeof one, bits);
 }
 
-static int update_aside(struct trainer *t, int layer)
+static int update_block(struct trainer *t, struct context *c, int layer)
 {
     struct dit *d = t->dit;
     for (int i = 0; i < d->params.count; i++) {
@@ -196,12 +196,10 @@ static int update_aside(struct trainer *t, int layer)
         if (p->block != layer || p->frozen || p->start > 0)
             continue;
         struct tensor *w = param_tensor(&d->w, p);
-        TRY(op_adamw(&t->aside.c, w, param_tensor(&d->m, p), param_tensor(&d->v, p),
-                     param_tensor(&d->ema, p), param_tensor(&d->g, p), &t->update, w->low,
-                     &t->options.adamw));
+        TRY(op_adamw(c, w, param_tensor(&d->m, p), param_tensor(&d->v, p), param_tensor(&d->ema, p),
+                     param_tensor(&d->g, p), &t->update, w->low, &t->options.adamw));
     }
-    const struct backend *api = d->ctx.dev->api;
-    return api->record(t->aside.c.stream, t->aside.done[layer + 1]);
+    return 0;
 }
 
 int aside_begin(struct trainer *t)
@@ -212,10 +210,15 @@ int aside_begin(struct trainer *t)
         return 0;
     if (d->ctx.profile) // one after the other, to be seen
         return update_all(t, &t->update);
+    // what the pass needs at once, on the whole device
+    TRY(update_block(t, &d->ctx, -1));
+    TRY(update_block(t, &d->ctx, 0));
     TRY(api->record(d->ctx.stream, t->aside.start));
     TRY(api->wait(t->aside.c.stream, t->aside.start));
-    for (int l = -1; l < d->config.layers; l++)
-        TRY(update_aside(t, l));
+    for (int l = 1; l < d->config.layers; l++) {
+        TRY(update_block(t, &t->aside.c, l));
+        TRY(api->record(t->aside.c.stream, t->aside.done[l]));
+    }
     d->ctx.dev->reserved_units = t->aside.c.units;
     t->aside.running = true;
     return 0;
@@ -225,7 +228,8 @@ int aside_needed(void *trainer, int layer)
 {
     struct trainer *t = trainer;
     struct context *c = &t->dit->ctx;
-    return t->aside.running ? c->dev->api->wait(c->stream, t->aside.done[layer + 1]) : 0;
+    const bool waits = t->aside.running && layer > 0;
+    return waits ? c->dev->api->wait(c->stream, t->aside.done[layer]) : 0;
 }
 
 void aside_end(struct trainer *t)

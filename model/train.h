@@ -30,7 +30,7 @@ struct aside {
     bool due;             // a step's update has not been done
     struct context c;     // another stream, on a few compute units
     struct event *start;
-    struct event **done;  // [L+1] after the update of block -1, 0, 1, ...
+    struct event **done;  // [L] after the update of each block but the first
 };
 
 struct trainer {
