@@ -374,6 +374,14 @@ static int run_attention(struct bench *b)
     return op_attention_fwd(&b->c, T(X1), NULL, T(QKV), b->images, b->config->heads);
 }
 
+static int run_qk_attention(struct bench *b)
+{
+    USES(b, QKV, X1);
+    attends(b, 2);
+    return op_qk_attention_fwd(&b->c, T(X1), T(QK_STATS), T(QKV), T(Q_GAIN), T(Q_BIAS), T(K_GAIN),
+                               T(K_BIAS), b->images, b->config->heads);
+}
+
 static int run_attention_bwd(struct bench *b)
 {
     USES(b, QKV, DQKV, X0, X1, LSE);
@@ -507,6 +515,7 @@ static const struct operation operations[] = {
     {"projection dx", run_proj_dx, false},
     {"projection dw, dbias", run_proj_dw, false},
     {"attention_fwd", run_attention, false},
+    {"qk_norm, attention_fwd", run_qk_attention, false},
     {"attention_bwd", run_attention_bwd, false},
     {"qk_norm_fwd", run_qk_norm, false},
     {"qk_norm_bwd", run_qk_norm_bwd, false},
