@@ -1,5 +1,5 @@
-// Attention for bf16 activations: the instances of attention_list.h. Operands as in runtime/ops.h; all
-// must start at multiples of 16 bytes, head sizes are multiples of 8.
+// Attention for bf16 activations: the instances of attention_list.h. Operands as in runtime/ops.h;
+// all must start at multiples of 16 bytes, head sizes are multiples of 8.
 #include "devices/attention_backward.cuh"
 #include "devices/attention_forward.cuh"
 #include "devices/attention_list.h"

@@ -1,14 +1,16 @@
 // Backward attention. For one head, with P = exp(S - lse), S = scale Q K^T:
 //     dV = P^T dO;  dP = dO V^T;  dS = P o (dP - delta), delta = rowsum(dO o O);
 //     dQ = scale dS K;  dK = scale dS^T Q
-// (Dao et al. 2022, arXiv 2205.14135, algorithm 4). P and dS are rounded to bf16 for their products; sums are
-// f32. No atomics: every sum has one owner and one order.
+// (Dao et al. 2022, arXiv 2205.14135, algorithm 4). P and dS are rounded to bf16 for their
+// products; sums are f32. No atomics: every sum has one owner and one order.
 //
-// attention_backward_kv: a block owns keys of a head, a warp 16 or 32 of them, and passes over the queries 64 at
-// a time: S^T and dP^T, with queries as columns, so that P^T and dS^T are operands as they stand. Where a block
-// owns all keys of a head (`whole`) it computes dQ as well: dS^T of a tile crosses over to all warps in shared
-// memory. A block goes from one head to the next and loads ahead of its use.
-// attention_backward_q: a block owns queries and passes over the keys: delta, and dQ of longer sequences.
+// attention_backward_kv: a block owns keys of a head, a warp 16 or 32 of them, and passes over the
+// queries 64 at a time: S^T and dP^T, with queries as columns, so that P^T and dS^T are operands as
+// they stand. Where a block owns all keys of a head (`whole`) it computes dQ as well: dS^T of a
+// tile crosses over to all warps in shared memory. A block goes from one head to the next and loads
+// ahead of its use.
+// attention_backward_q: a block owns queries and passes over the keys: delta, and dQ of longer
+// sequences.
 #ifndef DITMOE_ATTENTION_BACKWARD_CUH
 #define DITMOE_ATTENTION_BACKWARD_CUH
 
@@ -24,8 +26,8 @@ struct attention_backward_args {
     float scale;
 };
 
-// width: head sizes up to it. m_tiles: of 16 keys, a warp. sub: queries at once (16 or 32). stages: of keys and
-// values, 2 to load the next head's while this one's are in use.
+// width: head sizes up to it. m_tiles: of 16 keys, a warp. sub: queries at once (16 or 32). stages:
+// of keys and values, 2 to load the next head's while this one's are in use.
 template <int width, int m_tiles, int sub, int stages, bool whole> struct attention_backward_kv {
     using shape = tile_rows<width>;
     using cross = tile_rows<64>; // dS^T: keys by 64 queries

@@ -1,5 +1,6 @@
-// Backward attention of up to 256 tokens for Hopper, as attention_backward_kv does where a block holds a whole head:
-// products by wgmma on Q, K, V and dO as they lie in shared memory, P^T and dS^T in registers.
+// Backward attention of up to 256 tokens for Hopper, as attention_backward_kv does where a block
+// holds a whole head: products by wgmma on Q, K, V and dO as they lie in shared memory, P^T and
+// dS^T in registers.
 #ifndef DITMOE_ATTENTION_BACKWARD_SM90_CUH
 #define DITMOE_ATTENTION_BACKWARD_SM90_CUH
 
@@ -73,8 +74,8 @@ template <int width, int sub> struct attention_backward_sm90 {
 
     using scores = accumulator<1, sub / 8>;
 
-    // P^T (packed) and dS^T (in place) of 64 keys by queries, from S^T and dP^T. sums: of the queries. left: keys of
-    // the sequence from the first of these.
+    // P^T (packed) and dS^T (in place) of 64 keys by queries, from S^T and dP^T. sums: of the
+    // queries. left: keys of the sequence from the first of these.
     static __device__ __forceinline__ void gradients(scores &s, const scores &dp,
                                                      uint32_t (&p)[sub / 16][1][4],
                                                      const float *sums, float scale, int left)
@@ -111,7 +112,8 @@ template <int width, int sub> struct attention_backward_sm90 {
         float k[2][columns][4], v[2][columns][4]; // of the warpgroup's blocks of 64 keys
     };
 
-    // Where a block of keys meets queries: shared memory addresses of the tiles, the rows they begin at.
+    // Where a block of keys meets queries: shared memory addresses of the tiles, the rows they
+    // begin at.
     struct place {
         uint32_t k_tile, q_tile;
         int key, first;

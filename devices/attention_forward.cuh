@@ -1,6 +1,7 @@
-// Forward attention over one tile of queries of one head: O = softmax(Q K^T scale) V, by the online softmax of
-// FlashAttention-2 (Dao 2023, arXiv 2307.08691, algorithm 1). A warp keeps 16 or 32 queries, their sums of V and
-// their softmax in registers; tiles of keys and values pass through shared memory, one ahead of their use.
+// Forward attention over one tile of queries of one head: O = softmax(Q K^T scale) V, by the online
+// softmax of FlashAttention-2 (Dao 2023, arXiv 2307.08691, algorithm 1). A warp keeps 16 or 32
+// queries, their sums of V and their softmax in registers; tiles of keys and values pass through
+// shared memory, one ahead of their use.
 #ifndef DITMOE_ATTENTION_FORWARD_CUH
 #define DITMOE_ATTENTION_FORWARD_CUH
 
@@ -17,8 +18,8 @@ struct attention_forward_args {
         *bk; // [hd]: of the LayerNorm of q and k, where a kernel takes that in
 };
 
-// width: head sizes up to it, a multiple of 8. m_tiles: of 16 queries, a warp. keys: a tile of them, of which
-// `stages` fit shared memory.
+// width: head sizes up to it, a multiple of 8. m_tiles: of 16 queries, a warp. keys: a tile of
+// them, of which `stages` fit shared memory.
 template <int width, int m_tiles, int warps, int keys, int stages> struct attention_forward {
     using shape = tile_rows<width>;
     static constexpr int threads = 32 * warps, queries = 16 * m_tiles * warps;
@@ -43,7 +44,8 @@ template <int width, int m_tiles, int warps, int keys, int stages> struct attent
         store_rows<width, m_tiles>(to, row, p.tokens - first, p.hd, q, w.rows.o, inverse);
     }
 
-    // A block's work: units (a tile of queries of a head) one grid apart, of which each passes over all key tiles.
+    // A block's work: units (a tile of queries of a head) one grid apart, of which each passes over
+    // all key tiles.
     struct unit {
         int head, first; // its first query
         const bf16 *q;   // the head's first row

@@ -1,5 +1,5 @@
-// Forward attention as attention_forward.cuh has it, for Hopper: products by wgmma, with Q, K and V as they lie in
-// shared memory and P in registers.
+// Forward attention as attention_forward.cuh has it, for Hopper: products by wgmma, with Q, K and V
+// as they lie in shared memory and P in registers.
 #ifndef DITMOE_ATTENTION_FORWARD_SM90_CUH
 #define DITMOE_ATTENTION_FORWARD_SM90_CUH
 
@@ -61,8 +61,8 @@ template <int width, int groups, int stages, bool norm> struct attention_forward
         }
     };
 
-    // LayerNorm of q and k (eps 1e-6) within: with q' = (q - mean) / std o wq + bq and k' so, all of a row's scores
-    // q' . k' differ by one number, of which softmax knows nothing, from
+    // LayerNorm of q and k (eps 1e-6) within: with q' = (q - mean) / std o wq + bq and k' so, all
+    // of a row's scores q' . k' differ by one number, of which softmax knows nothing, from
     //     (1 / std of k) c . k,   c = q' o wk less its mean over the head
     // (sum of c is 0, so that k's mean does not matter). c takes the place of q in shared memory.
     static __device__ __forceinline__ void prepare_norm(const attention_forward_args &p, float *uv)

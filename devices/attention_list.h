@@ -1,10 +1,12 @@
-// Instances of the tuned attention kernels: attention.cu compiles them, cuda_attention.c chooses among them.
-// C and CUDA C++ read this.
+// Instances of the tuned attention kernels: attention.cu compiles them, cuda_attention.c chooses
+// among them. C and CUDA C++ read this.
 #ifndef DITMOE_ATTENTION_LIST_H
 #define DITMOE_ATTENTION_LIST_H
 
-// attention_fwd_WIDTH_QUERIES: head sizes up to WIDTH, QUERIES a block; of a width, more queries first.
-// I(width, queries, warps, 16-query tiles a warp, keys a tile, tiles of keys held, blocks a multiprocessor)
+// attention_fwd_WIDTH_QUERIES: head sizes up to WIDTH, QUERIES a block; of a width, more queries
+// first.
+// I(width, queries, warps, 16-query tiles a warp, keys a tile, tiles of keys held, blocks a
+//   multiprocessor)
 #define ATTENTION_FORWARD(I)   \
     I(64, 128, 4, 2, 64, 3, 2) \
     I(64, 64, 4, 1, 64, 3, 3)  \
@@ -14,8 +16,8 @@
     I(88, 64, 4, 1, 64, 2, 2)  \
     I(128, 64, 4, 1, 64, 2, 2)
 
-// attention_bwd_WIDTH_KEYS_whole_STAGES (dqkv at once, where a block holds all keys) or _part_ (dK and dV,
-// after attention_bwd_q of the same width); of a width, the most wanted first.
+// attention_bwd_WIDTH_KEYS_whole_STAGES (dqkv at once, where a block holds all keys) or _part_ (dK
+// and dV, after attention_bwd_q of the same width); of a width, the most wanted first.
 // I(width, keys, whole or part, 16-key tiles a warp, queries at once, stages of keys)
 #define ATTENTION_BACKWARD(I)   \
     I(64, 256, whole, 2, 32, 2) \
@@ -37,8 +39,9 @@
     I(88, 1, 64)                \
     I(128, 1, 32)
 
-// Hopper's own (image attention_sm90). attention_fwd_sm90_WIDTH_QUERIES, and attention_fwd_sm90_norm_WIDTH_QUERIES
-// with the LayerNorm of q and k within. The wide ones are slower than attention_fwd's, but for the LayerNorm.
+// Hopper's own (image attention_sm90). attention_fwd_sm90_WIDTH_QUERIES, and
+// attention_fwd_sm90_norm_WIDTH_QUERIES with the LayerNorm of q and k within. The wide ones are
+// slower than attention_fwd's, but for the LayerNorm.
 // I(width, queries, warpgroups, tiles of 64 keys held, blocks a multiprocessor)
 #define ATTENTION_FORWARD_SM90(I) \
     I(64, 128, 2, 4, 2)           \
@@ -68,7 +71,8 @@ enum {
 #define ATTENTION_BACKWARD_Q_SHARED(width, tiles, keys) \
     ((2 * 64 * (tiles) + 4 * (keys)) * ATTENTION_ROW(width))
 
-// Rows of these tiles are not padded; 1024 bytes of zeros, and as many to begin at a multiple of that.
+// Rows of these tiles are not padded; 1024 bytes of zeros, and as many to begin at a multiple of
+// that.
 #define ATTENTION_FORWARD_SM90_SHARED(width, queries, stages, norm) \
     (4 * ((queries) + 64 * (stages)) * (width) + 2048 + ((norm) ? (2 * (width) + 64) * 4 : 0))
 #define ATTENTION_BACKWARD_SM90_SHARED(width) \

@@ -1,5 +1,5 @@
-// Attention for bf16 activations on Hopper: the instances of attention_list.h that only it has. Operands as in
-// attention.cu.
+// Attention for bf16 activations on Hopper: the instances of attention_list.h that only it has.
+// Operands as in attention.cu.
 #include "devices/attention_backward_sm90.cuh"
 #include "devices/attention_forward_sm90.cuh"
 #include "devices/attention_list.h"

@@ -1,5 +1,5 @@
-// The online softmax of attention forward: what a warp keeps of its 16 * m_tiles queries, as accumulators of
-// m16n8k16 (tensor_core.cuh; wgmma's are the same).
+// The online softmax of attention forward: what a warp keeps of its 16 * m_tiles queries, as
+// accumulators of m16n8k16 (tensor_core.cuh; wgmma's are the same).
 #ifndef DITMOE_ATTENTION_SOFTMAX_CUH
 #define DITMOE_ATTENTION_SOFTMAX_CUH
 
@@ -36,8 +36,9 @@ template <int width, int m_tiles, int keys> struct attention_softmax {
                         s[m][n][i] = -INFINITY;
     }
 
-    // Scores become weights relative to a score near the row's largest so far. Sums are scaled to a larger one
-    // only when some row's has grown by 2^8: weights stay far from overflow, and this is rare after the first tile.
+    // Scores become weights relative to a score near the row's largest so far. Sums are scaled to a
+    // larger one only when some row's has grown by 2^8: weights stay far from overflow, and this is
+    // rare after the first tile.
     __device__ __forceinline__ void add(score_tile &s, float scale)
     {
         float tops[m_tiles][2];
@@ -91,7 +92,8 @@ template <int width, int m_tiles, int keys> struct attention_softmax {
             }
     }
 
-    // The inverse of each row's sum of weights; log sum exp of rows first.. to lse, unless that is nullptr.
+    // The inverse of each row's sum of weights; log sum exp of rows first.. to lse, unless that is
+    // nullptr.
     __device__ __forceinline__ void finish(float (&inverse)[m_tiles][2], float *lse, int first,
                                            int tokens, float scale)
     {

@@ -1,6 +1,6 @@
 // Tiles of q, k, v and their gradients in shared memory, and a warp's products with them, for
-// attention_forward.cuh and attention_backward.cuh. A tile's rows belong to one head, bf16; its products'
-// left sides are 16 * m_tiles rows of a warp.
+// attention_forward.cuh and attention_backward.cuh. A tile's rows belong to one head, bf16; its
+// products' left sides are 16 * m_tiles rows of a warp.
 #ifndef DITMOE_ATTENTION_TILE_CUH
 #define DITMOE_ATTENTION_TILE_CUH
 
@@ -31,8 +31,8 @@ template <class function> __device__ __forceinline__ void each_of_8(uint4 a, con
     }
 }
 
-// A row takes an odd number of 16-byte chunks, so that eight rows of one column (what ldmatrix reads at
-// once) lie in different banks.
+// A row takes an odd number of 16-byte chunks, so that eight rows of one column (what ldmatrix
+// reads at once) lie in different banks.
 template <int width> struct tile_rows {
     static_assert(width % 8 == 0, "rows are copied in chunks of 8 columns");
     static constexpr int chunks = width / 8;
@@ -40,15 +40,16 @@ template <int width> struct tile_rows {
     static constexpr int steps = width / 16;           // products of k = 16 along a row,
     static constexpr bool half_step = width % 16 != 0; // and one of k = 8
 
-    // Where a lane points ldmatrix, from the tile's corner. For A stored [m][k] (also B stored [k][n],
-    // transposed on the way): 16 rows, then the next 8 columns.
+    // Where a lane points ldmatrix, from the tile's corner. For A stored [m][k] (also B stored
+    // [k][n], transposed on the way): 16 rows, then the next 8 columns.
     static __device__ __forceinline__ uint32_t lane_a()
     {
         const uint32_t lane = threadIdx.x % 32;
         return lane % 16 * bytes + lane / 16 * 16;
     }
 
-    // For B stored [n][k] (also A stored [k][m], transposed): 8 rows, the next 8 columns, then the next 8 rows.
+    // For B stored [n][k] (also A stored [k][m], transposed): 8 rows, the next 8 columns, then the
+    // next 8 rows.
     static __device__ __forceinline__ uint32_t lane_b()
     {
         const uint32_t lane = threadIdx.x % 32;
@@ -62,8 +63,8 @@ template <int width> struct tile_rows {
     }
 };
 
-// Starts copying chunks from..from+chunks-1 of rows first..first+count-1, `lanes` lanes a row. checked: zeros for
-// rows past `rows` and columns from hd on.
+// Starts copying chunks from..from+chunks-1 of rows first..first+count-1, `lanes` lanes a row.
+// checked: zeros for rows past `rows` and columns from hd on.
 template <int width, int count, int threads, int from, int chunks, int lanes, bool checked>
 __device__ __forceinline__ void load_chunks(uint32_t tile, const bf16 *source, int stride,
                                             int first, int rows, int hd)
@@ -269,8 +270,9 @@ __device__ __forceinline__ void pack_step(uint32_t (&a)[m_tiles][4],
     }
 }
 
-// Writes a warp's rows, times factor[m][upper or lower half], to device memory: through `rows` of a tile, which
-// must be the warp's own by now, so that lanes write 16 bytes each. Row r goes to to + r * stride, r < count.
+// Writes a warp's rows, times factor[m][upper or lower half], to device memory: through `rows` of a
+// tile, which must be the warp's own by now, so that lanes write 16 bytes each. Row r goes to to +
+// r * stride, r < count.
 template <int width, int m_tiles>
 __device__ __forceinline__ void store_rows(bf16 *to, int stride, int count, int hd, char *rows,
                                            const accumulator<m_tiles, width / 8> &c,

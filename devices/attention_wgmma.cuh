@@ -1,10 +1,10 @@
-// wgmma (Hopper, sm_90a) for attention: products of a warpgroup, 64 rows of the left side, sums in f32, and tiles
-// in shared memory as it reads them.
+// wgmma (Hopper, sm_90a) for attention: products of a warpgroup, 64 rows of the left side, sums in
+// f32, and tiles in shared memory as it reads them.
 //
-// A tile is its first 64 columns, rows of 128 bytes whose chunks of 16 bytes are exchanged as wgmma's 128-byte
-// swizzle wants (chunk c of row r at c ^ r % 8); then a plane of 16-byte rows for each further chunk. Products
-// along a row take 16 columns at a time, so that an odd last plane is read with the `nothing` beside it: 64 rows
-// of zeros, which lie behind all tiles.
+// A tile is its first 64 columns, rows of 128 bytes whose chunks of 16 bytes are exchanged as
+// wgmma's 128-byte swizzle wants (chunk c of row r at c ^ r % 8); then a plane of 16-byte rows for
+// each further chunk. Products along a row take 16 columns at a time, so that an odd last plane is
+// read with the `nothing` beside it: 64 rows of zeros, which lie behind all tiles.
 #ifndef DITMOE_ATTENTION_WGMMA_CUH
 #define DITMOE_ATTENTION_WGMMA_CUH
 
@@ -48,7 +48,8 @@ __device__ __forceinline__ void group_sync()
     asm volatile("bar.sync %0, 128;" ::"r"(1 + static_cast<int>(threadIdx.x) / 128) : "memory");
 }
 
-// Descriptors of operands (PTX ISA, "matrix descriptor"): address, the two strides, swizzle of 128 bytes or none.
+// Descriptors of operands (PTX ISA, "matrix descriptor"): address, the two strides, swizzle of 128
+// bytes or none.
 __device__ __forceinline__ uint64_t operand(uint32_t address, uint32_t leading, uint32_t stride,
                                             bool swizzled)
 {
@@ -175,8 +176,8 @@ template <int width, int rows> struct swizzled_tile {
                                                                             first, count, hd, row);
     }
 
-    // Starts copying `part` rows of the source from row `first`, to row `at` (a multiple of 8) and on; zeros from
-    // row `count` and column hd on.
+    // Starts copying `part` rows of the source from row `first`, to row `at` (a multiple of 8) and
+    // on; zeros from row `count` and column hd on.
     template <int threads, int part = rows>
     static __device__ __forceinline__ void load(uint32_t to, const bf16 *source, int stride,
                                                 int first, int count, int hd, int at = 0)
@@ -187,7 +188,8 @@ template <int width, int rows> struct swizzled_tile {
             load_rows<threads, part, true>(to, source, stride, first, count, hd, at);
     }
 
-    // Operands: 16 columns of rows from row.., and 16 rows of the first 64 columns from `column`, or of the others.
+    // Operands: 16 columns of rows from row.., and 16 rows of the first 64 columns from `column`,
+    // or of the others.
     static __device__ __forceinline__ uint64_t along(uint32_t tile, int row, int step,
                                                      uint32_t nothing)
     {
@@ -246,8 +248,8 @@ __device__ __forceinline__ void multiply_rows_across(float (&c)[n_tiles][4],
     }
 }
 
-// Writes a warp's 16 rows times factor[upper or lower half] to device memory, through rows row.. of a tile, by then
-// the warp's own: 16 bytes a lane. Row r goes to to + r * stride, r < count.
+// Writes a warp's 16 rows times factor[upper or lower half] to device memory, through rows row.. of
+// a tile, by then the warp's own: 16 bytes a lane. Row r goes to to + r * stride, r < count.
 template <class tile, int n_tiles>
 __device__ __forceinline__ void store_swizzled(bf16 *to, int stride, int count, int hd,
                                                char *shared, int row, const float (&c)[n_tiles][4],

@@ -1,5 +1,5 @@
-// Attention of the CUDA backend: accelerate()'s operations of that name (device.h has their arguments).
-// Each returns 0, a negative code, or NOT_MINE.
+// Attention of the CUDA backend: accelerate()'s operations of that name (device.h has their
+// arguments). Each returns 0, a negative code, or NOT_MINE.
 #ifndef DITMOE_CUDA_ATTENTION_H
 #define DITMOE_CUDA_ATTENTION_H
 

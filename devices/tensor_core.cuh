@@ -1,9 +1,10 @@
-// Tensor-core fragments for hand-written CUDA kernels: bf16 products of one warp, accumulated in f32
-// (mma.sync, sm_80 and later), their loads from shared memory (ldmatrix) and asynchronous copies into it.
+// Tensor-core fragments for hand-written CUDA kernels: bf16 products of one warp, accumulated in
+// f32 (mma.sync, sm_80 and later), their loads from shared memory (ldmatrix) and asynchronous
+// copies into it.
 //
-// A fragment of mma.m16n8k16: lane l = 4g + t holds of A (16 x 16) rows g, g+8 and column pairs 2t, 2t+8;
-// of B (16 x 8) rows 2t, 2t+8 (pairs) of column g; of C (16 x 8) rows g, g+8 of columns 2t, 2t+1. So C of one
-// product, rounded, is A of the next: no exchange between lanes.
+// A fragment of mma.m16n8k16: lane l = 4g + t holds of A (16 x 16) rows g, g+8 and column pairs 2t,
+// 2t+8; of B (16 x 8) rows 2t, 2t+8 (pairs) of column g; of C (16 x 8) rows g, g+8 of columns 2t,
+// 2t+1. So C of one product, rounded, is A of the next: no exchange between lanes.
 #ifndef DITMOE_TENSOR_CORE_CUH
 #define DITMOE_TENSOR_CORE_CUH
 

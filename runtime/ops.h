@@ -134,7 +134,8 @@ int op_attention_bwd(struct context *c, struct tensor *dqkv, struct tensor *delt
 int op_qk_norm_fwd(struct context *c, struct tensor *out, struct tensor *stats,
                    const struct tensor *qkv, const struct tensor *wq, const struct tensor *bq,
                    const struct tensor *wk, const struct tensor *bk, int heads);
-// Attention of what op_qk_norm_fwd makes of qkv, for sampling: qkv may be normalised in place. stats as there, scratch.
+// Attention of what op_qk_norm_fwd makes of qkv, for sampling: qkv may be normalised in place. stats
+// as there, scratch.
 int op_qk_attention_fwd(struct context *c, struct tensor *o, struct tensor *stats,
                         struct tensor *qkv, const struct tensor *wq, const struct tensor *bq,
                         const struct tensor *wk, const struct tensor *bk, int images, int heads);

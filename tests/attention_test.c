@@ -256,7 +256,8 @@ static int test_attention_long(void)
     return OP_FOR_ALL(long_case, shapes);
 }
 
-// What CUDA devices have tuned kernels for, and that these ran: bf16, head sizes of a multiple of 8.
+// What CUDA devices have tuned kernels for, and that these ran: bf16, head sizes of a multiple of
+// 8.
 static bool has_tuned(const struct op_run *r)
 {
     const struct device *dev = r->c.dev;
@@ -284,7 +285,8 @@ static int tuned_case(struct op_run *r, const int *s)
     return PASSED;
 }
 
-// Head sizes and tiles of the tuned kernels, and one more; enough heads that a multiprocessor gets several.
+// Head sizes and tiles of the tuned kernels, and one more; enough heads that a multiprocessor gets
+// several.
 static int test_tuned(void)
 {
     static const int shapes[][6] = {
@@ -296,7 +298,8 @@ static int test_tuned(void)
     return OP_FOR_ALL(tuned_case, shapes);
 }
 
-// q and k normalised within: against the two operations in double. Where that is one kernel, qkv stays as it was.
+// q and k normalised within: against the two operations in double. Where that is one kernel, qkv
+// stays as it was.
 static int qk_attention_case(struct op_run *r, const int *s)
 {
     struct heads p = {s[0], s[1], s[2], s[3]};
