@@ -9,7 +9,7 @@
 #include "devices/gemm_gpu.h"
 #include "devices/gemm_sm90.h"
 
-enum { VARIANTS = 5, PARTS_MAX = 16, SPACE = 40 << 20 };
+enum { WIDTHS = 3 };
 
 // A CUtensorMap.
 struct tensor_map {
@@ -18,21 +18,27 @@ struct tensor_map {
 
 enum kind { NT_BF16, NT_F32, NT_SWIGLU, NN_BF16, NN_SWIGLU, TN_F32, KINDS };
 
-// How a kernel divides its work: the width of its tiles (columns of B), and whether blocks work in
-// pairs, side by side, that share their rows of A.
-static const struct variant {
-    int width, pair;
-} variants[VARIANTS] = {{64, 1}, {128, 1}, {192, 1}, {128, 2}, {192, 2}};
+static const int widths[WIDTHS] = {64, 128, 192};
 
-// Kernels by what they compute and how.
-#define NAMES(name)                                                            \
-    {                                                                          \
-        name "_64", name "_128", name "_192", name "_pair128", name "_pair192" \
+// Kernels by what they compute and the width of their tiles (columns of B); and those that finish what
+// they divided along k.
+#define NAMES(name, end)                                 \
+    {                                                    \
+        name "_64" end, name "_128" end, name "_192" end \
     }
-static const char *const names[KINDS][VARIANTS] = {
-    [NT_BF16] = NAMES("gemm_nt_bf16"),     [NT_F32] = NAMES("gemm_nt_f32"),
-    [NT_SWIGLU] = NAMES("gemm_nt_swiglu"), [NN_BF16] = NAMES("gemm_nn_bf16"),
-    [NN_SWIGLU] = NAMES("gemm_nn_swiglu"), [TN_F32] = NAMES("gemm_tn_f32"),
+static const char *const names[KINDS][WIDTHS] = {
+    [NT_BF16] = NAMES("gemm_nt_bf16", ""),
+    [NT_F32] = NAMES("gemm_nt_f32", ""),
+    [NT_SWIGLU] = NAMES("gemm_nt_swiglu", ""),
+    [NN_BF16] = NAMES("gemm_nn_bf16", ""),
+    [NN_SWIGLU] = {"gemm_nn_swiglu_64", "gemm_nn_swiglu_128", NULL},
+    [TN_F32] = NAMES("gemm_tn_f32", ""),
+};
+static const char *const rests[KINDS][WIDTHS] = {
+    [NT_BF16] = NAMES("gemm_nt_bf16", "_rest"),
+    [NT_F32] = NAMES("gemm_nt_f32", "_rest"),
+    [NN_BF16] = NAMES("gemm_nn_bf16", "_rest"),
+    [TN_F32] = NAMES("gemm_tn_f32", "_rest"),
 };
 
 // ---- what is taken ------------------------------------------------------------------------------
@@ -55,12 +61,13 @@ static unsigned shared_of(enum kind kind, int width)
 bool cuda_gemm_sm90_here(struct cuda_device *dev)
 {
     bool all = dev->api->tensor_map && dev->api->launch_with && dev->base.act == BF16;
-    for (int i = 0; all && i < KINDS * VARIANTS; i++) {
-        const char *name = names[i / VARIANTS][i % VARIANTS];
-        const unsigned shared = shared_of((enum kind)(i / VARIANTS), variants[i % VARIANTS].width);
-        all = !name || cuda_tuned(dev, IMAGE_gemm_sm90, name, shared);
+    for (int i = 0; all && i < KINDS * WIDTHS; i++) {
+        const int kind = i / WIDTHS, w = i % WIDTHS;
+        const unsigned shared = shared_of((enum kind)kind, widths[w]);
+        all = (!names[kind][w] || cuda_tuned(dev, IMAGE_gemm_sm90, names[kind][w], shared)) &&
+              (!rests[kind][w] || cuda_tuned(dev, IMAGE_gemm_sm90, rests[kind][w], 0));
     }
-    return all && cuda_tuned(dev, IMAGE_gemm_sm90, "gemm_sum_parts", 0);
+    return all;
 }
 
 bool cuda_gemm_sm90_suits(struct cuda_device *dev, const struct gemm *g)
@@ -88,74 +95,74 @@ static int tile_columns(const struct gemm *g, int width)
     return g->swiglu == SWIGLU_FORWARD ? width / 2 : width;
 }
 
-// Units of work of one part of k, if every expert has its share of rows: tiles, or pairs of them.
-static int units_of(const struct gemm *g, const struct variant *v)
+// Tiles, if every expert has its share of rows.
+static int tiles_of(const struct gemm *g, int width)
 {
     int rows = gemm_cover(g->m, GEMM_SM90_ROWS),
-        columns = gemm_cover(columns_of(g), v->pair * tile_columns(g, v->width));
+        columns = gemm_cover(columns_of(g), tile_columns(g, width));
     if (g->ragged == GEMM_RAGGED_M)
         rows += g->groups / 2;
     return rows * columns * (g->ragged == GEMM_RAGGED_K ? g->groups : 1);
 }
 
-// Bytes of C, h, g | u that a tile reads and writes.
-static double bytes_out(const struct gemm *g, int width)
+// Stages of k that a tile takes, about, if groups of k are equal.
+static int stages_of(const struct gemm *g)
 {
-    const double elements = (double)GEMM_SM90_ROWS * width;
-    if (g->swiglu == SWIGLU_FORWARD)
-        return elements * (g->c ? 3 : 1);
-    if (g->swiglu == SWIGLU_BACKWARD)
-        return elements * (g->h ? 10 : 8);
-    return elements * (g->type_c == F32 ? 4 : 2);
+    return gemm_cover(g->k, GEMM_SM90_DEPTH) / (g->ragged == GEMM_RAGGED_K ? g->groups : 1);
 }
 
-// Microseconds of g by a variant, k in `parts`. What limits it, as measured on an H100: 62 KB that a
-// multiprocessor gets from L2 in a microsecond, of A and B and of what goes out; or the products, for
-// pairs. Some 20 KB stand for what a tile costs besides. Parts go through memory twice.
-static double time_of(const struct cuda_device *dev, const struct gemm *g, const struct variant *v,
-                      int parts)
+// Into how many parts of k the last `rest` tiles are divided; as find_schedule() does it.
+static int parts_of(const struct gemm *g, int rest, int blocks)
 {
-    const double groups = g->ragged == GEMM_RAGGED_K ? g->groups : 1;
-    const double stages = ceil(g->k / (GEMM_SM90_DEPTH * parts * groups));
-    const double read = (128.0 / v->pair + v->width) * 128, product = 190.0 * v->width;
-    const double tile =
-        stages * (read > product ? read : product) + bytes_out(g, v->width) + (20 << 10);
-    const int waves = gemm_cover(parts * units_of(g, v), dev->base.info.compute_units / v->pair);
-    const double sums = parts > 1 ? (2.0 * parts + 1) * g->m * g->n * 4 : 0;
-    return waves * tile / 62e3 + sums / 3e6;
+    int parts = rest > 0 ? blocks / rest : 1;
+    const int most = stages_of(g) / GEMM_SM90_PARTS;
+    parts = parts < most ? parts : most;
+    parts = parts < GEMM_SM90_PARTS ? parts : GEMM_SM90_PARTS;
+    return parts > 1 ? parts : 1;
 }
 
-// How g is done: a variant, in how many parts of k.
+// Microseconds of g by tiles of width number w, as measured on an H100 and an H200: of a stage; 0.3 of
+// a tile besides; 4 of finishing what was divided, and its way through memory.
+static double time_of(const struct cuda_device *dev, const struct gemm *g, int w, bool divide)
+{
+    static const double stage[WIDTHS] = {0.35, 0.42, 0.63};
+    const int tiles = tiles_of(g, widths[w]), blocks = dev->base.info.compute_units;
+    const int rest = tiles % blocks, parts = parts_of(g, rest, blocks);
+    const double tile = stages_of(g) * stage[w] + 0.3;
+    if (!divide || parts == 1)
+        return gemm_cover(tiles, blocks) * tile;
+    const double sums = 2.0 * sizeof(float) * rest * parts * widths[w] * GEMM_SM90_ROWS;
+    return tiles / blocks * tile + tile / parts + 4 + sums / 3e6;
+}
+
+// How g is done: tiles of which width; whether the last ones may be divided along k.
 struct way {
-    int variant, parts;
+    int w;
+    bool divide;
     double time;
 };
 
-// The best way for g, by variant `only` if that is one. A plain A^T B may be split over k, so that all
-// multiprocessors have work.
+// The best way for g; by width number `only` if that is one.
 static struct way choose(const struct cuda_device *dev, const struct gemm *g, int only)
 {
-    struct way best = {0, 1, INFINITY};
-    const double each = (double)g->m * g->n * sizeof(float);
-    for (int i = 0; i < VARIANTS; i++)
-        for (int parts = 1; parts <= PARTS_MAX; parts++) {
-            const double time = time_of(dev, g, &variants[i], parts);
-            if (only >= 0 ? i != only : variants[i].pair > 1)
-                break;
-            if (parts > 1 && (!g->trans_a || g->ragged != GEMM_PLAIN || parts * each > SPACE ||
-                              g->k / parts < 4 * GEMM_SM90_DEPTH))
-                break;
-            if (time < best.time)
-                best = (struct way){i, parts, time};
-        }
+    struct way best = {0, false, INFINITY};
+    for (int i = 0; i < 2 * WIDTHS; i++) {
+        const int w = i / 2;
+        const bool divide = i % 2, there = divide ? rests[kind_of(g)][w] : names[kind_of(g)][w];
+        if (!there || (only >= 0 ? w != only : divide))
+            continue;
+        const double time = time_of(dev, g, w, divide);
+        if (time < best.time || (time == best.time && !divide))
+            best = (struct way){w, divide, time};
+    }
     return best;
 }
 
 bool cuda_gemm_sm90_wins(const struct cuda_device *dev, const struct gemm *g)
 {
-    const double ideal = 2.0 * g->m * g->n * g->k / 680e6;
+    const double ideal = 2.0 * g->m * g->n * g->k / 700e6;
     return g->ragged != GEMM_PLAIN || g->swiglu || g->bias || ideal < 10 ||
-           choose(dev, g, -1).time < 1.3 * ideal;
+           choose(dev, g, -1).time < 1.25 * ideal;
 }
 
 // ---- maps ---------------------------------------------------------------------------------------
@@ -212,49 +219,43 @@ static void *pointer(const struct mem *mem)
     return mem ? (void *)(uintptr_t)mem->address : NULL;
 }
 
-static struct gemm_sm90 arguments(const struct gemm *g, int parts)
+static struct gemm_sm90 arguments(const struct cuda_device *dev, const struct gemm *g,
+                                  const struct way *way)
 {
-    struct gemm_sm90 p = {.c = pointer(parts > 1 ? g->space : g->c),
-                          .h = pointer(g->h),
-                          .bias = pointer(g->bias),
-                          .offsets = g->ragged == GEMM_PLAIN ? NULL : pointer(g->offsets),
-                          .groups = g->ragged == GEMM_PLAIN ? parts : g->groups,
-                          .m = g->m,
-                          .n = columns_of(g),
-                          .k = g->k,
-                          .accumulate = g->accumulate && parts == 1};
-    if (g->trans_a && g->ragged == GEMM_PLAIN) // whole stages
-        p.part = gemm_cover(gemm_cover(g->k, parts), GEMM_SM90_DEPTH) * GEMM_SM90_DEPTH;
-    if (p.part)
-        p.groups = gemm_cover(g->k, p.part);
-    return p;
-}
-
-static int sum_parts(struct stream *s, const struct gemm *g, int parts)
-{
-    cuda_function function = cuda_tuned(s->dev, IMAGE_gemm_sm90, "gemm_sum_parts", 0);
-    void *c = pointer(g->c), *from = pointer(g->space);
-    int count = g->m * g->n, accumulate = g->accumulate;
-    const unsigned grid[3] = {(unsigned)gemm_cover(count / 4, 256), 1, 1};
-    void *values[] = {&c, &from, &parts, &count, &accumulate};
-    return cuda_tuned_launch(s, function, grid, 256, 0, values);
+    const bool plain = g->ragged == GEMM_PLAIN;
+    const int columns = gemm_cover(columns_of(g), tile_columns(g, widths[way->w]));
+    return (struct gemm_sm90){
+        .c = pointer(g->c),
+        .h = pointer(g->h),
+        .bias = pointer(g->bias),
+        .offsets = plain ? NULL : pointer(g->offsets),
+        .space = way->divide ? pointer(g->space) : NULL,
+        .groups = plain ? 1 : g->groups,
+        .m = g->m,
+        .n = columns_of(g),
+        .k = g->k,
+        .accumulate = g->accumulate,
+        .band = columns > 40 ? 2 : 1, // a wave of blocks shares all of a narrow B
+        .workers = dev->base.info.compute_units,
+    };
 }
 
 size_t cuda_gemm_sm90_space(const struct cuda_device *dev, const struct gemm *g)
 {
-    const int parts = choose(dev, g, -1).parts;
-    return parts > 1 ? (size_t)parts * (size_t)g->m * (size_t)g->n * sizeof(float) : 0;
+    const struct way way = choose(dev, g, -1);
+    const size_t tile = sizeof(float) * GEMM_SM90_ROWS * (size_t)widths[way.w];
+    return way.divide ? tile * (size_t)dev->base.info.compute_units : 0;
 }
 
 // Launches `blocks` blocks, which may start while the kernel before has some that run: they wait for
 // its end before they read anything.
-static int launch_early(struct stream *s, cuda_function function, unsigned blocks, unsigned shared,
-                        void **values)
+static int launch_early(struct stream *s, cuda_function function, int blocks, unsigned threads,
+                        unsigned shared, void **values)
 {
     const struct cuda_api *api = s->dev->api;
     cuda_launch_attribute early = {.id = CUDA_LAUNCH_EARLY, .value = 1};
-    const cuda_launch_config config = {.grid = {blocks, 1, 1},
-                                       .block = {GEMM_SM90_THREADS, 1, 1},
+    const cuda_launch_config config = {.grid = {(unsigned)blocks, 1, 1},
+                                       .block = {threads, 1, 1},
                                        .shared = shared,
                                        .stream = s->cu,
                                        .attributes = &early,
@@ -266,37 +267,37 @@ static int launch_early(struct stream *s, cuda_function function, unsigned block
 
 static int launch(struct stream *s, const struct gemm *g, const struct way *way)
 {
-    const struct variant *v = &variants[way->variant];
-    const char *name = names[kind_of(g)][way->variant];
-    const unsigned shared = shared_of(kind_of(g), v->width);
-    cuda_function function = cuda_tuned(s->dev, IMAGE_gemm_sm90, name, shared);
-    const int parts = g->space ? way->parts : 1;
-    const int columns = gemm_cover(columns_of(g), v->pair * tile_columns(g, v->width));
-    int rows = gemm_cover(g->m, GEMM_SM90_ROWS);
+    const enum kind kind = kind_of(g);
+    const int width = widths[way->w];
+    const unsigned shared = shared_of(kind, width);
     struct tensor_map a, b, c = {{0}};
-    struct gemm_sm90 p = arguments(g, parts);
-    p.band = columns > 40 ? 2 : 1; // a wave of blocks shares all of a narrow B
+    struct gemm_sm90 p = arguments(s->dev, g, way);
     TRY(describe_a(s->dev, &a, g));
-    TRY(describe_b(s->dev, &b, g, v->width));
+    TRY(describe_b(s->dev, &b, g, width));
     if (g->swiglu == SWIGLU_BACKWARD)
         TRY(describe_gu(s->dev, &c, g));
+    int rows = gemm_cover(g->m, GEMM_SM90_ROWS);
     if (g->ragged == GEMM_RAGGED_M)
         rows += g->groups;
-    const int64_t units = (int64_t)rows * columns * (g->trans_a ? p.groups : 1);
-    const struct device *dev = &s->dev->base;
-    const int64_t most = (dev->info.compute_units - dev->reserved_units) / v->pair;
-    void *values[] = {&a, &b, &c, &p};
-    TRY(launch_early(s, function, (unsigned)(v->pair * (units < most ? units : most)), shared,
-                     values));
-    return parts > 1 ? sum_parts(s, g, p.groups) : 0;
+    const int64_t tiles =
+        (int64_t)rows * (g->trans_a ? p.groups : 1) * gemm_cover(p.n, tile_columns(g, width));
+    const int blocks = p.space || tiles > p.workers ? p.workers : (int)tiles;
+    void *values[] = {&a, &b, &c, &p}, *rest[] = {&p};
+    TRY(launch_early(s, cuda_tuned(s->dev, IMAGE_gemm_sm90, names[kind][way->w], shared), blocks,
+                     GEMM_SM90_THREADS, shared, values));
+    if (!p.space)
+        return 0;
+    // at most half of the blocks had a divided tile: 8 strips of rows each, 4 to a block
+    return launch_early(s, cuda_tuned(s->dev, IMAGE_gemm_sm90, rests[kind][way->w], 0), blocks, 128,
+                        0, rest);
 }
 
 int cuda_gemm_sm90(struct stream *s, const struct gemm *g, int width)
 {
-    int only = width ? VARIANTS - 1 : -1;
-    while (only >= 0 && variants[only].pair * (variants[only].width + 1) - 1 != width)
+    int only = width ? WIDTHS - 1 : -1;
+    while (only >= 0 && widths[only] != width)
         only--;
-    if (width && only < 0)
+    if (width && (only < 0 || !names[kind_of(g)][only]))
         return NOT_MINE;
     const struct way way = choose(s->dev, g, only);
     return launch(s, g, &way);

@@ -13,7 +13,7 @@ bool cuda_gemm_sm90_here(struct cuda_device *dev);
 bool cuda_gemm_sm90_suits(struct cuda_device *dev, const struct gemm *g);
 
 // For a product that suits: the bytes of scratch it wants, and the product by tiles of `width` columns
-// (64, 128, 192; 257 and 385: pairs of 128 and of 192; 0: the best). NOT_MINE when there are no such.
+// (64, 128, 192; 0: the best). NOT_MINE when there are no such.
 size_t cuda_gemm_sm90_space(const struct cuda_device *dev, const struct gemm *g);
 int cuda_gemm_sm90(struct stream *s, const struct gemm *g, int width);
 

@@ -8,6 +8,7 @@ enum {
     GEMM_SM90_DEPTH = 64,      // elements of k in a stage: 128 bytes, the width of the swizzle
     GEMM_SM90_THREADS = 384,   // a warpgroup that loads and two that multiply
     GEMM_SM90_GROUPS = 512,    // most experts
+    GEMM_SM90_PARTS = 8,       // most parts of a tile's sum over k, and fewest stages of each
     GEMM_SM90_SHARED = 232448, // bytes of shared memory that a block may have
 };
 
@@ -18,11 +19,12 @@ struct gemm_sm90 {
     void *h;
     const float *bias;
     const int *offsets; // NULL: one group of all rows
-    int groups;         // of a plain product split over k: its parts, each with a C of its own
-    int m, n, k;        // n: columns of h for SWIGLU_FORWARD, of dh for SWIGLU_BACKWARD
-    int part;           // rows of k in a part, or 0
+    void *space;        // sums of parts of tiles; NULL: no tile is divided
+    int groups;
+    int m, n, k; // n: columns of h for SWIGLU_FORWARD, of dh for SWIGLU_BACKWARD
     int accumulate;
-    int band; // tiles of rows that are swept column by column
+    int band;    // tiles of rows that are swept column by column
+    int workers; // blocks that take tiles
 };
 
 // Bytes: of a stage; of the rows that the eight warps hand around on their way out (16 of 64 columns
