@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Every test, on a fresh Debian or Ubuntu machine: installs what is missing, builds with gcc and clang,
-# runs the op table, gradients, golden models, files, command line, sanitizers and oclgrind.
+# runs the op table, gradients, golden models, files, command line, sanitizers and oclgrind; where there
+# is an NVIDIA GPU, tests/gpu.sh on it (else a line says that it was skipped).
 #   tests/run.sh            everything               tests/run.sh quick    build and ditmoe_test only
 # Ends with 'N passed, N failed, N skipped'; exit 0 when none failed. Logs: build*/log/.
 set -uo pipefail
