@@ -457,18 +457,20 @@ static int test_swiglu(void)
 
 // Columns and k in eighths; more than one tile of 128 rows, of 192 columns, of 64 of k.
 static const struct product halves[] = {
-    {.m = 1, .n = 8, .k = 8},        {.m = 37, .n = 264, .k = 72},   {.m = 128, .n = 192, .k = 64},
-    {.m = 129, .n = 200, .k = 584},  {.m = 300, .n = 392, .k = 136}, {.m = 520, .n = 64, .k = 1032},
-    {.m = 2180, .n = 1544, .k = 24}, // more tiles than a GPU has multiprocessors
+    {.m = 1, .n = 8, .k = 8},       {.m = 37, .n = 264, .k = 72},   {.m = 128, .n = 192, .k = 64},
+    {.m = 129, .n = 200, .k = 584}, {.m = 300, .n = 392, .k = 136}, {.m = 520, .n = 64, .k = 1032},
+    {.m = 2180, .n = 1544, .k = 8}, // more tiles than a GPU has multiprocessors
 };
 
 static const struct product ragged_halves[] = {
     {.n = 72, .k = 40, .groups = 4, .counts = {13, 0, 1, 25}},
     {.n = 64, .k = 32, .groups = 8, .counts = {0, 0, 330, 0, 0, 0, 0, 0}}, // all on one
     {.n = 200, .k = 136, .groups = 5, .counts = {129, 0, 1, 128, 300}, .spare = 70},
-    {.n = 32, .k = 16, .groups = 2, .counts = {0, 0}, .spare = 3}, // nobody came
+    {.n = 32, .k = 16, .groups = 2, .counts = {0, 0}, .spare = 3},         // nobody came
+    {.n = 64, .k = 1032, .groups = 3, .counts = {13, 0, 200}, .spare = 7}, // k may be divided
+    {.n = 72, .k = 64, .groups = 2, .counts = {1100, 1050}},
     {.n = 776,
-     .k = 264,
+     .k = 136,
      .groups = 16,
      .counts = {4, 97, 8, 11, 0, 12, 3, 2, 1, 96, 7, 65, 64, 0, 9, 200}},
 };
