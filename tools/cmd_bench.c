@@ -148,8 +148,7 @@ int cmd_bench(int argc, char **argv)
             "ops: the operations of a model, as shares of a large matrix product or of a copy. "
             "step: whole training and sampling steps on random weights. Medians of several "
             "rounds.",
-        .example = "ditmoe bench step --model S/2-8E2A,XL/2-8E2A --batch 16,128 --precision bf16 "
-                   "--what sample --profile",
+        .example = "ditmoe bench step --model S/2-8E2A --batch 16,128 --precision bf16 --profile",
         .groups = groups,
         .positional_min = 1,
         .positional_max = 1,
