@@ -56,9 +56,9 @@ struct qk_norm {
     int rows, heads, head;
 };
 
-// op_qk_attention_fwd
+// op_qk_attention_fwd; lse may be NULL
 struct qk_attention {
-    accelerate_mem o, qkv, wq, bq, wk, bk;
+    accelerate_mem o, lse, qkv, wq, bq, wk, bk;
     int images, heads, tokens, head;
     float scale;
 };

@@ -8,7 +8,15 @@
 
 #include "devices/accelerate.h"
 
-enum { WARP = 32, THREADS = 256, ASIDE = 1024, STRIPES = 16, VECTOR = 8, IMAGES_MAX = 65535 };
+enum {
+    WARP = 32,
+    THREADS = 256,
+    ASIDE = 512,
+    ASIDE_SHARED = 4 * ASIDE * 80,
+    STRIPES = 16,
+    VECTOR = 8,
+    IMAGES_MAX = 65535
+};
 
 // The kernel `name` of fused.cu; `name` is a literal.
 #define KERNEL_OF(s, name) cuda_tuned((s)->dev, IMAGE_fused, name, 0)
@@ -106,25 +114,41 @@ static int launch_rows(struct stream *s, cuda_function function, void *a, int im
     return cuda_tuned_launch(s, function, grid, (unsigned)threads, shared, (void *[]){a, &chunk});
 }
 
-#define ROUTER_KERNEL(s, name) cuda_tuned((s)->dev, IMAGE_fused, name, ROUTER_SHARED)
+// A kernel's instances, SEGMENTS of fused_segment.cuh: by warps of a row and whether the width is a
+// multiple of 384.
+#define INSTANCES(name)                                                                     \
+    {                                                                                       \
+        name "_10", name "_11", name "_20", name "_21", name "_30", name "_31", name "_40", \
+            name "_41"                                                                      \
+    }
 
-static cuda_function forward_kernel(struct stream *s, const struct norm_forward *a, int rows)
+static cuda_function instance(struct stream *s, const char *const names[2 * ROW_WARPS], int width,
+                              unsigned shared)
 {
-    if (a->rows)
-        return rows == 4   ? KERNEL_OF(s, "combine_norm_4")
-               : rows == 2 ? KERNEL_OF(s, "combine_norm_2")
-                           : KERNEL_OF(s, "combine_norm_1");
+    const char *name = names[2 * (row_warps(width) - 1) + (width % SEGMENT == 0)];
+    return cuda_tuned(s->dev, IMAGE_fused, name, shared);
+}
+
+// The kernel, and how many rows a group of warps takes at a time in it.
+static cuda_function forward_kernel(struct stream *s, const struct norm_forward *a, int *rows)
+{
+    static const char *const plain[] = INSTANCES("layernorm"), *const sum[] =
+                                                                   INSTANCES("residual_norm");
+    static const char *const router[] = INSTANCES("residual_norm_router");
+    static const char *const combine[] = INSTANCES("combine_norm");
+    *rows = a->logits ? 4 : 2;
     if (a->logits)
-        return rows == 4   ? ROUTER_KERNEL(s, "residual_norm_router_4")
-               : rows == 2 ? ROUTER_KERNEL(s, "residual_norm_router_2")
-                           : ROUTER_KERNEL(s, "residual_norm_router_1");
-    if (a->z)
-        return rows == 4   ? KERNEL_OF(s, "residual_norm_4")
-               : rows == 2 ? KERNEL_OF(s, "residual_norm_2")
-                           : KERNEL_OF(s, "residual_norm_1");
-    return rows == 4   ? KERNEL_OF(s, "layernorm_4")
-           : rows == 2 ? KERNEL_OF(s, "layernorm_2")
-                       : KERNEL_OF(s, "layernorm_1");
+        return instance(s, router, a->width, ROUTER_SHARED);
+    return instance(s, a->rows ? combine : a->z ? sum : plain, a->width, 0);
+}
+
+// Rows a block takes when it first copies the router's weight, which is long for wide rows: then as
+// many blocks as have room at a time. A multiple of `least`.
+static int router_chunk(const struct stream *s, const struct norm_forward *a, int least)
+{
+    int blocks = (row_warps(a->width) == 1 ? 8 : 4) * s->dev->base.info.compute_units;
+    int chunks = blocks / a->images > 0 ? blocks / a->images : 1; // of an image
+    return cover(cover(a->tokens, chunks), least) * least;
 }
 
 static int norm_forward(struct stream *s, const void *args)
@@ -134,21 +158,22 @@ static int norm_forward(struct stream *s, const void *args)
     const unsigned shared = a.logits ? router_bytes(a.experts, a.width) : 0;
     if (!good_rows(a.width, a.images, columns, 5) || shared > ROUTER_SHARED)
         return NOT_MINE;
-    int64_t warps = (int64_t)a.images * a.tokens * row_warps(a.width);
-    int rows = warps >= 64 * s->dev->base.info.compute_units ? 2 : 1;
-    cuda_function function = forward_kernel(s, &a, rows);
+    int rows;
+    cuda_function function = forward_kernel(s, &a, &rows);
     if (!function)
         return NOT_MINE;
     int chunk = row_groups(a.width) * rows;
+    if (a.logits)
+        chunk = router_chunk(s, &a, chunk);
     return launch_rows(s, function, &a, a.images, a.tokens, a.width, chunk, shared);
 }
 
-static cuda_function backward_kernel(struct stream *s, const struct norm_backward *a, int rows)
+static cuda_function backward_kernel(struct stream *s, const struct norm_backward *a)
 {
-    if (a->drows || a->dlogits)
-        return rows == 2 ? ROUTER_KERNEL(s, "norm_back_branches_2")
-                         : ROUTER_KERNEL(s, "norm_back_branches_1");
-    return rows == 2 ? KERNEL_OF(s, "norm_back_2") : KERNEL_OF(s, "norm_back_1");
+    static const char *const plain[] = INSTANCES("norm_back");
+    static const char *const branches[] = INSTANCES("norm_back_branches");
+    return a->drows || a->dlogits ? instance(s, branches, a->width, ROUTER_SHARED)
+                                  : instance(s, plain, a->width, 0);
 }
 
 static int norm_backward(struct stream *s, const void *args)
@@ -162,8 +187,7 @@ static int norm_backward(struct stream *s, const void *args)
     int64_t units = s->dev->base.info.compute_units;
     int chunk =
         (int64_t)a.images * cover(a.tokens, 2 * NORM_ROWS) >= 3 * units ? 2 * NORM_ROWS : NORM_ROWS;
-    int rows = 2;
-    cuda_function function = backward_kernel(s, &a, rows), sums = KERNEL_OF(s, "norm_back_sums");
+    cuda_function function = backward_kernel(s, &a), sums = KERNEL_OF(s, "norm_back_sums");
     if (!function || !sums)
         return NOT_MINE;
     int chunks = cover(a.tokens, chunk);
@@ -305,24 +329,35 @@ static int norm2(struct stream *s, const void *args)
     return launch(s, sum, 1, 1, THREADS, (void *[]){&a, &parts});
 }
 
+// Beside other work: a block on each of a few multiprocessors (fused_train.cuh).
+static int adamw_aside(struct stream *s, const struct adamw_step *step)
+{
+    struct adamw_step a = *step;
+    cuda_function function = cuda_tuned(s->dev, IMAGE_fused, "adamw_aside", ASIDE_SHARED);
+    const int pieces = cover((int64_t)a.count, 4 * ASIDE);
+    const unsigned grid[3] = {(unsigned)(pieces < a.units ? pieces : a.units), 1, 1};
+    if (!function)
+        return NOT_MINE;
+    return cuda_tuned_launch(s, function, grid, ASIDE, ASIDE_SHARED, (void *[]){&a});
+}
+
 static int adamw(struct stream *s, const void *args)
 {
     TAKE(adamw_step, a, count);
-    cuda_function function = a.units ? KERNEL_OF(s, "adamw_aside") : KERNEL_OF(s, "adamw_rows");
+    if (a.units)
+        return adamw_aside(s, &a);
+    cuda_function function = KERNEL_OF(s, "adamw_rows");
     if (!function)
         return NOT_MINE;
-    const int threads = a.units ? ASIDE : THREADS;
-    int blocks = cover((int64_t)(a.count / 4) + 1, threads);
-    if (a.units && blocks > a.units)
-        blocks = a.units;
-    return launch(s, function, blocks, 1, threads, (void *[]){&a});
+    int blocks = cover((int64_t)(a.count / 4) + 1, THREADS);
+    return launch(s, function, blocks, 1, THREADS, (void *[]){&a});
 }
 
 // ---- the door -----------------------------------------------------------------------------------
 
 int cuda_fused_width(struct cuda_device *dev)
 {
-    const bool there = dev->base.act == BF16 && cuda_tuned(dev, IMAGE_fused, "combine_norm_1", 0);
+    const bool there = dev->base.act == BF16 && cuda_tuned(dev, IMAGE_fused, "combine_norm_10", 0);
     return there ? WIDTH_MAX : 0;
 }
 

@@ -10,9 +10,8 @@ template <int ROWS> struct back_rows {
 };
 
 // g += the gradients that come back from the token's experts
-template <int ROWS>
-INLINE void back_experts(back_rows<ROWS> &b, const norm_backward &a, const segment &s, size_t at,
-                         int row)
+template <int ROWS, class S>
+INLINE void back_experts(back_rows<ROWS> &b, const norm_backward &a, const S &s, size_t at, int row)
 {
     for (int k = 0; k < a.choices; k++) {
         unsigned in[ROWS][WORDS];
@@ -31,9 +30,9 @@ INLINE void back_experts(back_rows<ROWS> &b, const norm_backward &a, const segme
 }
 
 // g += dlogits router_w
-template <int ROWS>
-INLINE void back_router(back_rows<ROWS> &b, const norm_backward &a, const segment &s, size_t at,
-                        int row, const float4 *weights)
+template <int ROWS, class S>
+INLINE void back_router(back_rows<ROWS> &b, const norm_backward &a, const S &s, size_t at, int row,
+                        const float4 *weights)
 {
     const float *dlogits = static_cast<const float *>(a.dlogits);
 #pragma unroll 4
@@ -57,9 +56,8 @@ INLINE void back_router(back_rows<ROWS> &b, const norm_backward &a, const segmen
 }
 
 // Rows past the end are row `at` again; what comes of them counts nothing.
-template <int ROWS>
-INLINE void back_load(back_rows<ROWS> &b, const norm_backward &a, const segment &s, size_t at,
-                      int row)
+template <int ROWS, class S>
+INLINE void back_load(back_rows<ROWS> &b, const norm_backward &a, const S &s, size_t at, int row)
 {
     unsigned dh[ROWS][WORDS];
 #pragma unroll
@@ -91,8 +89,8 @@ INLINE float normal(const unsigned (&y)[WORDS], int i, float2 stats)
 }
 
 // The means of p and p (y - mean)/std over each row, where p = g (1 + scale)
-template <int ROWS>
-INLINE void back_means(float (&mean)[2 * ROWS], const back_rows<ROWS> &b, const segment &s, int row,
+template <int ROWS, class S>
+INLINE void back_means(float (&mean)[2 * ROWS], const back_rows<ROWS> &b, const S &s, int row,
                        int width, const unsigned (&scale)[WORDS], back_sums &sums,
                        float (&shared)[ROW_WARPS][2 * ROWS])
 {
@@ -111,18 +109,17 @@ INLINE void back_means(float (&mean)[2 * ROWS], const back_rows<ROWS> &b, const 
             sums.scale[i] = fmaf(counts * g, n, sums.scale[i]);
         }
     }
-    group_sums(mean, part, s, shared);
+    row_sums(mean, part, s, shared);
 #pragma unroll
     for (int i = 0; i < 2 * ROWS; i++)
         mean[i] *= 1.0f / (float)width;
 }
 
 // dx, dz and this lane's sums of dx z
-template <int ROWS>
-INLINE void back_store(const back_rows<ROWS> &b, const norm_backward &a, const segment &s,
-                       size_t at, int row, const float (&mean)[2 * ROWS],
-                       const unsigned (&scale)[WORDS], const unsigned (&gate)[WORDS],
-                       back_sums &sums)
+template <int ROWS, class S>
+INLINE void back_store(const back_rows<ROWS> &b, const norm_backward &a, const S &s, size_t at,
+                       int row, const float (&mean)[2 * ROWS], const unsigned (&scale)[WORDS],
+                       const unsigned (&gate)[WORDS], back_sums &sums)
 {
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
@@ -149,7 +146,8 @@ INLINE void back_store(const back_rows<ROWS> &b, const norm_backward &a, const s
 }
 
 // out[this lane's columns] = the sums of a block's groups, added in their order
-INLINE void store_block_sums(float *out, const float (&sums)[VALUES], const segment &s,
+template <class S>
+INLINE void store_block_sums(float *out, const float (&sums)[VALUES], const S &s,
                              float (&shared)[ROW_THREADS][VALUES + 1])
 {
     float total[VALUES];
@@ -160,47 +158,49 @@ INLINE void store_block_sums(float *out, const float (&sums)[VALUES], const segm
     __syncthreads();
     if (s.group > 0)
         return;
-    for (int g = 1; g < s.groups; g++)
+    for (int g = 1; g < S::groups; g++)
 #pragma unroll
         for (int i = 0; i < VALUES; i++)
-            total[i] += shared[g * s.threads + threadIdx.x][i];
+            total[i] += shared[g * S::threads + threadIdx.x][i];
     float4 *vector = reinterpret_cast<float4 *>(out + s.column);
-    if (s.vector) {
+    if (s.vector()) {
         vector[0] = make_float4(total[0], total[1], total[2], total[3]);
         vector[1] = make_float4(total[4], total[5], total[6], total[7]);
     }
-    if (s.tail)
+    if (s.tail())
         *reinterpret_cast<float4 *>(out + s.last) =
             make_float4(total[8], total[9], total[10], total[11]);
 }
 
-template <int ROWS, bool BRANCHES> INLINE void norm_backward_rows(const norm_backward &a, int chunk)
+template <int ROWS, bool BRANCHED, int W, bool FULL>
+INLINE void norm_backward_rows(const norm_backward &a, int chunk)
 {
+    using S = segment<W, FULL>;
     extern __shared__ float4 weights[];
     __shared__ __align__(16) float moments[2][ROW_WARPS][2 * ROWS];
     __shared__ float shared[ROW_THREADS][VALUES + 1];
-    const segment s = find_segment(a.width, a.tokens, chunk);
+    const S s = find_segment<W, FULL>(a.width, a.tokens, chunk);
     const size_t image = blockIdx.y, mod = image * a.mod_width;
     back_sums sums = {};
     unsigned gate[WORDS] = {}, scale[WORDS];
     load_segment(scale, a.mod, mod + a.scale, s);
     if (a.dz)
         load_segment(gate, a.mod, mod + a.gate, s);
-    if (BRANCHES && a.dlogits) {
-        stage_router(weights, a.router_w, a.experts, a.width, s.warps);
+    if (BRANCHED && a.dlogits) {
+        stage_router(weights, a.router_w, a.experts, a.width, S::warps);
         __syncthreads();
     }
     int turn = 0;
-    for (int row = s.first + s.group * ROWS; row < s.end; row += s.groups * ROWS, turn ^= 1) {
+    for (int row = s.first + s.group * ROWS; row < s.end; row += S::groups * ROWS, turn ^= 1) {
         const size_t at = image * a.tokens + row;
         back_rows<ROWS> b;
         float mean[2 * ROWS];
         stay_packed(gate);
         stay_packed(scale);
         back_load(b, a, s, at, row);
-        if (BRANCHES && a.drows)
+        if (BRANCHED && a.drows)
             back_experts(b, a, s, at, row);
-        if (BRANCHES && a.dlogits)
+        if (BRANCHED && a.dlogits)
             back_router(b, a, s, at, row, weights);
         back_means(mean, b, s, row, a.width, scale, sums, moments[turn]);
         back_store(b, a, s, at, row, mean, scale, gate, sums);
@@ -212,17 +212,17 @@ template <int ROWS, bool BRANCHES> INLINE void norm_backward_rows(const norm_bac
         store_block_sums(out + 2 * a.width, sums.gate, s, shared);
 }
 
-#define NORM_BACKWARD(name, rows, branches, blocks)                   \
+#define NORM_BACKWARD(name, rows, branches, blocks, warps, full)      \
     extern "C" __global__ void __launch_bounds__(ROW_THREADS, blocks) \
-        name(const norm_backward a, int chunk)                        \
+        name##_##warps##full(const norm_backward a, int chunk)        \
     {                                                                 \
-        norm_backward_rows<rows, branches>(a, chunk);                 \
+        norm_backward_rows<rows, branches, warps, full>(a, chunk);    \
     }
+#define BACK(warps, full) NORM_BACKWARD(norm_back, 2, false, 3, warps, full)
+#define BRANCHES(warps, full) NORM_BACKWARD(norm_back_branches, 2, true, 3, warps, full)
 
-NORM_BACKWARD(norm_back_1, 1, false, 4)
-NORM_BACKWARD(norm_back_2, 2, false, 3)
-NORM_BACKWARD(norm_back_branches_1, 1, true, 4)
-NORM_BACKWARD(norm_back_branches_2, 2, true, 3)
+SEGMENTS(BACK)
+SEGMENTS(BRANCHES)
 
 // dmod's columns of each part (shift, scale, gate) from the chunks' partial sums. x: 4 columns a
 // thread, y: parts, z: images

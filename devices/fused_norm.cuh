@@ -13,28 +13,34 @@ struct experts_rows {
     float first, second; // their weights
 };
 
-INLINE void load_experts(experts_rows &e, const norm_forward &a, size_t row, const segment &s)
+template <class S>
+INLINE void load_experts(experts_rows &e, const norm_forward &a, size_t row, const S &s)
 {
     const int *slot = static_cast<const int *>(a.slot) + row * a.choices;
     const float *weight = static_cast<const float *>(a.weight) + row * a.choices;
-    const bool second = a.choices > 1;
+    const bool second = a.choices > 1; // else the first again, which counts nothing
     e.first = weight[0];
     e.second = second ? weight[1] : 0.0f;
     load_segment(e.one, a.rows, (size_t)slot[0] * a.width, s);
     load_segment(e.two, a.rows, (size_t)slot[second ? 1 : 0] * a.width, s);
-    if (a.shared)
+    if (a.shared) {
         load_segment(e.shared, a.shared, row * a.width, s);
+    } else {
+#pragma unroll
+        for (int i = 0; i < WORDS; i++)
+            e.shared[i] = 0;
+    }
 }
 
 // sum_k weight[m,k] rows[slot[m,k],:] + shared[m,:]
+template <class S>
 INLINE void combine(float (&z)[VALUES], const experts_rows &e, const norm_forward &a, size_t row,
-                    const segment &s)
+                    const S &s)
 {
 #pragma unroll
     for (int i = 0; i < VALUES; i++) {
-        z[i] = a.shared ? value(e.shared, i) : 0.0f;
-        z[i] = fmaf(e.first, value(e.one, i), z[i]);
-        z[i] = a.choices > 1 ? fmaf(e.second, value(e.two, i), z[i]) : z[i];
+        z[i] = fmaf(e.first, value(e.one, i), value(e.shared, i));
+        z[i] = fmaf(e.second, value(e.two, i), z[i]);
     }
     for (int k = 2; k < a.choices; k++) {
         const size_t pair = row * a.choices + k;
@@ -49,10 +55,9 @@ INLINE void combine(float (&z)[VALUES], const experts_rows &e, const norm_forwar
 
 // Rows past the end are row `at` again, and not stored. v = the values to be normalised: x, or y =
 // x + gate z, or with combined z = x + gate1 z1 + gate z. y is stored unless it is NULL.
-template <int ROWS, norm_input INPUT>
-INLINE void norm_inputs(float (&v)[ROWS][VALUES], const norm_forward &a, const segment &s,
-                        size_t at, int row, const unsigned (&gate)[WORDS],
-                        const unsigned (&gate1)[WORDS])
+template <int ROWS, norm_input INPUT, class S>
+INLINE void norm_inputs(float (&v)[ROWS][VALUES], const norm_forward &a, const S &s, size_t at,
+                        int row, const unsigned (&gate)[WORDS], const unsigned (&gate1)[WORDS])
 {
     unsigned x[ROWS][WORDS], z[ROWS][WORDS] = {};
     experts_rows experts[INPUT == INPUT_COMBINE ? ROWS : 1];
@@ -91,9 +96,9 @@ INLINE void norm_inputs(float (&v)[ROWS][VALUES], const norm_forward &a, const s
 }
 
 // Mean and 1/std of the rows.
-template <int ROWS>
+template <int ROWS, class S>
 INLINE void row_moments(float (&mean)[ROWS], float (&rstd)[ROWS], const float (&v)[ROWS][VALUES],
-                        const segment &s, int width, float (&shared)[2][ROW_WARPS][ROWS])
+                        const S &s, int width, float (&shared)[2][ROW_WARPS][ROWS])
 {
     const float inverse = 1.0f / (float)width;
     float part[ROWS];
@@ -104,29 +109,29 @@ INLINE void row_moments(float (&mean)[ROWS], float (&rstd)[ROWS], const float (&
         for (int i = 0; i < VALUES; i++)
             part[r] += v[r][i];
     }
-    group_sums(mean, part, s, shared[0]);
+    row_sums(mean, part, s, shared[0]);
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
         mean[r] *= inverse;
         part[r] = 0.0f;
-        if (s.vector)
+        if (s.vector())
 #pragma unroll
             for (int i = 0; i < 8; i++)
                 part[r] = fmaf(v[r][i] - mean[r], v[r][i] - mean[r], part[r]);
-        if (s.tail)
+        if (s.tail())
 #pragma unroll
             for (int i = 8; i < VALUES; i++)
                 part[r] = fmaf(v[r][i] - mean[r], v[r][i] - mean[r], part[r]);
     }
-    group_sums(rstd, part, s, shared[1]);
+    row_sums(rstd, part, s, shared[1]);
 #pragma unroll
     for (int r = 0; r < ROWS; r++)
         rstd[r] = rsqrtf(fmaf(rstd[r], inverse, 1e-6f));
 }
 
 // logits[row..,:] = h router_w^T, EXPERTS of them at a time
-template <int ROWS>
-INLINE void router_product(const norm_forward &a, const float (&h)[ROWS][VALUES], const segment &s,
+template <int ROWS, class S>
+INLINE void router_product(const norm_forward &a, const float (&h)[ROWS][VALUES], const S &s,
                            size_t at, int row, const float4 *weights,
                            float (&shared)[ROW_WARPS][ROWS * EXPERTS])
 {
@@ -149,15 +154,16 @@ INLINE void router_product(const norm_forward &a, const float (&h)[ROWS][VALUES]
                     }
                 }
         float logit = warp_sums(sums); // lane / share: row * EXPERTS + expert
-        if (s.warps > 1) {
+        if constexpr (S::warps > 1) {
             if (s.lane % share == 0)
-                shared[s.group * s.warps + s.warp][s.lane / share] = logit;
-            group_barrier(s.group, s.threads);
+                shared[s.group * S::warps + s.warp][s.lane / share] = logit;
+            row_barrier(s);
             logit = 0.0f;
-            for (int w = 0; w < s.warps; w++)
-                logit += shared[s.group * s.warps + w][s.lane / share];
+#pragma unroll
+            for (int w = 0; w < S::warps; w++)
+                logit += shared[s.group * S::warps + w][s.lane / share];
             if (first + EXPERTS < a.experts)
-                group_barrier(s.group, s.threads); // they were read
+                row_barrier(s); // they were read
         }
         const int r = s.lane / share / EXPERTS, e = first + s.lane / share % EXPERTS;
         if (s.warp == 0 && s.lane % share == 0 && row + r < s.end && e < a.experts)
@@ -166,13 +172,14 @@ INLINE void router_product(const norm_forward &a, const float (&h)[ROWS][VALUES]
 }
 
 // x of the grid: chunks of an image's rows, y: images
-template <int ROWS, norm_input INPUT, bool ROUTER>
+template <int ROWS, norm_input INPUT, bool ROUTED, int W, bool FULL>
 INLINE void norm_forward_rows(const norm_forward &a, int chunk)
 {
+    using S = segment<W, FULL>;
     extern __shared__ float4 weights[];
     __shared__ __align__(16) float moments[2][2][ROW_WARPS][ROWS];
-    __shared__ float logits[ROUTER ? ROW_WARPS : 1][ROWS * EXPERTS];
-    const segment s = find_segment(a.width, a.tokens, chunk);
+    __shared__ float logits[ROUTED ? ROW_WARPS : 1][ROWS * EXPERTS];
+    const S s = find_segment<W, FULL>(a.width, a.tokens, chunk);
     const size_t image = blockIdx.y, mod = image * a.mod_width;
     unsigned gate[WORDS] = {}, gate1[WORDS] = {}, shift[WORDS], scale[WORDS];
     load_segment(shift, a.mod, mod + a.shift, s);
@@ -181,12 +188,12 @@ INLINE void norm_forward_rows(const norm_forward &a, int chunk)
         load_segment(gate, a.mod, mod + a.gate, s);
     if (INPUT == INPUT_COMBINE && a.z1)
         load_segment(gate1, a.mod, mod + a.gate1, s);
-    if (ROUTER) {
-        stage_router(weights, a.router_w, a.experts, a.width, s.warps);
+    if (ROUTED) {
+        stage_router(weights, a.router_w, a.experts, a.width, S::warps);
         __syncthreads();
     }
     int turn = 0;
-    for (int row = s.first + s.group * ROWS; row < s.end; row += s.groups * ROWS, turn ^= 1) {
+    for (int row = s.first + s.group * ROWS; row < s.end; row += S::groups * ROWS, turn ^= 1) {
         float v[ROWS][VALUES] = {}, mean[ROWS], rstd[ROWS];
         const size_t at = image * a.tokens + row;
         stay_packed(gate);
@@ -212,27 +219,25 @@ INLINE void norm_forward_rows(const norm_forward &a, int chunk)
                 stats = s.lane == r ? make_float2(mean[r], rstd[r]) : stats;
             static_cast<float2 *>(a.stats)[at + s.lane] = stats;
         }
-        if constexpr (ROUTER)
+        if constexpr (ROUTED)
             router_product(a, v, s, at, row, weights, logits);
     }
 }
 
-#define NORM_FORWARD(name, rows, input, router, blocks)               \
-    extern "C" __global__ void __launch_bounds__(ROW_THREADS, blocks) \
-        name(const norm_forward a, int chunk)                         \
-    {                                                                 \
-        norm_forward_rows<rows, input, router>(a, chunk);             \
+// blocks: how many must have room on a multiprocessor
+#define NORM_FORWARD(name, rows, input, router, blocks, warps, full)   \
+    extern "C" __global__ void __launch_bounds__(ROW_THREADS, blocks)  \
+        name##_##warps##full(const norm_forward a, int chunk)          \
+    {                                                                  \
+        norm_forward_rows<rows, input, router, warps, full>(a, chunk); \
     }
+#define LAYERNORM(warps, full) NORM_FORWARD(layernorm, 2, INPUT_PLAIN, false, 5, warps, full)
+#define RESIDUAL(warps, full) NORM_FORWARD(residual_norm, 2, INPUT_RESIDUAL, false, 5, warps, full)
+#define ROUTER(warps, full) \
+    NORM_FORWARD(residual_norm_router, 4, INPUT_RESIDUAL, true, 3, warps, full)
+#define COMBINE(warps, full) NORM_FORWARD(combine_norm, 2, INPUT_COMBINE, false, 4, warps, full)
 
-NORM_FORWARD(layernorm_1, 1, INPUT_PLAIN, false, 8)
-NORM_FORWARD(layernorm_2, 2, INPUT_PLAIN, false, 5)
-NORM_FORWARD(layernorm_4, 4, INPUT_PLAIN, false, 3)
-NORM_FORWARD(residual_norm_1, 1, INPUT_RESIDUAL, false, 8)
-NORM_FORWARD(residual_norm_2, 2, INPUT_RESIDUAL, false, 5)
-NORM_FORWARD(residual_norm_4, 4, INPUT_RESIDUAL, false, 3)
-NORM_FORWARD(residual_norm_router_1, 1, INPUT_RESIDUAL, true, 7)
-NORM_FORWARD(residual_norm_router_2, 2, INPUT_RESIDUAL, true, 4)
-NORM_FORWARD(residual_norm_router_4, 4, INPUT_RESIDUAL, true, 2)
-NORM_FORWARD(combine_norm_1, 1, INPUT_COMBINE, false, 5)
-NORM_FORWARD(combine_norm_2, 2, INPUT_COMBINE, false, 4)
-NORM_FORWARD(combine_norm_4, 4, INPUT_COMBINE, false, 2)
+SEGMENTS(LAYERNORM)
+SEGMENTS(RESIDUAL)
+SEGMENTS(ROUTER)
+SEGMENTS(COMBINE)

@@ -10,42 +10,54 @@
 enum { SEGMENT = 384, VALUES = 12, WORDS = 6, QUADS = 3 }; // columns; values, words, float4 a lane
 enum { ROW_WARPS = 4, ROW_THREADS = ROW_WARPS * WARP };    // of a block, at most
 
-struct segment {
-    int lane, warp, warps;      // warp of the group's `warps`
-    int group, groups, threads; // threads of a group
-    bool vector, tail;          // are there the lane's 8 columns and its 4? The same for all lanes
-    int column, last;           // the first of the 8, and of the 4
-    int first, end;             // rows of this block within its image, [first, end)
+// WARPS of a row; FULL: the width is a multiple of 384, every warp has a whole segment.
+template <int WARPS, bool FULL> struct segment {
+    static constexpr int warps = WARPS, threads = WARPS * WARP; // of a group
+    static constexpr int groups = ROW_WARPS / WARPS;            // of a block
+    int lane, warp, group;
+    bool has_vector, has_tail; // the lane's 8 columns and its 4: the same for all lanes
+    int column, last;          // the first of the 8, and of the 4
+    int first, end;            // rows of this block within its image, [first, end)
+
+    __device__ __forceinline__ bool vector() const
+    {
+        return FULL || has_vector;
+    }
+    __device__ __forceinline__ bool tail() const
+    {
+        return FULL || has_tail;
+    }
 };
 
-INLINE segment find_segment(int width, int rows, int chunk)
+template <int WARPS, bool FULL>
+INLINE segment<WARPS, FULL> find_segment(int width, int rows, int chunk)
 {
-    segment s;
-    s.warps = (width + SEGMENT - 1) / SEGMENT;
-    s.threads = s.warps * WARP;
+    segment<WARPS, FULL> s;
+    // the shuffle tells the compiler that all lanes have the same
+    const int warp = __shfl_sync(~0u, threadIdx.x / WARP, 0);
     s.lane = threadIdx.x % WARP;
-    s.group = threadIdx.x / s.threads;
-    s.groups = blockDim.x / s.threads;
-    s.warp = threadIdx.x / WARP - s.group * s.warps;
-    const int start = s.warp * SEGMENT, units = min(3, (width - start) / 128);
-    s.vector = units >= 2;
-    s.tail = units % 2 == 1;
+    s.group = warp / WARPS;
+    s.warp = warp % WARPS;
+    const int start = s.warp * SEGMENT, units = FULL ? 3 : min(3, (width - start) / 128);
+    s.has_vector = units >= 2;
+    s.has_tail = units % 2 == 1;
     s.column = start + s.lane * 8;
-    s.last = start + (s.vector ? 256 : 0) + s.lane * 4;
+    s.last = start + (s.vector() ? 256 : 0) + s.lane * 4;
     s.first = blockIdx.x * chunk;
     s.end = min(s.first + chunk, rows);
     return s;
 }
 
 // This lane's values of the row that begins at element `row`, packed; zeros where it has none.
-INLINE void load_segment(unsigned (&words)[WORDS], const void *base, size_t row, const segment &s)
+template <class S>
+INLINE void load_segment(unsigned (&words)[WORDS], const void *base, size_t row, const S &s)
 {
     const unsigned short *from = static_cast<const unsigned short *>(base) + row;
     uint4 vector = make_uint4(0, 0, 0, 0);
     uint2 tail = make_uint2(0, 0);
-    if (s.vector)
+    if (s.vector())
         vector = *reinterpret_cast<const uint4 *>(from + s.column);
-    if (s.tail)
+    if (s.tail())
         tail = *reinterpret_cast<const uint2 *>(from + s.last);
     words[0] = vector.x, words[1] = vector.y, words[2] = vector.z, words[3] = vector.w;
     words[4] = tail.x, words[5] = tail.y;
@@ -60,13 +72,14 @@ INLINE void stay_packed(unsigned (&words)[WORDS])
         asm volatile("" : "+r"(words[i]));
 }
 
-INLINE void store_segment(void *base, size_t row, const float (&v)[VALUES], const segment &s)
+template <class S>
+INLINE void store_segment(void *base, size_t row, const float (&v)[VALUES], const S &s)
 {
     unsigned short *to = static_cast<unsigned short *>(base) + row;
-    if (s.vector)
+    if (s.vector())
         *reinterpret_cast<uint4 *>(to + s.column) =
             make_uint4(pack2(v[0], v[1]), pack2(v[2], v[3]), pack2(v[4], v[5]), pack2(v[6], v[7]));
-    if (s.tail)
+    if (s.tail())
         *reinterpret_cast<uint2 *>(to + s.last) =
             make_uint2(pack2(v[8], v[9]), pack2(v[10], v[11]));
 }
@@ -77,23 +90,39 @@ INLINE float value(const unsigned (&words)[WORDS], int i)
     return __uint_as_float(i % 2 ? words[i / 2] & 0xffff0000u : words[i / 2] << 16);
 }
 
-// Totals over rows of N values a lane, of all lanes of the group. shared: 2 of them in turn, so
-// that one barrier is enough.
-template <int N>
-INLINE void group_sums(float (&total)[N], float (&v)[N], const segment &s,
-                       float (&shared)[ROW_WARPS][N])
+// A barrier of the warps of a row.
+template <class S> INLINE void row_barrier(const S &s)
+{
+    if constexpr (S::groups == 1)
+        __syncthreads();
+    else if constexpr (S::warps == 1)
+        __syncwarp();
+    else
+        group_barrier(s.group, S::threads);
+}
+
+// Totals over a row of N values a lane. shared: 2 of them in turn, so that one barrier is enough.
+template <int N, class S>
+INLINE void row_sums(float (&total)[N], float (&v)[N], const S &s, float (&shared)[ROW_WARPS][N])
 {
     const float sum = warp_sums(v);
-    if (s.lane % (WARP / N) == 0)
-        shared[s.group * s.warps + s.warp][s.lane / (WARP / N)] = sum;
-    group_barrier(s.group, s.threads);
-#pragma unroll
-    for (int i = 0; i < N; i++)
-        total[i] = shared[s.group * s.warps][i];
-    for (int w = 1; w < s.warps; w++)
+    if constexpr (S::warps == 1) {
 #pragma unroll
         for (int i = 0; i < N; i++)
-            total[i] += shared[s.group * s.warps + w][i];
+            total[i] = __shfl_sync(~0u, sum, i * (WARP / N));
+    } else {
+        if (s.lane % (WARP / N) == 0)
+            shared[s.group * S::warps + s.warp][s.lane / (WARP / N)] = sum;
+        row_barrier(s);
+#pragma unroll
+        for (int i = 0; i < N; i++)
+            total[i] = shared[s.group * S::warps][i];
+#pragma unroll
+        for (int w = 1; w < S::warps; w++)
+#pragma unroll
+            for (int i = 0; i < N; i++)
+                total[i] += shared[s.group * S::warps + w][i];
+    }
 }
 
 // ---- the router's weight in shared memory -------------------------------------------------------
@@ -114,9 +143,12 @@ INLINE void stage_router(float4 *shared, const void *router_w, int experts, int 
     }
 }
 
-INLINE float4 router_quad(const float4 *shared, int e, int quad, const segment &s)
+template <class S> INLINE float4 router_quad(const float4 *shared, int e, int quad, const S &s)
 {
-    return shared[((e * s.warps + s.warp) * QUADS + quad) * WARP + s.lane];
+    return shared[((e * S::warps + s.warp) * QUADS + quad) * WARP + s.lane];
 }
+
+// K(warps of a row, whether all segments are whole): every width that is a multiple of 128.
+#define SEGMENTS(K) K(1, 0) K(1, 1) K(2, 0) K(2, 1) K(3, 0) K(3, 1) K(4, 0) K(4, 1)
 
 #endif

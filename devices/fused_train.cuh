@@ -216,18 +216,128 @@ extern "C" __global__ void __launch_bounds__(THREADS) adamw_rows(const adamw_ste
         adamw_single(a, c, vectors * 4 + i);
 }
 
-// The same by few blocks, one on a multiprocessor and nothing beside it (64 registers a thread fill
-// it): while another stream multiplies on the rest.
-constexpr int ASIDE = 1024;
+// The same by few blocks, each alone on its multiprocessor (by the shared memory that it takes), while
+// another stream multiplies on the rest. A multiprocessor must have some 100 KB under way to get its
+// part of the memory's rate and more, so the copy engine brings pieces of all arrays ahead.
+constexpr int ASIDE = 512, PIECE = 4 * ASIDE, STAGES = 4; // threads, values a piece, pieces ahead
+constexpr int PIECE_BYTES = PIECE * 20;                   // of weights, moments, EMA and gradient
+
+struct aside_stage {
+    float4 m[ASIDE], v[ASIDE], ema[ASIDE], g[ASIDE];
+    float4 w[ASIDE]; // or two halves of uint2
+};
+
+#if __CUDA_ARCH__ >= 900
+INLINE unsigned shared_address(const void *p)
+{
+    return (unsigned)__cvta_generic_to_shared(p);
+}
+
+INLINE void bring(void *to, const void *from, size_t piece, int value_bytes, unsigned barrier)
+{
+    const unsigned bytes = PIECE * value_bytes;
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+            "r"(shared_address(to)),
+        "l"(static_cast<const char *>(from) + piece * bytes), "r"(bytes), "r"(barrier)
+        : "memory");
+}
+
+INLINE void bring_piece(const adamw_step &a, aside_stage &stage, size_t piece, unsigned barrier)
+{
+    const unsigned bytes = PIECE_BYTES - (a.ema ? 0 : PIECE * 4);
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+                 : "memory");
+    bring(stage.m, a.m, piece, 4, barrier);
+    bring(stage.v, a.v, piece, 4, barrier);
+    bring(stage.g, a.g, piece, 4, barrier);
+    if (a.ema)
+        bring(stage.ema, a.ema, piece, 4, barrier);
+    bring(stage.w, a.w, piece, a.low ? 2 : 4, barrier);
+    if (a.low)
+        bring(reinterpret_cast<uint2 *>(stage.w) + ASIDE, a.low, piece, 2, barrier);
+}
+
+INLINE void wait_for(unsigned barrier, unsigned parity)
+{
+    asm volatile("{\n.reg .pred done;\n"
+                 "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+                 "@!done bra again;\n}" ::"r"(barrier),
+                 "r"(parity)
+                 : "memory");
+}
+
+INLINE void update_piece(const adamw_step &a, const adamw_scalars &c, const aside_stage &stage,
+                         size_t piece)
+{
+    const int t = threadIdx.x;
+    const size_t i = piece * ASIDE + t;
+    float4 m = stage.m[t], v = stage.v[t], w = stage.w[t];
+    const float4 g = stage.g[t];
+    if (a.low) {
+        const uint2 high = reinterpret_cast<const uint2 *>(stage.w)[t];
+        const uint2 low = reinterpret_cast<const uint2 *>(stage.w)[ASIDE + t];
+        w = make_float4(join_halves(high.x & 0xffff, low.x), join_halves(high.x >> 16, low.x >> 16),
+                        join_halves(high.y & 0xffff, low.y),
+                        join_halves(high.y >> 16, low.y >> 16));
+    }
+    float4 e = a.ema ? stage.ema[t] : w;
+    adamw_value(w.x, m.x, v.x, e.x, g.x, a, c);
+    adamw_value(w.y, m.y, v.y, e.y, g.y, a, c);
+    adamw_value(w.z, m.z, v.z, e.z, g.z, a, c);
+    adamw_value(w.w, m.w, v.w, e.w, g.w, a, c);
+    store_weights(a, i, w);
+    static_cast<float4 *>(a.m)[i] = m;
+    static_cast<float4 *>(a.v)[i] = v;
+    if (a.ema)
+        static_cast<float4 *>(a.ema)[i] = e;
+}
+
+// Every gridDim-th piece from the block's own on.
+INLINE void update_pieces(const adamw_step &a, const adamw_scalars &c, size_t pieces)
+{
+    extern __shared__ aside_stage stages[];
+    __shared__ unsigned long long barriers[STAGES];
+    if (threadIdx.x == 0)
+        for (int s = 0; s < STAGES; s++)
+            asm volatile(
+                "mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(&barriers[s])));
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    __syncthreads();
+    size_t next = blockIdx.x;
+    for (int s = 0; s < STAGES && threadIdx.x == 0; s++, next += gridDim.x)
+        if (next < pieces)
+            bring_piece(a, stages[s], next, shared_address(&barriers[s]));
+    next = blockIdx.x + (size_t)STAGES * gridDim.x;
+    int s = 0;
+    unsigned parity = 0;
+    for (size_t piece = blockIdx.x; piece < pieces; piece += gridDim.x, next += gridDim.x) {
+        wait_for(shared_address(&barriers[s]), parity);
+        update_piece(a, c, stages[s], piece);
+        __syncthreads(); // all have read the stage
+        if (threadIdx.x == 0 && next < pieces)
+            bring_piece(a, stages[s], next, shared_address(&barriers[s]));
+        if (++s == STAGES)
+            s = 0, parity ^= 1;
+    }
+}
+#else
+INLINE void update_pieces(const adamw_step &a, const adamw_scalars &c, size_t pieces)
+{
+    for (size_t piece = blockIdx.x; piece < pieces; piece += gridDim.x)
+        adamw_vector(a, c, piece * ASIDE + threadIdx.x);
+}
+#endif
+
 extern "C" __global__ void __launch_bounds__(ASIDE, 1) adamw_aside(const adamw_step a)
 {
     const float *control = static_cast<const float *>(a.control);
-    const size_t first = (size_t)blockIdx.x * ASIDE + threadIdx.x, vectors = a.count / 4;
+    const size_t pieces = a.count / PIECE;
     if (control[6] != 0.0f)
         return;
     const adamw_scalars c = {control[1], control[2], control[3], control[4], control[5]};
-    for (size_t i = first; i < vectors; i += (size_t)gridDim.x * ASIDE)
-        adamw_vector(a, c, i);
-    if (first < a.count % 4)
-        adamw_single(a, c, vectors * 4 + first);
+    update_pieces(a, c, pieces);
+    if (blockIdx.x == 0)
+        for (size_t i = pieces * PIECE + threadIdx.x; i < a.count; i += ASIDE)
+            adamw_single(a, c, i);
 }
