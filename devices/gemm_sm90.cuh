@@ -143,6 +143,14 @@ __device__ __forceinline__ uint4 load_shared(uint32_t at)
     return v;
 }
 
+// One store of 16 bytes: what the compiler makes of a uint4 is four of 4 as often as not.
+__device__ __forceinline__ void store_global(void *to, uint4 v)
+{
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z),
+                 "r"(v.w)
+                 : "memory");
+}
+
 __device__ __forceinline__ uint32_t load_word(uint32_t at)
 {
     uint32_t v;

@@ -77,7 +77,7 @@ __device__ __forceinline__ void store_rows(uint32_t staging, const uint32_t (&wo
 #pragma unroll
     for (int i = 0; i < at.COUNT; i++)
         if (at.row + i * at.STEP < rows)
-            *(uint4 *)(out + i * at.STEP * pitch) = v[i];
+            store_global(out + i * at.STEP * pitch, v[i]);
 }
 
 // Where a warp's 16 rows of a tile go.
@@ -349,8 +349,8 @@ __device__ __forceinline__ void store_some(uint32_t rows_at, const gemm_sm90 &p,
         return;
     for (int i = lane / 8; i < rows; i += 4) {
         const uint32_t at = rows_at + i * 128 + ((chunk ^ i % 8) << 4);
-        *(uint4 *)(c + 2 * i * (size_t)p.n) = load_shared(at);
-        *(uint4 *)(c + 2 * i * (size_t)p.n + p.n) = load_shared(at + GEMM_SM90_UNIT / 2);
+        store_global(c + 2 * i * (size_t)p.n, load_shared(at));
+        store_global(c + 2 * i * (size_t)p.n + p.n, load_shared(at + GEMM_SM90_UNIT / 2));
     }
 }
 
