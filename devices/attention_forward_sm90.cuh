@@ -14,9 +14,9 @@ template <int width, int groups, int stages, bool norm> struct attention_forward
     static constexpr int ahead_by = stages - 2; // products of the tile before may be under way
     static constexpr uint32_t stage_bytes = 2 * k_tile::bytes;
     static constexpr uint32_t nothing_at = 2 * q_tile::bytes + stages * stage_bytes;
-    // u | v of q_norm, 1 / std of a tile of keys
+    // the four vectors of prepare_norm, 1 / std of a tile of keys, and what scores of queries lack
     static constexpr uint32_t norm_at = nothing_at + 1024,
-                              norm_bytes = norm ? (2 * width + keys) * sizeof(float) : 0;
+                              norm_bytes = norm ? (4 * width + keys + queries) * sizeof(float) : 0;
     static constexpr uint32_t shared_bytes = norm_at + norm_bytes + 1024; // what aligns it
     using softmax = attention_softmax<width, 1, keys>;
 
@@ -61,60 +61,78 @@ template <int width, int groups, int stages, bool norm> struct attention_forward
         }
     };
 
-    // LayerNorm of q and k (eps 1e-6) within: with q' = (q - mean) / std o wq + bq and k' so, all
-    // of a row's scores q' . k' differ by one number, of which softmax knows nothing, from
-    //     (1 / std of k) c . k,   c = q' o wk less its mean over the head
-    // (sum of c is 0, so that k's mean does not matter). c takes the place of q in shared memory.
-    static __device__ __forceinline__ void prepare_norm(const attention_forward_args &p, float *uv)
+    // LayerNorm of q and k (eps 1e-6) within: with q' = (q - mean) / std o wq + bq and k' so,
+    //     q' . k' = (1 / std of k) c . k + q' . bk,   c = q' o wk less its mean over the head
+    // (sum of c is 0, so that k's mean does not matter). c takes the place of q in shared memory;
+    // q' . bk is the same for all of a row's scores, so that only lse wants to know of it.
+    static __device__ __forceinline__ void prepare_norm(const attention_forward_args &p, float *w)
     {
         for (int i = threadIdx.x; i < width; i += threads) {
-            uv[i] = i < p.hd ? p.wq[i] * p.wk[i] : 0;
-            uv[width + i] = i < p.hd ? p.bq[i] * p.wk[i] : 0;
+            const bool valid = i < p.hd;
+            w[i] = valid ? p.wq[i] * p.wk[i] : 0;
+            w[width + i] = valid ? p.bq[i] * p.wk[i] : 0;
+            w[2 * width + i] = valid ? p.wq[i] * p.bk[i] : 0;
+            w[3 * width + i] = valid ? p.bq[i] * p.bk[i] : 0;
         }
     }
 
-    // Rows of the thread's warpgroup, two threads a row, every second chunk each.
-    static __device__ __forceinline__ void norm_queries(char *q, const float *uv, int hd)
+    // Rows of the thread's warpgroup, two threads a row, every second chunk each. lacks: q' . bk of
+    // the tile's rows, unless nullptr.
+    static __device__ __forceinline__ void norm_queries(char *q, const float *w, float *lacks,
+                                                        int hd)
     {
         constexpr int half = (width / 8 + 1) / 2;
         const int row = threadIdx.x / 2, side = threadIdx.x % 2;
+        const uint4 ones = make_uint4(0x3f803f80, 0x3f803f80, 0x3f803f80, 0x3f803f80);
         uint4 x[half];
-        float sum = 0, squares = 0, along = 0, shift = 0;
+        float sum = 0, squares = 0, along = 0, shift = 0, lack = 0, bias = 0;
 #pragma unroll
         for (int i = 0; i < half; i++) {
             const int c = 2 * i + side;
             x[i] = make_uint4(0, 0, 0, 0);
             if (c < width / 8)
                 x[i] = *reinterpret_cast<const uint4 *>(q + q_tile::chunk(row, c));
-            sum += dot8(x[i], make_uint4(0x3f803f80, 0x3f803f80, 0x3f803f80, 0x3f803f80));
+            sum += dot8(x[i], ones);
         }
         sum += __shfl_xor_sync(~0u, sum, 1);
         const float mean = sum / hd;
 #pragma unroll
         for (int i = 0; i < half; i++) {
-            const int c = 2 * i + side;
-            if (8 * c < hd)
+            const float *at = w + 8 * (2 * i + side);
+            if (8 * (2 * i + side) >= hd)
+                continue;
+            const eight u(at), v(at + width);
+            each_of_8(x[i], [&](int j, float value) {
+                squares = fmaf(value - mean, value - mean, squares);
+                along = fmaf(value - mean, u.v[j], along);
+                shift += v.v[j];
+            });
+            if (lacks) {
+                const eight l(at + 2 * width), b(at + 3 * width);
                 each_of_8(x[i], [&](int j, float value) {
-                    const float off = value - mean;
-                    squares = fmaf(off, off, squares);
-                    along = fmaf(off, uv[8 * c + j], along);
-                    shift += uv[width + 8 * c + j];
+                    lack = fmaf(value - mean, l.v[j], lack);
+                    bias += b.v[j];
                 });
+            }
         }
         squares += __shfl_xor_sync(~0u, squares, 1);
         along += __shfl_xor_sync(~0u, along, 1);
         shift += __shfl_xor_sync(~0u, shift, 1);
         const float inverse = rsqrtf(squares / hd + 1e-6f),
                     center = fmaf(along, inverse, shift) / hd;
+        lack = fmaf(lack, inverse, bias);
+        lack += __shfl_xor_sync(~0u, lack, 1);
+        if (lacks && side == 0)
+            lacks[row] = lack;
 #pragma unroll
         for (int i = 0; i < half; i++) {
             const int c = 2 * i + side;
             if (8 * c >= hd)
                 continue;
+            const eight u(w + 8 * c), v(w + width + 8 * c);
             float y[8];
             each_of_8(x[i], [&](int j, float value) {
-                y[j] =
-                    fmaf((value - mean) * inverse, uv[8 * c + j], uv[width + 8 * c + j] - center);
+                y[j] = fmaf((value - mean) * inverse, u.v[j], v.v[j] - center);
             });
             *reinterpret_cast<uint4 *>(q + q_tile::chunk(row, c)) =
                 make_uint4(pack(y[0], y[1]), pack(y[2], y[3]), pack(y[4], y[5]), pack(y[6], y[7]));
@@ -184,13 +202,14 @@ template <int width, int groups, int stages, bool norm> struct attention_forward
 
     // O leaves through the warp's rows of the Q tile. first: the warp's first query.
     static __device__ __forceinline__ void finish(const attention_forward_args &p, softmax &rows,
-                                                  char *q, int row, int head, int first)
+                                                  char *q, int row, int head, int first,
+                                                  const float *lacks)
     {
         const int stride = p.heads * p.hd;
         float inverse[1][2];
         products_wait(rows.o[0]);
         rows.finish(inverse, p.lse ? p.lse + static_cast<size_t>(head) * p.tokens : nullptr, first,
-                    p.tokens, p.scale);
+                    p.tokens, p.scale, norm ? lacks : nullptr);
         group_sync(); // the warpgroup's products have read Q
         bf16 *to = p.o + (static_cast<size_t>(head / p.heads) * p.tokens + first) * stride +
                    head % p.heads * p.hd;
@@ -203,9 +222,10 @@ template <int width, int groups, int stages, bool norm> struct attention_forward
         char *q = shared + (1024 - shared_address(shared) % 1024) % 1024;
         const uint32_t base = shared_address(q), ring = base + 2 * q_tile::bytes;
         clear_nothing(q + nothing_at);
-        float *uv = reinterpret_cast<float *>(q + norm_at), *inverse = uv + 2 * width;
+        float *w = reinterpret_cast<float *>(q + norm_at), *inverse = w + 4 * width;
+        float *lacks = inverse + keys;
         if constexpr (norm)
-            prepare_norm(p, uv);
+            prepare_norm(p, w);
         const int own = threadIdx.x / 32 * 16;
         cursor ahead = {static_cast<int>(blockIdx.x), 0, 0, unit(p, blockIdx.x).q};
         const int row = 3 * p.heads * p.hd;
@@ -228,7 +248,7 @@ template <int width, int groups, int stages, bool norm> struct attention_forward
                 __syncthreads(); // this tile is here, and nobody reads the one before the last
                 const uint32_t k = ring + stage * stage_bytes;
                 if (norm && first == 0) {
-                    norm_queries(q + side * q_tile::bytes, uv, p.hd);
+                    norm_queries(q + side * q_tile::bytes, w, p.lse ? lacks : nullptr, p.hd);
                     show_to_products();
                     group_sync();
                 }
@@ -248,7 +268,7 @@ template <int width, int groups, int stages, bool norm> struct attention_forward
                 stage = stage + 1 == stages ? 0 : stage + 1;
             }
             const unit u(p, index);
-            finish(p, rows, q + side * q_tile::bytes, own, u.head, u.first + own);
+            finish(p, rows, q + side * q_tile::bytes, own, u.head, u.first + own, lacks + own);
             side = 1 - side;
         }
     }

@@ -93,9 +93,9 @@ template <int width, int m_tiles, int keys> struct attention_softmax {
     }
 
     // The inverse of each row's sum of weights; log sum exp of rows first.. to lse, unless that is
-    // nullptr.
+    // nullptr. shift: what each of the warp's rows' scores lack, unless that is nullptr.
     __device__ __forceinline__ void finish(float (&inverse)[m_tiles][2], float *lse, int first,
-                                           int tokens, float scale)
+                                           int tokens, float scale, const float *shift = nullptr)
     {
         const int lane = threadIdx.x % 32;
 #pragma unroll
@@ -106,9 +106,10 @@ template <int width, int m_tiles, int keys> struct attention_softmax {
                 all += __shfl_xor_sync(~0u, all, 1);
                 all += __shfl_xor_sync(~0u, all, 2);
                 inverse[m][half] = 1 / all;
-                const int t = first + 16 * m + 8 * half + lane / 4;
+                const int r = 16 * m + 8 * half + lane / 4, t = first + r;
+                const float most = top[m][half] + (shift ? shift[r] : 0);
                 if (lse && lane % 4 == 0 && t < tokens)
-                    lse[t] = 0.6931471805599453f * fmaf(top[m][half], scale, log2f(all));
+                    lse[t] = 0.6931471805599453f * fmaf(most, scale, log2f(all));
             }
     }
 };

@@ -31,6 +31,19 @@ template <class function> __device__ __forceinline__ void each_of_8(uint4 a, con
     }
 }
 
+// eight floats from a multiple of 16 bytes
+struct eight {
+    float v[8];
+
+    __device__ __forceinline__ explicit eight(const float *from)
+    {
+        const float4 a = reinterpret_cast<const float4 *>(from)[0],
+                     b = reinterpret_cast<const float4 *>(from)[1];
+        v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w;
+        v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
+    }
+};
+
 // A row takes an odd number of 16-byte chunks, so that eight rows of one column (what ldmatrix
 // reads at once) lie in different banks.
 template <int width> struct tile_rows {

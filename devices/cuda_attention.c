@@ -185,6 +185,7 @@ int cuda_qk_attention_fwd(struct stream *s, const struct qk_attention *a)
     struct mem *const buffers[] = {a->o, a->qkv};
     struct forward f = {
         .o = a->o->address,
+        .lse = a->lse ? a->lse->address : 0,
         .qkv = a->qkv->address,
         .parameters = {a->wq->address, a->bq->address, a->wk->address, a->bk->address},
         .all = a->images * a->heads,

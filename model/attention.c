@@ -13,16 +13,17 @@ int attention_forward(struct dit *d, int layer)
     const struct block_weights *w = &d->w.blocks[layer];
     const int heads = d->config.heads;
     TRY(op_linear(c, &a->qkv, &a->h1, &w->qkv_w, &w->qkv_b));
-    if (d->config.qk_norm && !d->options.train) {
-        TRY(op_qk_attention_fwd(c, &a->o, &a->qk_stats, &a->qkv, &w->q_norm_w, &w->q_norm_b,
-                                &w->k_norm_w, &w->k_norm_b, d->options.batch, heads));
+    struct tensor *lse = d->options.train ? &a->lse : NULL;
+    if (d->config.qk_norm && (!d->options.train || d->lean)) { // normalised q and k are not kept
+        TRY(op_qk_attention_fwd(c, &a->o, lse, lse ? &a->qk : &a->qkv, &a->qk_stats, &a->qkv,
+                                &w->q_norm_w, &w->q_norm_b, &w->k_norm_w, &w->k_norm_b,
+                                d->options.batch, heads));
         return op_linear(c, &a->attn, &a->o, &w->proj_w, &w->proj_b);
     }
     if (d->config.qk_norm)
         TRY(op_qk_norm_fwd(c, &a->qk, &a->qk_stats, &a->qkv, &w->q_norm_w, &w->q_norm_b,
                            &w->k_norm_w, &w->k_norm_b, heads));
-    TRY(op_attention_fwd(c, &a->o, d->options.train ? &a->lse : NULL, attention_input(d, a),
-                         d->options.batch, heads));
+    TRY(op_attention_fwd(c, &a->o, lse, attention_input(d, a), d->options.batch, heads));
     return op_linear(c, &a->attn, &a->o, &w->proj_w, &w->proj_b);
 }
 

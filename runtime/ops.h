@@ -134,11 +134,13 @@ int op_attention_bwd(struct context *c, struct tensor *dqkv, struct tensor *delt
 int op_qk_norm_fwd(struct context *c, struct tensor *out, struct tensor *stats,
                    const struct tensor *qkv, const struct tensor *wq, const struct tensor *bq,
                    const struct tensor *wk, const struct tensor *bk, int heads);
-// Attention of what op_qk_norm_fwd makes of qkv, for sampling: qkv may be normalised in place. stats
-// as there, scratch.
-int op_qk_attention_fwd(struct context *c, struct tensor *o, struct tensor *stats,
-                        struct tensor *qkv, const struct tensor *wq, const struct tensor *bq,
-                        const struct tensor *wk, const struct tensor *bk, int images, int heads);
+// Attention of what op_qk_norm_fwd makes of qkv, where that is not wanted itself: qk and stats, as
+// there, are scratch; qk may be qkv where that is not wanted any more either. lse as in
+// op_attention_fwd, of scores whose q and k are not rounded where a device does all at once.
+int op_qk_attention_fwd(struct context *c, struct tensor *o, struct tensor *lse, struct tensor *qk,
+                        struct tensor *stats, const struct tensor *qkv, const struct tensor *wq,
+                        const struct tensor *bq, const struct tensor *wk, const struct tensor *bk,
+                        int images, int heads);
 // dqkv is changed in place (gradient of the output in, of the input out).
 int op_qk_norm_bwd(struct context *c, struct tensor *dqkv, struct tensor *dwq, struct tensor *dbq,
                    struct tensor *dwk, struct tensor *dbk, const struct tensor *qkv,

@@ -199,13 +199,16 @@ int op_qk_norm_fwd(struct context *c, struct tensor *out, struct tensor *stats,
                   INT(c->dry || out->mem != qkv->mem));
 }
 
-int op_qk_attention_fwd(struct context *c, struct tensor *o, struct tensor *stats,
-                        struct tensor *qkv, const struct tensor *wq, const struct tensor *bq,
-                        const struct tensor *wk, const struct tensor *bk, int images, int heads)
+int op_qk_attention_fwd(struct context *c, struct tensor *o, struct tensor *lse, struct tensor *qk,
+                        struct tensor *stats, const struct tensor *qkv, const struct tensor *wq,
+                        const struct tensor *bq, const struct tensor *wk, const struct tensor *bk,
+                        int images, int heads)
 {
     struct attention_shape s = attention_shape(c, qkv, o, images, heads);
+    BUG_IF(lse && (lse->dtype != F32 || tensor_count(lse) != s.all_heads * s.tokens));
     BUG_IF(qk_head(c, qkv, stats, (const struct tensor *const[]){wq, bq, wk, bk}, heads) != s.hd);
     const struct qk_attention args = {.o = o->mem,
+                                      .lse = lse ? lse->mem : NULL,
                                       .qkv = qkv->mem,
                                       .wq = wq->mem,
                                       .bq = bq->mem,
@@ -216,11 +219,11 @@ int op_qk_attention_fwd(struct context *c, struct tensor *o, struct tensor *stat
                                       .tokens = arg_int(s.tokens),
                                       .head = arg_int(s.hd),
                                       .scale = s.scale};
-    int code = ACCELERATE(c, ACCELERATE_QK_ATTENTION_FWD, &args, o, qkv, wq, bq, wk, bk);
+    int code = ACCELERATE(c, ACCELERATE_QK_ATTENTION_FWD, &args, o, lse, qkv, wq, bq, wk, bk);
     if (code != NOT_MINE)
         return code;
-    TRY(op_qk_norm_fwd(c, qkv, stats, qkv, wq, bq, wk, bk, heads));
-    return op_attention_fwd(c, o, NULL, qkv, images, heads);
+    TRY(op_qk_norm_fwd(c, qk, stats, qkv, wq, bq, wk, bk, heads));
+    return op_attention_fwd(c, o, lse, qk, images, heads);
 }
 
 int op_qk_norm_bwd(struct context *c, struct tensor *dqkv, struct tensor *dwq, struct tensor *dbq,

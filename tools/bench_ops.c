@@ -378,8 +378,8 @@ static int run_qk_attention(struct bench *b)
 {
     USES(b, QKV, X1);
     attends(b, 2);
-    return op_qk_attention_fwd(&b->c, T(X1), T(QK_STATS), T(QKV), T(Q_GAIN), T(Q_BIAS), T(K_GAIN),
-                               T(K_BIAS), b->images, b->config->heads);
+    return op_qk_attention_fwd(&b->c, T(X1), NULL, T(QKV), T(QK_STATS), T(QKV), T(Q_GAIN),
+                               T(Q_BIAS), T(K_GAIN), T(K_BIAS), b->images, b->config->heads);
 }
 
 static int run_attention_bwd(struct bench *b)
