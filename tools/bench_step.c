@@ -346,11 +346,23 @@ struct bench {
     struct bench_profile *profile;
     json_t *rows;
     FILE *table;
+    int measured;
 };
+
+// A model too large for the device: a row that says so, and on to the next.
+static void add_failure(const struct bench *b, const struct subject *s, bool train)
+{
+    fprintf(b->table, "%-12s %-6s %5d  %s\n", s->name, train ? "train" : "sample", s->batch,
+            error_message());
+    json_array_append_new(b->rows, json_pack("{s:s, s:s, s:s, s:s, s:i, s:s}", "bench", "step",
+                                             "name", s->name, "what", train ? "train" : "sample",
+                                             "type", dtype_name(s->dev->act), "batch", s->batch,
+                                             "error", error_message()));
+}
 
 static int bench_model(void *user, const char *title, const struct config *c, int batch)
 {
-    const struct bench *b = user;
+    struct bench *b = user;
     const struct step_settings *o = b->settings;
     const bool cpu = b->dev->info.kind == DEVICE_CPU;
     for (int train = 1; train >= 0; train--) {
@@ -365,8 +377,12 @@ static int bench_model(void *user, const char *title, const struct config *c, in
         s->steps = o->steps ? o->steps : cpu ? STEPS_CPU : STEPS_GPU;
         snprintf(s->name, sizeof s->name, "%s", title);
         int code = bench_one(s, o, train, b->ceilings, b->profile, b->rows, b->table);
+        if (code == ERR_NOMEM)
+            add_failure(b, s, train);
+        b->measured += code >= 0;
         subject_free(s);
-        TRY(code);
+        if (code != ERR_NOMEM)
+            TRY(code);
     }
     return 0;
 }
@@ -375,10 +391,13 @@ int bench_step(struct device *dev, struct stream *stream, const struct step_sett
                const struct ceilings *ceilings, json_t *rows, FILE *table)
 {
     struct bench_profile profile = {.ceilings = ceilings};
-    struct bench b = {dev,  stream, o, ceilings, o->profile || o->trace ? &profile : NULL,
-                      rows, table};
+    struct bench b = {.dev = dev, .stream = stream, .settings = o, .ceilings = ceilings};
+    b.rows = rows, b.table = table;
+    b.profile = o->profile || o->trace ? &profile : NULL;
     print_head(table);
     int code = bench_each(o, bench_model, &b);
+    if (code >= 0 && b.measured == 0)
+        code = ERR_NOMEM; // of the last one
     if (code >= 0 && o->profile)
         bench_profile_print(&profile, stderr);
     if (code >= 0 && o->trace)
