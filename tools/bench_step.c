@@ -300,7 +300,7 @@ static int bench_one(struct subject *s, const struct step_settings *o, bool trai
     if (code >= 0 && profile)
         code = profile_round(s, profile);
     json_decref(peers);
-    return code < 0 ? fail_in(code, "%s, batch %d", s->name, s->batch) : 0;
+    return code < 0 && code != ERR_NOMEM ? fail_in(code, "%s, batch %d", s->name, s->batch) : code;
 }
 
 // The next item of a list, copied to `item`: where to go on, or NULL at its end.
