@@ -9,24 +9,63 @@ template <int ROWS> struct back_rows {
     float2 stats[ROWS];
 };
 
+// Where the rows of ROWS tokens' first two experts are: known one turn ahead, so that their loads need
+// not wait for it.
+template <int ROWS> struct back_slots {
+    int one[ROWS], two[ROWS];
+};
+
+template <int ROWS, class S>
+INLINE void find_slots(back_slots<ROWS> &to, const norm_backward &a, const S &s, size_t at, int row)
+{
+#pragma unroll
+    for (int r = 0; r < ROWS; r++)
+        if (row + r < s.end) {
+            const int *slot = static_cast<const int *>(a.slot) + (at + r) * a.choices;
+            to.one[r] = slot[0];
+            to.two[r] = slot[a.choices > 1 ? 1 : 0];
+        }
+}
+
+// The rows of a token's first two experts: on their way from memory together with the others.
+template <int ROWS> struct back_pairs {
+    unsigned one[ROWS][WORDS], two[ROWS][WORDS];
+};
+
+template <int ROWS, class S>
+INLINE void load_pairs(back_pairs<ROWS> &b, const back_slots<ROWS> &slots, const norm_backward &a,
+                       const S &s)
+{
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+        load_segment(b.one[r], a.drows, (size_t)slots.one[r] * a.width, s);
+        load_segment(b.two[r], a.drows, (size_t)slots.two[r] * a.width, s);
+    }
+}
+
 // g += the gradients that come back from the token's experts
 template <int ROWS, class S>
-INLINE void back_experts(back_rows<ROWS> &b, const norm_backward &a, const S &s, size_t at, int row)
+INLINE void back_experts(back_rows<ROWS> &b, const back_pairs<ROWS> &pairs, const norm_backward &a,
+                         const S &s, size_t at, int row)
 {
-    for (int k = 0; k < a.choices; k++) {
-        unsigned in[ROWS][WORDS];
+    const float second = a.choices > 1 ? 1.0f : 0.0f;
+#pragma unroll
+    for (int r = 0; r < ROWS; r++)
+#pragma unroll
+        for (int i = 0; i < VALUES; i++) {
+            b.g[r][i] += value(pairs.one[r], i);
+            b.g[r][i] = fmaf(second, value(pairs.two[r], i), b.g[r][i]);
+        }
+    for (int k = 2; k < a.choices; k++)
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
             const size_t pair = (row + r < s.end ? at + r : at) * a.choices + k;
-            load_segment(in[r], a.drows, (size_t) static_cast<const int *>(a.slot)[pair] * a.width,
-                         s);
-        }
-#pragma unroll
-        for (int r = 0; r < ROWS; r++)
+            unsigned in[WORDS];
+            load_segment(in, a.drows, (size_t) static_cast<const int *>(a.slot)[pair] * a.width, s);
 #pragma unroll
             for (int i = 0; i < VALUES; i++)
-                b.g[r][i] += value(in[r], i);
-    }
+                b.g[r][i] += value(in, i);
+        }
 }
 
 // g += dlogits router_w
@@ -190,16 +229,25 @@ INLINE void norm_backward_rows(const norm_backward &a, int chunk)
         stage_router(weights, a.router_w, a.experts, a.width, S::warps);
         __syncthreads();
     }
+    back_slots<ROWS> slots = {};
+    const int start = s.first + s.group * ROWS;
+    if (BRANCHED && a.drows)
+        find_slots(slots, a, s, image * a.tokens + start, start);
     int turn = 0;
-    for (int row = s.first + s.group * ROWS; row < s.end; row += S::groups * ROWS, turn ^= 1) {
+    for (int row = start; row < s.end; row += S::groups * ROWS, turn ^= 1) {
         const size_t at = image * a.tokens + row;
         back_rows<ROWS> b;
         float mean[2 * ROWS];
         stay_packed(gate);
         stay_packed(scale);
+        back_pairs<ROWS> pairs;
+        if (BRANCHED && a.drows) {
+            load_pairs(pairs, slots, a, s);
+            find_slots(slots, a, s, at + S::groups * ROWS, row + S::groups * ROWS);
+        }
         back_load(b, a, s, at, row);
         if (BRANCHED && a.drows)
-            back_experts(b, a, s, at, row);
+            back_experts(b, pairs, a, s, at, row);
         if (BRANCHED && a.dlogits)
             back_router(b, a, s, at, row, weights);
         back_means(mean, b, s, row, a.width, scale, sums, moments[turn]);
