@@ -90,13 +90,11 @@ struct norm2 {
     int added;
 };
 
-// units: 0, or the compute units to keep to.
 // op_adamw; ema may be NULL; low NULL: w is f32
 struct adamw_step {
     accelerate_mem w, m, v, ema, g, control, low;
     unsigned long long count;
     float beta1, rest1, beta2, rest2, eps, decay;
-    int units;
 };
 
 #endif

@@ -329,23 +329,9 @@ static int norm2(struct stream *s, const void *args)
     return launch(s, sum, 1, 1, THREADS, (void *[]){&a, &parts});
 }
 
-// Beside other work: a block on each of a few multiprocessors (fused_train.cuh).
-static int adamw_aside(struct stream *s, const struct adamw_step *step)
-{
-    struct adamw_step a = *step;
-    cuda_function function = cuda_tuned(s->dev, IMAGE_fused, "adamw_aside", ASIDE_SHARED);
-    const int pieces = cover((int64_t)a.count, 4 * ASIDE);
-    const unsigned grid[3] = {(unsigned)(pieces < a.units ? pieces : a.units), 1, 1};
-    if (!function)
-        return NOT_MINE;
-    return cuda_tuned_launch(s, function, grid, ASIDE, ASIDE_SHARED, (void *[]){&a});
-}
-
 static int adamw(struct stream *s, const void *args)
 {
     TAKE(adamw_step, a, count);
-    if (a.units)
-        return adamw_aside(s, &a);
     cuda_function function = KERNEL_OF(s, "adamw_rows");
     if (!function)
         return NOT_MINE;

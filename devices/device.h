@@ -244,7 +244,6 @@ struct device {
     int fused_width;      // accelerate() fuses combine and LayerNorm for multiples of 128 up to this
     bool rebuilds_hidden; // SWIGLU_BACKWARD can write h again, so that it need not be kept
     bool half_weights;    // products want weights as bf16: keep a rounded copy of the f32 ones
-    int reserved_units;   // compute units that long products leave to another stream's work
     unsigned flags;       // as opened
     uint64_t allocations; // alloc() calls so far; tests assert that training makes none
     uint64_t allocated;   // bytes allocated now

@@ -257,22 +257,14 @@ int dit_init(struct dit *d, uint64_t seed)
 
 // ---- the two passes --------------------------------------------------------------------------------------
 
-static int needed(struct dit *d, int layer)
-{
-    const bool told = d->options.block_needed && !d->ctx.dry;
-    return told ? d->options.block_needed(d->options.user, layer) : 0;
-}
-
 int dit_forward(struct dit *d)
 {
-    TRY(needed(d, -1));
     if (!d->options.ahead)
         TRY(condition_forward(d));
     TRY(embed_forward(d));
     TRY(block_enter(d, 0));
     for (int l = 0; l < d->config.layers; l++) {
         profile_layer(&d->ctx, l);
-        TRY(needed(d, l));
         TRY(block_forward(d, l));
     }
     profile_layer(&d->ctx, -1);

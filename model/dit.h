@@ -72,8 +72,6 @@ struct dit_options {
     // A block's gradients live only until this is called, at the end of its backward pass (NULL: all
     // gradients stay). They must then start from zero by themselves, so: one backward pass a step.
     int (*block_done)(void *user, int layer);
-    // Called before the forward pass reads the weights of a block (-1: those outside), or NULL.
-    int (*block_needed)(void *user, int layer);
     void *user;
     uint64_t limit; // bytes of device memory to plan with; 0: what the device has
 };

@@ -79,7 +79,6 @@ static int plan_trainer(struct trainer *t)
     TRY(PLAN_TENSOR(d->plan, "losses", PLAN_INPUT, F32, 0, PLAN_FOREVER, &t->losses,
                     N * t->options.accumulate));
     TRY(PLAN_TENSOR(d->plan, "control", PLAN_INPUT, F32, 0, PLAN_FOREVER, &t->control, CONTROL_COUNT));
-    TRY(PLAN_TENSOR(d->plan, "update", PLAN_INPUT, F32, 0, PLAN_FOREVER, &t->update, CONTROL_COUNT));
     return PLAN_TENSOR(d->plan, "counts", PLAN_INPUT, I32, 0, PLAN_FOREVER, &t->counts, 2);
 }
 
@@ -107,8 +106,7 @@ int trainer_new(struct device *dev, struct stream *stream, const struct config *
     t->options = *o;
     const struct dit_options d = {.batch = o->batch, .train = true, .optimiser = true, .ema = true,
                                   .recompute = o->recompute, .limit = o->limit,
-                                  .block_done = o->early ? trainer_update_block : NULL,
-                                  .block_needed = aside_needed, .user = t};
+                                  .block_done = o->early ? trainer_update_block : NULL, .user = t};
     int code = dit_new(dev, stream, c, &d, &t->dit);
     if (code >= 0) {
         t->t_host = calloc((size_t)o->batch, sizeof *t->t_host);
@@ -146,7 +144,6 @@ void trainer_free(struct trainer *t)
         return;
     for (int i = 0; t->passes && i < t->options.accumulate; i++)
         recording_reset(&t->dit->ctx, &t->passes[i]);
-    aside_free(t);
     dit_free(t->dit);
     free(t->t_host), free(t->y_host), free(t->entropy), free(t->passes);
     free(t);
@@ -162,7 +159,6 @@ static int flow_pass(struct trainer *t)
     const float scale = 1.0f / (float)((int64_t)t->options.batch * t->options.accumulate);
     TRY(op_flow_mix(c, &d->input, &t->images, &t->noise, &d->t));
     TRY(dit_forward(d));
-    aside_end(t);
     TRY(op_flow_loss(c, &t->loss, &d->doutput, &d->output, &t->images, &t->noise, scale));
     const size_t bytes = tensor_bytes(&t->loss);
     TRY(c->dev->api->copy(c->stream, t->losses.mem, (size_t)t->micro * bytes, t->loss.mem, 0, bytes));
@@ -177,10 +173,8 @@ static int flow_pass(struct trainer *t)
 static int micro_pass(void *user)
 {
     struct trainer *t = user;
-    if (t->micro == 0)
-        TRY(aside_begin(t));
     TRY(flow_pass(t));
-    return t->micro + 1 == t->options.accumulate ? optimiser_step(t) : 0;
+    return t->micro + 1 == t->options.accumulate ? trainer_apply(t) : 0;
 }
 
 int trainer_micro(struct trainer *t, const float *images, const int32_t *labels, bool *done)
@@ -201,7 +195,6 @@ int trainer_micro(struct trainer *t, const float *images, const int32_t *labels,
         return 0;
     t->micro = 0;
     t->step++;
-    t->aside.due = t->aside.on;
     *done = true;
     return 0;
 }
@@ -211,7 +204,6 @@ int trainer_loss(struct trainer *t, const float *x, const float *time, const int
 {
     struct dit *d = t->dit;
     struct context *c = &d->ctx;
-    TRY(trainer_flush(t));
     t->micro = 0;
     TRY(tensor_write(c, &t->images, x));
     TRY(tensor_write(c, &t->noise, noise));

@@ -24,23 +24,12 @@ struct train_options {
 };
 struct train_options train_defaults(void);
 
-// Updates beside the next forward pass (adamw.c), on devices that can.
-struct aside {
-    bool on, running;
-    bool due;             // a step's update has not been done
-    struct context c;     // another stream, on a few compute units
-    struct event *start;
-    struct event **done;  // [L] after the update of each block but the first
-};
-
 struct trainer {
     struct train_options options;
     struct dit *dit;
     int64_t step;   // steps taken
     int micro;      // micro-batches of the current step done
     struct tensor images, noise, loss, losses, control, counts;
-    struct tensor update; // control of the step whose update is due
-    struct aside aside;
     struct tensor rest[4]; // moments, EMA, gradients of the weights that stay f32 (half_weights)
     float *t_host;  // [N]
     int32_t *y_host;
@@ -71,9 +60,6 @@ void trainer_free(struct trainer *t);
 // One micro-batch: images [N,C,S,S] in [-1,1], labels [N]. After `accumulate` calls the optimiser runs
 // and the step is complete (*done = true).
 int trainer_micro(struct trainer *t, const float *images, const int32_t *labels, bool *done);
-// Does the update of the last step where it is still due (beside the next step, on devices that can).
-// Whoever looks at weights, moments or EMA between steps calls this first.
-int trainer_flush(struct trainer *t);
 // Reads the last complete step's scalars; waits for the device.
 int trainer_report(struct trainer *t, struct train_report *out);
 
@@ -87,11 +73,6 @@ int trainer_apply(struct trainer *t);
 int trainer_begin_early(struct trainer *t);
 int trainer_update_block(void *trainer, int layer);
 int optimiser_commit(struct trainer *t); // its views of memory; trainer_commit() calls it
-int optimiser_step(struct trainer *t);   // the end of a step: trainer_apply(), at once or as due
-int aside_begin(struct trainer *t);      // starts the update that is due, beside what follows
-int aside_needed(void *trainer, int layer);
-void aside_end(struct trainer *t); // after the forward pass
-void aside_free(struct trainer *t);
 
 // The parity door: loss of given x, t, y, noise; gradients stay in t->dit->g (not applied).
 int trainer_loss(struct trainer *t, const float *x, const float *time, const int32_t *y,

@@ -155,8 +155,7 @@ int op_adamw(struct context *c, struct tensor *w, struct tensor *m, struct tenso
                                     .beta2 = (float)a->beta2,
                                     .rest2 = (float)(1.0 - a->beta2),
                                     .eps = (float)a->eps,
-                                    .decay = (float)a->decay,
-                                    .units = c->units};
+                                    .decay = (float)a->decay};
     int code = ACCELERATE(c, ACCELERATE_ADAMW, &step, w, m, v, ema, g, control, low);
     if (code != NOT_MINE)
         return code;

@@ -48,7 +48,6 @@ struct context {
     struct device *dev;
     struct stream *stream;
     bool dry;
-    int units;            // 0, or: op_adamw keeps to that many compute units, beside other work
     bool fresh_gradients; // products write weight gradients instead of adding to them
     size_t space_wanted;  // dry: the largest scratch any operation asked for, bytes
     struct tensor space;  // the scratch; planned from space_wanted

@@ -76,7 +76,6 @@ static int train_steps(struct trainer *t, int64_t steps)
         fill_batch(t->step * t->options.accumulate + t->micro, images, labels);
         OK(trainer_micro(t, images, labels, &done));
     }
-    OK(trainer_flush(t));
     return PASSED;
 }
 
@@ -267,44 +266,6 @@ static int early_is_the_same(void)
 static int early_is_the_same_gpu_forms(void)
 {
     return early_updates(OPEN_GPU_FORMS);
-}
-
-// Devices that update the weights beside the next forward pass: the same as at once, also across a
-// flush in between. Weights in two halves, moments and EMA to the bit.
-static int aside_is_the_same(void)
-{
-    struct rig at_once = {0}, aside = {0};
-    struct train_options o = train_defaults();
-    float images[BATCH * IMAGE];
-    int32_t labels[BATCH];
-    bool done;
-    o.accumulate = 2;
-    CHECK(setenv("DITMOE_UPDATE_UNITS", "0", 1) == 0, "environment");
-    int result = open_rig(&at_once, OPEN_BF16, &tiny, o);
-    unsetenv("DITMOE_UPDATE_UNITS");
-    if (result == PASSED)
-        result = open_rig(&aside, OPEN_BF16, &tiny, o);
-    if (result != PASSED || !aside.t->aside.on) {
-        close_rig(&at_once), close_rig(&aside);
-        return result == PASSED ? SKIPPED : result;
-    }
-    CHECK(!at_once.t->aside.on, "switched off, and on");
-    CHECK(randomise(at_once.t->dit) == PASSED && randomise(aside.t->dit) == PASSED, "weights");
-    CHECK(train_steps(at_once.t, 7) == PASSED, "steps");
-    for (int i = 0; i < 14; i++) {
-        fill_batch(i, images, labels);
-        OK(trainer_micro(aside.t, images, labels, &done));
-        if (i == 5)
-            OK(trainer_flush(aside.t));
-    }
-    OK(trainer_flush(aside.t));
-    static const enum plan_class classes[] = {PLAN_WEIGHTS, PLAN_HALF,    PLAN_LOW,
-                                              PLAN_MOMENT1, PLAN_MOMENT2, PLAN_EMA};
-    for (int i = 0; i < 6; i++)
-        CHECK(same_slab(at_once.t->dit, aside.t->dit, classes[i]) == PASSED, "%s",
-              plan_class_name(classes[i]));
-    close_rig(&at_once), close_rig(&aside);
-    return PASSED;
 }
 
 static int accumulation_averages(void)
@@ -674,7 +635,6 @@ const struct test model_tests[] = {
     {"recompute_is_exact", recompute_is_exact},
     {"early_is_the_same", early_is_the_same},
     {"early_is_the_same_gpu_forms", early_is_the_same_gpu_forms},
-    {"aside_is_the_same", aside_is_the_same},
     {"accumulation_averages", accumulation_averages},
     {"bad_steps_are_skipped", bad_steps_are_skipped},
     {"resume_is_exact", resume_is_exact},

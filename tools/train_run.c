@@ -219,7 +219,6 @@ static int save(struct run *r)
                               .accumulate = r->o->accumulate};
     TRY(trainer_counts(t, &state.applied, &state.skipped));
     run_checkpoint_path(r->o->out, t->step, path, sizeof path);
-    TRY(trainer_flush(t));
     TRY(checkpoint_save(path, t->dit, &state));
     r->saved = t->step;
     run_checkpoint_prune(r->o->out, r->o->keep);
@@ -231,7 +230,6 @@ static int save_model(const struct run *r)
 {
     char path[4200];
     snprintf(path, sizeof path, "%s/model.safetensors", r->o->out);
-    TRY(trainer_flush(r->trainer));
     return checkpoint_save(path, r->trainer->dit, NULL);
 }
 
@@ -287,7 +285,6 @@ static int take_steps(struct run *r)
         if (o->checkpoint_every && t->step % o->checkpoint_every == 0)
             TRY(save(r));
         if (r->samples.sampler && !stop_wanted && (last || t->step % o->sample_every == 0)) {
-            TRY(trainer_flush(t));
             int code = train_samples_write(&r->samples, t, r->data, o->out);
             if (code < 0 && code != ERR_STOPPED)
                 return code;
