@@ -135,6 +135,13 @@ static double time_of(const struct cuda_device *dev, const struct gemm *g, int w
     return tiles / blocks * tile + tile / parts + 4 + sums / 3e6;
 }
 
+// Where the last tiles leave multiprocessors idle for long. With more tiles than this the others gain
+// as much from the power that those do not draw.
+static bool few_tiles(const struct cuda_device *dev, const struct gemm *g, int w)
+{
+    return tiles_of(g, widths[w]) < 3 * dev->base.info.compute_units;
+}
+
 // How g is done: tiles of which width; whether the last ones may be divided along k.
 struct way {
     int w;
@@ -149,10 +156,10 @@ static struct way choose(const struct cuda_device *dev, const struct gemm *g, in
     for (int i = 0; i < 2 * WIDTHS; i++) {
         const int w = i / 2;
         const bool divide = i % 2, there = divide ? rests[kind_of(g)][w] : names[kind_of(g)][w];
-        if (!there || (only >= 0 ? w != only : divide))
+        if (!there || (only >= 0 && w != only) || (divide && !few_tiles(dev, g, w)))
             continue;
         const double time = time_of(dev, g, w, divide);
-        if (time < best.time || (time == best.time && !divide))
+        if (time < (divide ? 0.92 : 1) * best.time)
             best = (struct way){w, divide, time};
     }
     return best;
@@ -161,8 +168,9 @@ static struct way choose(const struct cuda_device *dev, const struct gemm *g, in
 bool cuda_gemm_sm90_wins(const struct cuda_device *dev, const struct gemm *g)
 {
     const double ideal = 2.0 * g->m * g->n * g->k / 700e6;
-    return g->ragged != GEMM_PLAIN || g->swiglu || g->bias || ideal < 10 ||
-           choose(dev, g, -1).time < 1.25 * ideal;
+    if (g->ragged != GEMM_PLAIN || g->swiglu || g->bias)
+        return true;
+    return !g->trans_a && (ideal < 10 || choose(dev, g, -1).time < 1.25 * ideal);
 }
 
 // ---- maps ---------------------------------------------------------------------------------------

@@ -17,8 +17,8 @@ bool cuda_gemm_sm90_suits(struct cuda_device *dev, const struct gemm *g);
 size_t cuda_gemm_sm90_space(const struct cuda_device *dev, const struct gemm *g);
 int cuda_gemm_sm90(struct stream *s, const struct gemm *g, int width);
 
-// Whether they are expected to be faster than cuBLASLt, which balances better where there are a few
-// times as many tiles as multiprocessors.
+// Whether they are expected to be faster than cuBLASLt, which balances better where there are but a few
+// times as many tiles as multiprocessors, and long sums (plain A^T B).
 bool cuda_gemm_sm90_wins(const struct cuda_device *dev, const struct gemm *g);
 
 // By cuBLASLt (cuda_gemm.c); NOT_MINE where that has nothing for it.

