@@ -40,7 +40,43 @@ inline ushort float_to_bf16(float f)
     return (ushort)((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
 }
 
+// Four neighbours at once, at a multiple of four.
+inline void load4(float v[4], const GLOBAL void *p, size_t i, const int bf16)
+{
+    if (bf16) {
+        const uint2 q = *(const GLOBAL uint2 *)((const GLOBAL ushort *)p + i);
+        v[0] = as_float(q.x << 16);
+        v[1] = as_float(q.x & 0xffff0000u);
+        v[2] = as_float(q.y << 16);
+        v[3] = as_float(q.y & 0xffff0000u);
+    } else {
+        const float4 q = *(const GLOBAL float4 *)((const GLOBAL float *)p + i);
+        v[0] = q.x;
+        v[1] = q.y;
+        v[2] = q.z;
+        v[3] = q.w;
+    }
+}
+
+inline void store4(GLOBAL void *p, size_t i, const float v[4], const int bf16)
+{
+    if (bf16) {
+        uint2 q;
+        q.x = (uint)float_to_bf16(v[0]) | (uint)float_to_bf16(v[1]) << 16;
+        q.y = (uint)float_to_bf16(v[2]) | (uint)float_to_bf16(v[3]) << 16;
+        *(GLOBAL uint2 *)((GLOBAL ushort *)p + i) = q;
+    } else {
+        float4 q;
+        q.x = v[0];
+        q.y = v[1];
+        q.z = v[2];
+        q.w = v[3];
+        *(GLOBAL float4 *)((GLOBAL float *)p + i) = q;
+    }
+}
+
 #ifdef ACT_BF16
+#define ACT_IS_BF16 1
 typedef ushort act;
 inline float act_load(const GLOBAL act *p, size_t i)
 {
@@ -51,6 +87,7 @@ inline void act_store(GLOBAL act *p, size_t i, float v)
     p[i] = float_to_bf16(v);
 }
 #else
+#define ACT_IS_BF16 0
 typedef float act;
 inline float act_load(const GLOBAL act *p, size_t i)
 {
@@ -197,16 +234,16 @@ inline int gemm_block(const GLOBAL int *offsets, int groups, int block, int size
 
 // ---- matrix products: the GPU form
 //
-// A work-group makes a tile of C: 128x128 by 128 items or, where there are too few of those to fill the
-// device, 64x64 by 64. An item makes 16 or 8 rows and 8 columns of it, in fours: rows y.., y + 32..,
-// and columns x.. in each half of the tile. Local memory is then read four words at a time, and 128
-// products cost six such reads: on NVIDIA's GPUs, where a read takes as long as 16 products, 8x8 are
-// bound by them. SwiGLU needs no more: the first half of its tiles are columns of g, the second half
-// those of u that belong to them.
+// A work-group makes a tile of C: 128x128 by 128 items or, where there are too few of those to fill
+// the device, 64x64 by 64. An item makes 16 or 8 rows and 8 columns of it, in fours: rows y.., y +
+// 32.., and columns x.. in each half of the tile. Local memory is then read four words at a time,
+// and 128 products cost six such reads: on NVIDIA's GPUs, where a read takes as long as 16
+// products, 8x8 are bound by them. SwiGLU needs no more: the first half of its tiles are columns of
+// g, the second half those of u that belong to them.
 //
-// K goes in steps of 8. An item brings twice four elements of A and of B from memory while it works on
-// the step before, and puts them into the other of two local tiles [k][rows]: one barrier a step.
-// Every sum runs over k in order, so results do not depend on the tile.
+// K goes in steps of 8. An item brings twice four elements of A and of B from memory while it works
+// on the step before, and puts them into the other of two local tiles [k][rows]: one barrier a
+// step. Every sum runs over k in order, so results do not depend on the tile.
 enum { GEMM_LARGE = 128, GEMM_SMALL = 64, GEMM_STEP = 8, GEMM_ROWS_MAX = 16 };
 #define GEMM_ITEM_ROWS(tile) ((tile) / 8)
 #define GEMM_TILE_PITCH(tile) ((tile) + 4)
@@ -221,12 +258,14 @@ enum { GEMM_LARGE = 128, GEMM_SMALL = 64, GEMM_STEP = 8, GEMM_ROWS_MAX = 16 };
 #define GEMM_QUAD_BF16(bf16) 0
 #endif
 
-// One operand of a tile, stored in rows of `ld` elements: along k, or (not along_k) a row for each k.
+// One operand of a tile, stored in rows of `ld` elements: along k, or (not along_k) a row for each
+// k.
 struct gemm_side {
     const GLOBAL void *p; // the tile's first element of the present step
     int bf16, along_k, ld;
-    int count;        // rows of the tile (columns, if it is B) that there are
-    int halves, jump; // SwiGLU: count is for each half of the tile; `jump` more rows lie between them
+    int count;  // rows of the tile (columns, if it is B) that there are
+    int halves; // SwiGLU: count is for each half of the tile,
+    int jump;   // and so many rows of the operand lie between the halves
 };
 
 inline const GLOBAL void *gemm_at(const GLOBAL void *p, size_t i, int bf16)
@@ -235,8 +274,9 @@ inline const GLOBAL void *gemm_at(const GLOBAL void *p, size_t i, int bf16)
                 : (const GLOBAL void *)((const GLOBAL float *)p + i);
 }
 
-// Which elements of a step an item brings: four, `which` = 0 or 1, from row *r and k *k on. Where they
-// lie along k, 32 neighbours take 16 rows at 2 places of k, which are 32 banks when they are put down.
+// Which elements of a step an item brings: four, `which` = 0 or 1, from row *r and k *k on. Where
+// they lie along k, 32 neighbours take 16 rows at 2 places of k, which are 32 banks when they are
+// put down.
 inline void gemm_quad(const int tile, const int along_k, int item, const int which, int *r, int *k)
 {
     *r = along_k ? item / 2 + which * (tile / 2) : item % (tile / 4) * 4;
@@ -251,9 +291,10 @@ inline int gemm_row(const struct gemm_side *side, const int tile, int r, int *th
     return second ? r + side->jump : r;
 }
 
-// The distance of an item's elements from side->p. A row that is not there is the last one again: what
-// comes of it is not written.
-inline uint gemm_quad_offset(const struct gemm_side *side, const int tile, int item, const int which)
+// The distance of an item's elements from side->p. A row that is not there is the last one again:
+// what comes of it is not written.
+inline uint gemm_quad_offset(const struct gemm_side *side, const int tile, int item,
+                             const int which)
 {
     int r, k, there;
     gemm_quad(tile, side->along_k, item, which, &r, &k);
@@ -288,7 +329,8 @@ inline void gemm_bring(uint quad[4], const GLOBAL void *p, size_t i, int bf16)
 }
 
 // An item's elements of a step.
-inline void gemm_bring_step(uint quad[2][4], const struct gemm_side *side, const uint at[2], int bf16)
+inline void gemm_bring_step(uint quad[2][4], const struct gemm_side *side, const uint at[2],
+                            int bf16)
 {
     gemm_bring(quad[0], side->p, at[0], bf16);
     gemm_bring(quad[1], side->p, at[1], bf16);
@@ -330,6 +372,7 @@ inline void gemm_put(LOCAL_PTR float *to, const int tile, const uint quad[4], in
     gemm_quad_floats(v, quad, bf16);
     to += k * GEMM_TILE_PITCH(tile) + r;
     if (along_k) {
+#pragma unroll
         for (int j = 0; j < 4; j++)
             to[j * GEMM_TILE_PITCH(tile)] = v[j];
     } else {
@@ -346,8 +389,8 @@ inline void gemm_put_step(LOCAL_PTR float *to, const int tile, uint quad[2][4], 
 
 // The same element by element, for the last `left` of k and for odd matrices: zeros where there is
 // nothing.
-inline void gemm_put_singly(LOCAL_PTR float *to, const int tile, const struct gemm_side *side, int left,
-                            int item)
+inline void gemm_put_singly(LOCAL_PTR float *to, const int tile, const struct gemm_side *side,
+                            int left, int item)
 {
 #pragma unroll 1
     for (int i = 0; i < 8; i++) {
@@ -369,8 +412,8 @@ inline void gemm_advance(struct gemm_side *side)
 }
 
 // acc += the products at one k; ta, tb: the item's first row and column there.
-inline void gemm_multiply_add(float acc[GEMM_ROWS_MAX][8], const int tile, const LOCAL_PTR float *ta,
-                              const LOCAL_PTR float *tb)
+inline void gemm_multiply_add(float acc[GEMM_ROWS_MAX][8], const int tile,
+                              const LOCAL_PTR float *ta, const LOCAL_PTR float *tb)
 {
     float a[GEMM_ROWS_MAX], b[8];
 #pragma unroll
@@ -405,8 +448,8 @@ inline void gemm_zero(float acc[GEMM_ROWS_MAX][8], const int tile)
                 acc[i][j] = 0.0f;
 }
 
-// acc = the sums over `left` of k of the item whose first row and column are y and x. ta, tb: local, 2 *
-// GEMM_TILE_SIZE each. quads: the operands can be brought 4 elements at a time.
+// acc = the sums over `left` of k of the item whose first row and column are y and x. ta, tb:
+// local, 2 * GEMM_TILE_SIZE each. quads: the operands can be brought 4 elements at a time.
 inline void gemm_sums(float acc[GEMM_ROWS_MAX][8], const int tile, LOCAL_PTR float *ta,
                       LOCAL_PTR float *tb, int y, int x, struct gemm_side *a, struct gemm_side *b,
                       int left, int quads)
@@ -458,34 +501,31 @@ inline void gemm_sums(float acc[GEMM_ROWS_MAX][8], const int tile, LOCAL_PTR flo
 inline void gemm_get(float v[4], const GLOBAL void *p, size_t i, int count, int quads, int bf16)
 {
     if (quads && count >= 4) {
-        uint quad[4];
-        gemm_bring(quad, p, i, bf16);
-        gemm_quad_floats(v, quad, bf16);
+        load4(v, p, i, bf16);
         return;
     }
+#pragma unroll
     for (int j = 0; j < 4; j++)
         v[j] = j < count ? gemm_load(p, i + j, bf16) : 0.0f;
 }
 
 inline void gemm_set(GLOBAL void *p, size_t i, const float v[4], int count, int quads, int bf16)
 {
-    if (!quads || count < 4) {
-        for (int j = 0; j < 4; j++)
-            if (j < count)
-                gemm_store(p, i + j, v[j], bf16 ? GEMM_C_BF16 : 0);
-    } else if (bf16) {
-        uint2 q;
-        q.x = (uint)float_to_bf16(v[0]) | (uint)float_to_bf16(v[1]) << 16;
-        q.y = (uint)float_to_bf16(v[2]) | (uint)float_to_bf16(v[3]) << 16;
-        *(GLOBAL uint2 *)((GLOBAL ushort *)p + i) = q;
-    } else {
-        float4 q;
-        q.x = v[0];
-        q.y = v[1];
-        q.z = v[2];
-        q.w = v[3];
-        *(GLOBAL float4 *)((GLOBAL float *)p + i) = q;
+    if (quads && count >= 4) {
+        store4(p, i, v, bf16);
+        return;
     }
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+        if (j < count)
+            gemm_store(p, i + j, v[j], bf16 ? GEMM_C_BF16 : 0);
+}
+
+inline void gemm_add4(float v[4], const float more[4])
+{
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+        v[j] += more[j];
 }
 
 // Where the results go: C[rows, n], or what SwiGLU makes of it (devices/device.h).
@@ -496,19 +536,19 @@ struct gemm_result {
 };
 
 // `count` sums of columns col.. of a row.
-inline void gemm_finish_plain(float v[4], const struct gemm_result *to, size_t row, int col, int count,
-                              int quads)
+inline void gemm_finish_plain(float v[4], const struct gemm_result *to, size_t row, int col,
+                              int count, int quads)
 {
     int bf16 = to->flags & GEMM_C_BF16;
     size_t at = row * to->n + col;
-    if (to->bias)
-        for (int j = 0; j < 4; j++)
-            v[j] += j < count ? to->bias[col + j] : 0.0f;
+    float more[4];
+    if (to->bias) {
+        gemm_get(more, to->bias, col, count, quads, 0);
+        gemm_add4(v, more);
+    }
     if (to->flags & GEMM_ACCUMULATE) {
-        float old[4];
-        gemm_get(old, to->c, at, count, quads, bf16);
-        for (int j = 0; j < 4; j++)
-            v[j] += old[j];
+        gemm_get(more, to->c, at, count, quads, bf16);
+        gemm_add4(v, more);
     }
     gemm_set(to->c, at, v, count, quads, bf16);
 }
@@ -519,6 +559,7 @@ inline void gemm_finish_forward(const float g[4], const float u[4], const struct
 {
     int bf16 = to->flags & GEMM_C_BF16, F = to->n / 2;
     float v[4];
+#pragma unroll
     for (int j = 0; j < 4; j++)
         v[j] = g[j] * sigmoid(g[j]) * u[j];
     gemm_set(to->h, row * F + f, v, count, quads, bf16);
@@ -537,6 +578,7 @@ inline void gemm_finish_backward(const float dh[4], const struct gemm_result *to
     float g[4], u[4], h[4];
     gemm_get(g, to->c, at, count, quads, bf16);
     gemm_get(u, to->c, at + F, count, quads, bf16);
+#pragma unroll
     for (int j = 0; j < 4; j++) {
         float s = sigmoid(g[j]), ds = dh[j] * s;
         h[j] = g[j] * s * u[j];
@@ -550,10 +592,10 @@ inline void gemm_finish_backward(const float dh[4], const struct gemm_result *to
 }
 
 // Writes the tile of rows [row0, end) and columns from col0 on (SWIGLU_FORWARD: of g and of u). The
-// item's sums go through `room` in local memory, four rows at a time: 32 * tile floats in which it has
-// its own places. So the code for a row is there once, not for each register.
-inline void gemm_finish(float acc[GEMM_ROWS_MAX][8], const int tile, LOCAL_PTR float *room, int y, int x,
-                        const struct gemm_result *to, int row0, int end, int col0)
+// item's sums go through `room` in local memory, four rows at a time: 32 * tile floats in which it
+// has its own places. So the code for a row is there once, not for each register.
+inline void gemm_finish(float acc[GEMM_ROWS_MAX][8], const int tile, LOCAL_PTR float *room, int y,
+                        int x, const struct gemm_result *to, int row0, int end, int col0)
 {
     int forward = to->flags & GEMM_SWIGLU_FORWARD, columns = forward ? to->n / 2 : to->n;
     int quads = columns % 4 == 0, first = col0 + x, second = first + tile / 2;
@@ -562,8 +604,10 @@ inline void gemm_finish(float acc[GEMM_ROWS_MAX][8], const int tile, LOCAL_PTR f
 #pragma unroll 1
     for (int i = 0; i < GEMM_ITEM_ROWS(tile); i++) {
         float v[8];
-        for (int from = 0; from < GEMM_ITEM_ROWS(tile); from += 4)
-            if (i == from)
+#pragma unroll
+        for (int from = 0; from < GEMM_ROWS_MAX; from += 4)
+            if (i == from && from < GEMM_ITEM_ROWS(tile))
+#pragma unroll
                 for (int j = 0; j < 8; j++)
                     gemm_lay(room + j * 4 * tile, acc[from + j / 2] + j % 2 * 4);
         gemm_take(v, room + i % 4 * 8 * tile);
@@ -583,14 +627,14 @@ inline void gemm_finish(float acc[GEMM_ROWS_MAX][8], const int tile, LOCAL_PTR f
     }
 }
 
-#define GEMM_ARGUMENTS                                                                             \
-    const GLOBAL float *a, const GLOBAL float *b, GLOBAL float *c, const GLOBAL float *bias,       \
+#define GEMM_ARGUMENTS                                                                       \
+    const GLOBAL float *a, const GLOBAL float *b, GLOBAL float *c, const GLOBAL float *bias, \
         GLOBAL float *h, const GLOBAL int *offsets, int groups, int m, int n, int k, int flags
 #define GEMM_PASSED a, b, c, bias, h, offsets, groups, m, n, k, flags
 
 // C = A B: A [m,k], B [groups][n,k] (along_k) or [k,n]; ragged over the rows of A where there are
-// offsets. Groups: (columns / tile, row blocks: m / tile + number of groups); SWIGLU_FORWARD: a tile
-// has half as many columns of g.
+// offsets. Groups: (columns / tile, row blocks: m / tile + number of groups); SWIGLU_FORWARD: a
+// tile has half as many columns of g.
 inline void gemm_rows(LOCAL_PTR float *tiles, const int tile, const int along_k, GEMM_ARGUMENTS)
 {
     int group, end, row0 = gemm_block(offsets, groups, (int)get_group_id(1), tile, m, &group, &end);
@@ -1648,31 +1692,83 @@ void add_cpu(GLOBAL void *y, const GLOBAL void *x, uint count, uint period, int 
 #define NORM_EPS 1e-6f
 #define NORM_CHUNK 32 // GPU forms of backward: most rows a group
 
-// GPU form: one group a row. CPU form: one item `chunk` rows. `tokens` rows share a row of mod.
+enum { NORM_LANES = 32, NORM_QUADS = 12 }; // items a row; fours of a row that an item keeps at most
+
+// The sum over the NORM_LANES items of a row; all items of the group take part.
+inline float norm_sum(LOCAL_PTR float *sums, float value)
+{
+    LOCAL_PTR float *row = sums + get_local_id(0) / NORM_LANES * NORM_LANES;
+    float sum[4], v[4];
+    sums[get_local_id(0)] = value;
+    barrier(CLK_LOCAL_MEM_FENCE);
+    gemm_take(sum, row);
+#pragma unroll
+    for (int i = 4; i < NORM_LANES; i += 4) {
+        gemm_take(v, row + i);
+        gemm_add4(sum, v);
+    }
+    barrier(CLK_LOCAL_MEM_FENCE);
+    return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+}
+
+// GPU form: 4 rows a group. CPU form: one item `chunk` rows. `tokens` rows share a row of mod.
 KERNEL(128, 1)
 void layernorm_mod_fwd(GLOBAL act *y, GLOBAL float *stats, const GLOBAL act *x,
                        const GLOBAL act *mod, int width, int tokens, int mod_width, int shift,
                        int scale, int rows, int chunk)
 {
-    LOCAL float sums[128];
-    size_t row = get_group_id(0);
+    LOCAL float4 sums[128 / 4];
+    int lane = get_local_id(0) % NORM_LANES;
+    size_t row = get_group_id(0) * (size_t)(128 / NORM_LANES) + get_local_id(0) / NORM_LANES;
+    int inside = row < (size_t)rows, end = inside ? width : 0;
+    // fours: rows and columns are at multiples of four; and the row fits into its items' registers
+    int fours = ((width | mod_width | shift | scale) & 3) == 0;
+    fours = fours && width <= NORM_QUADS * 4 * NORM_LANES;
     const GLOBAL act *xr = x + row * width;
     const GLOBAL act *mr = mod + row / tokens * mod_width;
-    float sum = 0.0f, squares = 0.0f;
-    for (int d = get_local_id(0); d < width; d += 128)
+    float v[NORM_QUADS][4], sum = 0.0f, squares = 0.0f;
+#pragma unroll
+    for (int q = 0; q < NORM_QUADS; q++) {
+        int d = (q * NORM_LANES + lane) * 4;
+        if (fours && d < end) {
+            load4(v[q], xr, d, ACT_IS_BF16);
+            sum += (v[q][0] + v[q][1]) + (v[q][2] + v[q][3]);
+        }
+    }
+    for (int d = fours ? end : lane; d < end; d += NORM_LANES)
         sum += act_load(xr, d);
-    float mean = group_sum(sums, sum, 128) / width;
-    for (int d = get_local_id(0); d < width; d += 128) {
-        float v = act_load(xr, d) - mean;
-        squares = fma(v, v, squares);
+    float mean = norm_sum((LOCAL_PTR float *)sums, sum) / width;
+#pragma unroll
+    for (int q = 0; q < NORM_QUADS; q++)
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            if (fours && (q * NORM_LANES + lane) * 4 < end) {
+                v[q][j] -= mean;
+                squares = fma(v[q][j], v[q][j], squares);
+            }
+    for (int d = fours ? end : lane; d < end; d += NORM_LANES) {
+        float away = act_load(xr, d) - mean;
+        squares = fma(away, away, squares);
     }
-    float rstd = 1.0f / sqrt(group_sum(sums, squares, 128) / width + NORM_EPS);
-    for (int d = get_local_id(0); d < width; d += 128) {
-        float v = (act_load(xr, d) - mean) * rstd;
+    float rstd = 1.0f / sqrt(norm_sum((LOCAL_PTR float *)sums, squares) / width + NORM_EPS);
+#pragma unroll
+    for (int q = 0; q < NORM_QUADS; q++) {
+        int d = (q * NORM_LANES + lane) * 4;
+        if (fours && d < end) {
+            float up[4], by[4];
+            load4(by, mr, scale + d, ACT_IS_BF16);
+            load4(up, mr, shift + d, ACT_IS_BF16);
+#pragma unroll
+            for (int j = 0; j < 4; j++)
+                v[q][j] = fma(v[q][j] * rstd, 1.0f + by[j], up[j]);
+            store4(y, row * width + d, v[q], ACT_IS_BF16);
+        }
+    }
+    for (int d = fours ? end : lane; d < end; d += NORM_LANES)
         act_store(y, row * width + d,
-                  fma(v, 1.0f + act_load(mr, scale + d), act_load(mr, shift + d)));
-    }
-    if (get_local_id(0) == 0) {
+                  fma((act_load(xr, d) - mean) * rstd, 1.0f + act_load(mr, scale + d),
+                      act_load(mr, shift + d)));
+    if (inside && lane == 0) {
         stats[2 * row] = mean;
         stats[2 * row + 1] = rstd;
     }
@@ -1834,6 +1930,20 @@ void gate_residual_fwd(GLOBAL act *y, const GLOBAL act *x, const GLOBAL act *z,
 {
     size_t row = get_group_id(0);
     const GLOBAL act *mr = mod + row / tokens * mod_width + gate;
+    if (((width | mod_width | gate) & 3) == 0) {
+        for (int d = get_local_id(0) * 4; d < width; d += 4 * 128) {
+            size_t i = row * width + d;
+            float sum[4], by[4], add[4];
+            load4(by, mr, d, ACT_IS_BF16);
+            load4(add, z, i, ACT_IS_BF16);
+            load4(sum, x, i, ACT_IS_BF16);
+#pragma unroll
+            for (int j = 0; j < 4; j++)
+                sum[j] = fma(by[j], add[j], sum[j]);
+            store4(y, i, sum, ACT_IS_BF16);
+        }
+        return;
+    }
     for (int d = get_local_id(0); d < width; d += 128) {
         size_t i = row * width + d;
         act_store(y, i, fma(act_load(mr, d), act_load(z, i), act_load(x, i)));
@@ -2104,10 +2214,10 @@ void qk_norm_bwd_cpu(GLOBAL act *dqkv, GLOBAL float *partial, const GLOBAL act *
 
 // ---- attention, GPU forms --------------------------------------------------------------------------------------
 //
-// Flash attention (arXiv 2205.14135) by tiles of 64 rows. Forward: a group of 64 items holds 64 queries
-// of one head of one image and walks over tiles of 64 keys. Both products are those of the matrix
-// kernels' small tile: s = q k^T, an item's 8x8 of it, then o += p v, where p lies in local memory as
-// [key][query]. Between them item i does the softmax of query i.
+// Flash attention (arXiv 2205.14135) by tiles of 64 rows. Forward: a group of 64 items holds 64
+// queries of one head of one image and walks over tiles of 64 keys. Both products are those of the
+// matrix kernels' small tile: s = q k^T, an item's 8x8 of it, then o += p v, where p lies in local
+// memory as [key][query]. Between them item i does the softmax of query i.
 
 // Where a part (0 q, 1 k, 2 v) of a head starts in qkv; rows are 3*width apart.
 inline size_t head_part(int part, int head_of_all, int heads, int tokens, int hd)
@@ -2116,15 +2226,9 @@ inline size_t head_part(int part, int head_of_all, int heads, int tokens, int hd
     return ((n * tokens * 3 + part) * heads + h) * hd;
 }
 
-#ifdef ACT_BF16
-#define ACT_IS_BF16 1
-#else
-#define ACT_IS_BF16 0
-#endif
-
 // Rows [first, rows) of a head, `pitch` elements apart; along_k: the sum runs over the head's size.
-inline void head_side(struct gemm_side *side, const GLOBAL act *head, int first, int pitch, int along_k,
-                      int count)
+inline void head_side(struct gemm_side *side, const GLOBAL act *head, int first, int pitch,
+                      int along_k, int count)
 {
     side->p = head + (size_t)first * pitch;
     side->bf16 = ACT_IS_BF16;
@@ -2135,9 +2239,11 @@ inline void head_side(struct gemm_side *side, const GLOBAL act *head, int first,
     side->jump = 0;
 }
 
-// acc += p b: p, in local memory, [k][GEMM_TILE_PITCH]; b by way of tb, 2 * GEMM_TILE_SIZE; `left` of k.
-inline void gemm_add_sums(float acc[GEMM_ROWS_MAX][8], const LOCAL_PTR float *p, LOCAL_PTR float *tb, int y, int x,
-                          struct gemm_side *b, int left, int quads)
+// acc += p b: p, in local memory, [k][GEMM_TILE_PITCH]; b by way of tb, 2 * GEMM_TILE_SIZE; `left`
+// of k.
+inline void gemm_add_sums(float acc[GEMM_ROWS_MAX][8], const LOCAL_PTR float *p,
+                          LOCAL_PTR float *tb, int y, int x, struct gemm_side *b, int left,
+                          int quads)
 {
     const int pitch = GEMM_TILE_PITCH(GEMM_SMALL), size = GEMM_TILE_SIZE(GEMM_SMALL);
     int item = (int)get_local_id(0), now = 0;
@@ -2163,7 +2269,8 @@ inline void gemm_add_sums(float acc[GEMM_ROWS_MAX][8], const LOCAL_PTR float *p,
 }
 
 // p[key][query] = the scores s of an item, times `scale`; keys from `keys` on count as impossible.
-inline void attention_lay_scores(LOCAL_PTR float *p, float s[GEMM_ROWS_MAX][8], int y, int x, float scale, int keys)
+inline void attention_lay_scores(LOCAL_PTR float *p, float s[GEMM_ROWS_MAX][8], int y, int x,
+                                 float scale, int keys)
 {
 #pragma unroll
     for (int j = 0; j < 8; j++) {
@@ -2179,8 +2286,8 @@ inline void attention_lay_scores(LOCAL_PTR float *p, float s[GEMM_ROWS_MAX][8], 
     }
 }
 
-// One query's column of p: scores (of 2^) become weights. *top: the largest score so far; *total: the
-// sum of weights. Returns the factor by which what was summed before shrinks.
+// One query's column of p: scores (of 2^) become weights. *top: the largest score so far; *total:
+// the sum of weights. Returns the factor by which what was summed before shrinks.
 inline float attention_softmax(LOCAL_PTR float *p, float *top, float *total)
 {
     const int pitch = GEMM_TILE_PITCH(GEMM_SMALL);
@@ -2221,8 +2328,8 @@ inline void attention_scale_rows(float o[GEMM_ROWS_MAX][8], const LOCAL_PTR floa
 }
 
 // Columns from `first` on of 64 rows of o.
-inline void attention_store(GLOBAL act *o, float sum[GEMM_ROWS_MAX][8], int y, int x, int first, int rows, int pitch,
-                            int hd)
+inline void attention_store(GLOBAL act *o, float sum[GEMM_ROWS_MAX][8], int y, int x, int first,
+                            int rows, int pitch, int hd)
 {
 #pragma unroll
     for (int i = 0; i < 8; i++) {
@@ -2236,10 +2343,10 @@ inline void attention_store(GLOBAL act *o, float sum[GEMM_ROWS_MAX][8], int y, i
     }
 }
 
-#define ATTENTION_ARGUMENTS                                                                        \
-    GLOBAL act *o, GLOBAL float *lse, const GLOBAL act *qkv, int heads, int tokens, int hd,        \
+#define ATTENTION_ARGUMENTS                                                                 \
+    GLOBAL act *o, GLOBAL float *lse, const GLOBAL act *qkv, int heads, int tokens, int hd, \
         float scale, int write_lse, int all_heads, int key_block, int query_block, int per_item
-#define ATTENTION_PASSED                                                                           \
+#define ATTENTION_PASSED \
     o, lse, qkv, heads, tokens, hd, scale, write_lse, all_heads, key_block, query_block, per_item
 
 // parts: of 64 columns of the head. tiles, p, factor: local; GEMM_SMALL's four tiles, 64 keys of 64
@@ -2260,7 +2367,8 @@ inline void attention_rows(const int parts, LOCAL_PTR float *tiles, LOCAL_PTR fl
     for (int keys = 0; keys < tokens; keys += GEMM_SMALL) {
         head_side(&a, q, first, pitch, 1, tokens - first);
         head_side(&b, k, keys, pitch, 1, tokens - keys);
-        gemm_sums(s, GEMM_SMALL, tiles, tiles + 2 * GEMM_TILE_SIZE(GEMM_SMALL), y, x, &a, &b, hd, quads);
+        gemm_sums(s, GEMM_SMALL, tiles, tiles + 2 * GEMM_TILE_SIZE(GEMM_SMALL), y, x, &a, &b, hd,
+                  quads);
         attention_lay_scores(p, s, y, x, scale * 1.44269504f, tokens - keys);
         barrier(CLK_LOCAL_MEM_FENCE);
         factor[item] = attention_softmax(p + item, &top, &total);
@@ -2289,8 +2397,8 @@ inline void attention_rows(const int parts, LOCAL_PTR float *tiles, LOCAL_PTR fl
         lse[(size_t)head * tokens + first + item] = fma(top, 0.69314718f, log(total));
 }
 
-#define ATTENTION_LOCAL                                                                            \
-    LOCAL float4 tiles[GEMM_TILE_SIZE(GEMM_SMALL)];                                                \
+#define ATTENTION_LOCAL                             \
+    LOCAL float4 tiles[GEMM_TILE_SIZE(GEMM_SMALL)]; \
     LOCAL float4 p[GEMM_SMALL * GEMM_TILE_PITCH(GEMM_SMALL) / 4], factor[GEMM_SMALL / 4]
 
 // Group (64 queries, head). Head sizes up to 64, and up to HEAD_MAX.
@@ -2782,15 +2890,29 @@ void swiglu_bwd(GLOBAL act *dgu, const GLOBAL act *dh, const GLOBAL act *gu, uin
     }
 }
 
-// rows[R,D] = x[token[r],:]
+// Where items take an element of [.., D] each, or four where D allows: item i has row i / places(D)
+// and columns from i % places(D) * (D / places(D)) on. The host counts the groups so (ops_moe.c).
+inline uint places(uint D)
+{
+    return D % 4 == 0 ? D / 4 : D;
+}
+
+// rows[R,D] = x[token[r],:]. An item a place.
 KERNEL(256, 1)
 void dispatch_fwd(GLOBAL act *rows, const GLOBAL act *x, const GLOBAL int *token, uint R, uint D)
 {
-    size_t d = get_global_id(0);
-    if (d >= D)
+    uint i = get_global_id(0);
+    size_t r = i / places(D), d = i % places(D) * (D / places(D));
+    if (r >= R)
         return;
-    for (size_t r = get_group_id(1); r < R; r += get_num_groups(1))
-        rows[r * D + d] = x[(size_t)token[r] * D + d];
+    size_t from = (size_t)token[r] * D + d;
+    if (D % 4 == 0) {
+        float v[4];
+        load4(v, x, from, ACT_IS_BF16);
+        store4(rows, r * D + d, v, ACT_IS_BF16);
+    } else {
+        rows[r * D + d] = x[from];
+    }
 }
 
 // dx[M,D] += sum over k of drows[slot[m,k],:]
@@ -2809,15 +2931,29 @@ void dispatch_bwd(GLOBAL act *dx, const GLOBAL act *drows, const GLOBAL int *slo
     }
 }
 
-// out[M,D] = sum over k of weight[m,k] rows[slot[m,k],:] (+ shared[m,:] unless NULL)
+// out[M,D] = sum over k of weight[m,k] rows[slot[m,k],:] (+ shared[m,:] unless NULL). An item a place.
 KERNEL(256, 1)
 void combine_fwd(GLOBAL act *out, const GLOBAL act *rows, const GLOBAL int *slot,
                  const GLOBAL float *weight, const GLOBAL act *shared, uint M, uint K, uint D)
 {
-    size_t d = get_global_id(0);
-    if (d >= D)
+    uint i = get_global_id(0);
+    size_t m = i / places(D), d = i % places(D) * (D / places(D));
+    if (m >= M)
         return;
-    for (size_t m = get_group_id(1); m < M; m += get_num_groups(1)) {
+    if (D % 4 == 0) {
+        float sum[4], v[4];
+        sum[0] = sum[1] = sum[2] = sum[3] = 0.0f;
+        if (shared)
+            load4(sum, shared, m * D + d, ACT_IS_BF16);
+        for (uint k = 0; k < K; k++) {
+            float w = weight[m * K + k];
+            load4(v, rows, (size_t)slot[m * K + k] * D + d, ACT_IS_BF16);
+#pragma unroll
+            for (int j = 0; j < 4; j++)
+                sum[j] = fma(w, v[j], sum[j]);
+        }
+        store4(out, m * D + d, sum, ACT_IS_BF16);
+    } else {
         float sum = shared ? act_load(shared, m * D + d) : 0.0f;
         for (uint k = 0; k < K; k++)
             sum = fma(weight[m * K + k], act_load(rows, (size_t)slot[m * K + k] * D + d), sum);

@@ -155,6 +155,8 @@ static bool like(const struct context *c, const struct tensor *a, const struct t
     return is_act(c, a) && has_shape2(a, x->shape[0], x->shape[1]);
 }
 
+enum { LAYERNORM_ROWS = 4 }; // rows a group of layernorm_mod_fwd
+
 // Forward: rows an item of the CPU form takes, and the groups of either form.
 static int64_t row_groups(const struct context *c, int64_t rows, int64_t width, int64_t *chunk)
 {
@@ -192,6 +194,8 @@ int op_layernorm_mod_fwd(struct context *c, struct tensor *y, struct tensor *sta
     if (code != NOT_MINE)
         return code;
     int64_t groups = row_groups(c, rows, width, &chunk);
+    if (!c->dev->cpu_forms)
+        groups = cover(rows, LAYERNORM_ROWS);
     return LAUNCH(c, FORM(c, layernorm_mod_fwd), groups, 1, 1, BUF(y), BUF(stats), BUF(x), BUF(mod),
                   INT(width), INT(tokens), INT(mod->shape[1]), INT(shift), INT(scale), INT(rows),
                   INT(chunk));

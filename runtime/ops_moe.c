@@ -18,6 +18,14 @@ static int64_t row_groups(int64_t rows)
     return rows < MOST_ROWS ? rows : MOST_ROWS;
 }
 
+// Groups of 256 for a GPU form whose items take an element each, or four where D allows.
+static int64_t place_groups(int64_t rows, int64_t D)
+{
+    int64_t groups = cover(rows * (D % 4 == 0 ? D / 4 : D), 256);
+    BUG_IF(groups > UINT32_MAX / 256);
+    return groups;
+}
+
 static int64_t row_chunk(const struct context *c, int64_t rows)
 {
     return op_chunk(c, rows, 1, 256);
@@ -159,7 +167,7 @@ int op_dispatch_fwd(struct context *c, struct tensor *rows, const struct tensor 
     if (c->dev->cpu_forms)
         return LAUNCH(c, KERNEL_dispatch_fwd_cpu, cover(R, chunk), 1, 1, BUF(rows), BUF(x),
                       BUF(token), UINT(R), UINT(D), UINT(chunk));
-    return LAUNCH(c, KERNEL_dispatch_fwd, cover(D, COLUMN_GROUP), row_groups(R), 1, BUF(rows),
+    return LAUNCH(c, KERNEL_dispatch_fwd, place_groups(R, D), 1, 1, BUF(rows),
                   BUF(x), BUF(token), UINT(R), UINT(D));
 }
 
@@ -196,7 +204,7 @@ int op_combine_fwd(struct context *c, struct tensor *out, const struct tensor *r
         return LAUNCH(c, KERNEL_combine_fwd_cpu, cover(M, chunk), 1, 1, BUF(out), BUF(rows),
                       BUF(slot), BUF(weight), BUF_OR_NULL(shared), UINT(M), UINT(K), UINT(D),
                       UINT(chunk));
-    return LAUNCH(c, KERNEL_combine_fwd, cover(D, COLUMN_GROUP), row_groups(M), 1, BUF(out),
+    return LAUNCH(c, KERNEL_combine_fwd, place_groups(M, D), 1, 1, BUF(out),
                   BUF(rows), BUF(slot), BUF(weight), BUF_OR_NULL(shared), UINT(M), UINT(K),
                   UINT(D));
 }
