@@ -1,6 +1,6 @@
-// The host's side of gemm_sm90.cu: which products it takes, with tiles of which width, and how A and
-// B are described to the copy engine. Everything a launch needs goes by value, so that a captured
-// graph keeps it.
+// The host's side of gemm_sm90.cu: which products it takes, with tiles of which width, and how A
+// and B are described to the copy engine. Everything a launch needs goes by value, so that a
+// captured graph keeps it.
 #include "devices/cuda_gemm_sm90.h"
 
 #include <math.h>
@@ -20,8 +20,8 @@ enum kind { NT_BF16, NT_F32, NT_SWIGLU, NN_BF16, NN_SWIGLU, TN_F32, KINDS };
 
 static const int widths[WIDTHS] = {64, 128, 192};
 
-// Kernels by what they compute and the width of their tiles (columns of B); and those that finish what
-// they divided along k.
+// Kernels by what they compute and the width of their tiles (columns of B); and those that finish
+// what they divided along k.
 #define NAMES(name, end)                                 \
     {                                                    \
         name "_64" end, name "_128" end, name "_192" end \
@@ -121,8 +121,8 @@ static int parts_of(const struct gemm *g, int rest, int blocks)
     return parts > 1 ? parts : 1;
 }
 
-// Microseconds of g by tiles of width number w, as measured on an H100 and an H200: of a stage; 0.3 of
-// a tile besides; 4 of finishing what was divided, and its way through memory.
+// Microseconds of g by tiles of width number w, as measured on an H100 and an H200: of a stage; 0.3
+// of a tile besides; 4 of finishing what was divided, and its way through memory.
 static double time_of(const struct cuda_device *dev, const struct gemm *g, int w, bool divide)
 {
     static const double stage[WIDTHS] = {0.35, 0.42, 0.63};
@@ -135,8 +135,8 @@ static double time_of(const struct cuda_device *dev, const struct gemm *g, int w
     return tiles / blocks * tile + tile / parts + 4 + sums / 3e6;
 }
 
-// Where the last tiles leave multiprocessors idle for long. With more tiles than this the others gain
-// as much from the power that those do not draw.
+// Where the last tiles leave multiprocessors idle for long. With more tiles than this the others
+// gain as much from the power that those do not draw.
 static bool few_tiles(const struct cuda_device *dev, const struct gemm *g, int w)
 {
     return tiles_of(g, widths[w]) < 3 * dev->base.info.compute_units;
@@ -255,8 +255,8 @@ size_t cuda_gemm_sm90_space(const struct cuda_device *dev, const struct gemm *g)
     return way.divide ? tile * (size_t)dev->base.info.compute_units : 0;
 }
 
-// Launches `blocks` blocks, which may start while the kernel before has some that run: they wait for
-// its end before they read anything.
+// Launches `blocks` blocks, which may start while the kernel before has some that run: they wait
+// for its end before they read anything.
 static int launch_early(struct stream *s, cuda_function function, int blocks, unsigned threads,
                         unsigned shared, void **values)
 {

@@ -7,18 +7,18 @@
 // Whether this device has the kernels. They are loaded here, so that no product has to.
 bool cuda_gemm_sm90_here(struct cuda_device *dev);
 
-// Whether g is for them: bf16 operands on such a device; C bf16, or f32 for A^T B and A B^T; columns
-// and k multiples of 8; at most 512 groups. Not whether its memory is aligned to 16 bytes, which it is
-// where views are made as device.h says.
+// Whether g is for them: bf16 operands on such a device; C bf16, or f32 for A^T B and A B^T;
+// columns and k multiples of 8; at most 512 groups. Not whether its memory is aligned to 16 bytes,
+// which it is where views are made as device.h says.
 bool cuda_gemm_sm90_suits(struct cuda_device *dev, const struct gemm *g);
 
-// For a product that suits: the bytes of scratch it wants, and the product by tiles of `width` columns
-// (64, 128, 192; 0: the best). NOT_MINE when there are no such.
+// For a product that suits: the bytes of scratch it wants, and the product by tiles of `width`
+// columns (64, 128, 192; 0: the best). NOT_MINE when there are no such.
 size_t cuda_gemm_sm90_space(const struct cuda_device *dev, const struct gemm *g);
 int cuda_gemm_sm90(struct stream *s, const struct gemm *g, int width);
 
-// Whether they are expected to be faster than cuBLASLt, which balances better where there are but a few
-// times as many tiles as multiprocessors, and long sums (plain A^T B).
+// Whether they are expected to be faster than cuBLASLt, which balances better where there are but a
+// few times as many tiles as multiprocessors, and long sums (plain A^T B).
 bool cuda_gemm_sm90_wins(const struct cuda_device *dev, const struct gemm *g);
 
 // By cuBLASLt (cuda_gemm.c); NOT_MINE where that has nothing for it.

@@ -1,11 +1,11 @@
 // Matrix products of bf16 on Hopper (sm_90a), plain and ragged, with SwiGLU within (struct gemm in
 // devices/device.h): copies by the tensor memory accelerator, wgmma, sums in f32.
 //
-// A block stays on its multiprocessor and takes every gridDim.x'th tile of C. Of its three warpgroups
-// the first loads: one thread keeps a ring of stages full, each 64 of k of 128 rows of A and WIDTH of
-// B, in the form in which the matrices are stored. The other two multiply. Each takes every second
-// tile, so that one's way out (through registers, shared memory and whole rows) hides behind the
-// other's products.
+// A block stays on its multiprocessor and takes every gridDim.x'th tile of C. Of its three
+// warpgroups the first loads: one thread keeps a ring of stages full, each 64 of k of 128 rows of A
+// and WIDTH of B, in the form in which the matrices are stored. The other two multiply. Each takes
+// every second tile, so that one's way out (through registers, shared memory and whole rows) hides
+// behind the other's products.
 //
 // Tiles of a ragged product are found from offsets[] by every block alone. Rows of A past an
 // expert's last are the next expert's or nobody's: they make rows of C that are not stored. Where k
@@ -153,8 +153,8 @@ __device__ __forceinline__ void multiply_tiles(const shared &s, const tensor_map
     const int warpgroup = threadIdx.x / 128 - 1;
     ring<K::STAGES> at;
     int group = 0, turn = 0;
-    // Barriers tell a phase only from the next one: a warpgroup waits for its tile's stages when those
-    // of the tile before are there. The first tile has no such.
+    // Barriers tell a phase only from the next one: a warpgroup waits for its tile's stages when
+    // those of the tile before are there. The first tile has no such.
     int turn_phase = warpgroup == 0, unit_phase = 0;
     const schedule of = find_schedule<K>(s, p);
     const int items = of.whole + of.rest * of.parts;

@@ -70,8 +70,8 @@ __device__ __forceinline__ void named_barrier(int id, int threads)
 
 // ---- launches -----------------------------------------------------------------------------------
 
-// Lets the next kernel on the stream start where multiprocessors become free, if it was launched to;
-// and waits until the one before has ended and what it wrote is there.
+// Lets the next kernel on the stream start where multiprocessors become free, if it was launched
+// to; and waits until the one before has ended and what it wrote is there.
 __device__ __forceinline__ void launch_next()
 {
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
@@ -236,8 +236,9 @@ template <int WARPGROUPS_REGISTERS> __device__ __forceinline__ void registers_le
 #define IN_OUT_96(d) IN_OUT_64(d), IN_OUT_32(d, 64)
 #define IN_OUT_128(d) IN_OUT_96(d), IN_OUT_32(d, 96)
 
-// d[64, N] (+)= A[64, 16] B[N, 16]^T in f32: thread t of the warpgroup holds in d[4 j + i] the element
-// of row 16 (t / 32) + t % 32 / 4 + 8 (i / 2) and column 8 j + 2 (t % 4) + i % 2. `add`: 0 to set.
+// d[64, N] (+)= A[64, 16] B[N, 16]^T in f32: thread t of the warpgroup holds in d[4 j + i] the
+// element of row 16 (t / 32) + t % 32 / 4 + 8 (i / 2) and column 8 j + 2 (t % 4) + i % 2. `add`: 0
+// to set.
 template <int N, bool ACROSS_A, bool ACROSS_B> struct wgmma;
 
 // a, b, add, across_a, across_b: the numbers of the operands after the registers.

@@ -27,9 +27,10 @@ struct gemm_sm90 {
     int workers; // blocks that take tiles
 };
 
-// Bytes: of a stage; of the rows that the eight warps hand around on their way out (16 of 64 columns
-// each); of g | u that a warpgroup turns into dg | du (64 columns of a tile); of the barriers and the
-// tables of groups. How many stages fit beside `units` of g | u, and the bytes of it all.
+// Bytes: of a stage; of the rows that the eight warps hand around on their way out (16 of 64
+// columns each); of g | u that a warpgroup turns into dg | du (64 columns of a tile); of the
+// barriers and the tables of groups. How many stages fit beside `units` of g | u, and the bytes of
+// it all.
 #define GEMM_SM90_STAGE(width) ((GEMM_SM90_ROWS + (width)) * GEMM_SM90_DEPTH * 2)
 #define GEMM_SM90_STAGING (8 * 16 * (2 * 64 + 16))
 #define GEMM_SM90_UNIT (2 * GEMM_SM90_ROWS * 128)

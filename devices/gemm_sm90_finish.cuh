@@ -1,5 +1,5 @@
-// The way out of gemm_sm90.cu: from the sums that threads hold, by bias, SwiGLU or its gradient, to rows
-// of C and h.
+// The way out of gemm_sm90.cu: from the sums that threads hold, by bias, SwiGLU or its gradient, to
+// rows of C and h.
 #ifndef DITMOE_GEMM_SM90_FINISH_CUH
 #define DITMOE_GEMM_SM90_FINISH_CUH
 
@@ -29,9 +29,9 @@ __device__ __forceinline__ float sigmoid(float x)
     return s;
 }
 
-// 16 rows of COLUMNS that a warp holds as fragments: word[j][i] is columns 8 j + 2 (lane % 4) and the
-// next, in row lane / 4 + 8 i. They go to shared memory, so that lanes then have 16 bytes each of
-// whole rows.
+// 16 rows of COLUMNS that a warp holds as fragments: word[j][i] is columns 8 j + 2 (lane % 4) and
+// the next, in row lane / 4 + 8 i. They go to shared memory, so that lanes then have 16 bytes each
+// of whole rows.
 template <int COLUMNS>
 __device__ __forceinline__ void hand_around(uint32_t staging,
                                             const uint32_t (&word)[COLUMNS / 8][2])
@@ -234,7 +234,8 @@ __device__ __forceinline__ void finish_tile(float (&sum)[BLOCKS][WIDTH / 2], con
     }
 }
 
-// The sum of a part of a tile, as its threads have it; and a strip of 16 rows of it added to another.
+// The sum of a part of a tile, as its threads have it; and a strip of 16 rows of it added to
+// another.
 template <int WIDTH>
 __device__ __forceinline__ void keep_part(const float (&sum)[BLOCKS][WIDTH / 2], const gemm_sm90 &p,
                                           int part)

@@ -1,5 +1,5 @@
-// The tiles of C that gemm_sm90.cu makes: how a kernel is made up, what lies in shared memory, and which
-// part of which tile comes when.
+// The tiles of C that gemm_sm90.cu makes: how a kernel is made up, what lies in shared memory, and
+// which part of which tile comes when.
 #ifndef DITMOE_GEMM_SM90_TILES_CUH
 #define DITMOE_GEMM_SM90_TILES_CUH
 

@@ -347,8 +347,8 @@ static int test_experts(void)
 
 // ---- products and SwiGLU ------------------------------------------------------------------------
 
-// want_gu = x w^T and want_h = silu(g) * u; then the gradient of gu (as stored: `gu`) from dy and the
-// down projection. Rows from..to, expert e.
+// want_gu = x w^T and want_h = silu(g) * u; then the gradient of gu (as stored: `gu`) from dy and
+// the down projection. Rows from..to, expert e.
 struct swiglu_case {
     int F, inner, outer; // inner: columns of x; outer: columns of dy
     const double *x, *w, *down, *dy, *gu;
@@ -453,7 +453,7 @@ static int test_swiglu(void)
     return failures ? FAILED : PASSED;
 }
 
-// ---- products of bf16 alone, as tuned kernels take them -------------------------------------------
+// ---- products of bf16 alone, as tuned kernels take them ---------------------------------------
 
 // Columns and k in eighths; more than one tile of 128 rows, of 192 columns, of 64 of k.
 static const struct product halves[] = {
@@ -614,8 +614,8 @@ static int test_swiglu_halves(void)
     return failures ? FAILED : PASSED;
 }
 
-// Products so large that a GPU form cuts C into its larger tiles (devices/gemm_gpu.c), whose last ones
-// are not full: u of them down, or with every expert's own end, and two across.
+// Products so large that a GPU form cuts C into its larger tiles (devices/gemm_gpu.c), whose last
+// ones are not full: u of them down, or with every expert's own end, and two across.
 static int try_large(unsigned flags, int k)
 {
     const struct device *dev = test_device(flags);
