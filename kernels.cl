@@ -732,21 +732,21 @@ void gemm_tn(GEMM_ARGUMENTS)
 }
 
 KERNEL(64, 1)
-void gemm_nt_small(GEMM_ARGUMENTS)
+void gemm_small_nt(GEMM_ARGUMENTS)
 {
     GEMM_TILES(GEMM_SMALL);
     gemm_rows((LOCAL_PTR float *)tiles, GEMM_SMALL, 1, GEMM_PASSED);
 }
 
 KERNEL(64, 1)
-void gemm_nn_small(GEMM_ARGUMENTS)
+void gemm_small_nn(GEMM_ARGUMENTS)
 {
     GEMM_TILES(GEMM_SMALL);
     gemm_rows((LOCAL_PTR float *)tiles, GEMM_SMALL, 0, GEMM_PASSED);
 }
 
 KERNEL(64, 1)
-void gemm_tn_small(GEMM_ARGUMENTS)
+void gemm_small_tn(GEMM_ARGUMENTS)
 {
     GEMM_TILES(GEMM_SMALL);
     gemm_columns((LOCAL_PTR float *)tiles, GEMM_SMALL, GEMM_PASSED);
@@ -2411,7 +2411,7 @@ void attention_fwd(ATTENTION_ARGUMENTS)
 }
 
 KERNEL(64, 1)
-void attention_fwd_wide(ATTENTION_ARGUMENTS)
+void attention_wide_fwd(ATTENTION_ARGUMENTS)
 {
     ATTENTION_LOCAL;
     attention_rows(2, (LOCAL_PTR float *)tiles, (LOCAL_PTR float *)p, (LOCAL_PTR float *)factor,

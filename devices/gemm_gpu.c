@@ -55,9 +55,9 @@ int gemm_gpu(const struct device *dev, struct stream *s, const struct gemm *g)
     int groups[3];
     tiles_of(g, small ? SMALL : LARGE, groups);
     if (small)
-        kernel = g->trans_a   ? KERNEL_gemm_tn_small
-                 : g->trans_b ? KERNEL_gemm_nt_small
-                              : KERNEL_gemm_nn_small;
+        kernel = g->trans_a   ? KERNEL_gemm_small_tn
+                 : g->trans_b ? KERNEL_gemm_small_nt
+                              : KERNEL_gemm_small_nn;
     const union arg args[] = {{.b = g->a},
                               {.b = g->b},
                               {.b = g->c},

@@ -89,7 +89,7 @@ int op_attention_fwd(struct context *c, struct tensor *o, struct tensor *lse,
     if (c->dev->cpu_forms)
         return op_launch(c, KERNEL_attention_fwd_cpu, cover(s.tokens, b.query),
                          cover(s.all_heads, per), 1, args, count);
-    return op_launch(c, s.hd > TILE ? KERNEL_attention_fwd_wide : KERNEL_attention_fwd,
+    return op_launch(c, s.hd > TILE ? KERNEL_attention_wide_fwd : KERNEL_attention_fwd,
                      cover(s.tokens, TILE), s.all_heads, 1, args, count);
 }
 

@@ -155,7 +155,7 @@ static double attention_flops(enum kernel kernel, double elements, double tokens
 {
     switch (kernel) {
     case KERNEL_attention_fwd:
-    case KERNEL_attention_fwd_wide:
+    case KERNEL_attention_wide_fwd:
     case KERNEL_attention_fwd_cpu:
         return 4 * elements * tokens;
     case KERNEL_attention_bwd_cpu:
