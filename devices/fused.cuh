@@ -53,14 +53,6 @@ INLINE void load_parameters(float (&out)[V], const float *p)
     out[4] = high.x, out[5] = high.y, out[6] = high.z, out[7] = high.w;
 }
 
-INLINE float warp_sum(float v)
-{
-#pragma unroll
-    for (int step = WARP / 2; step > 0; step /= 2)
-        v += __shfl_xor_sync(~0u, v, step);
-    return v;
-}
-
 // Sums N values (a power of 2, at most 32) over the warp. Lane l returns the sum of v[l * N / 32]:
 // each step halves the number of values a lane works on.
 template <int N, int STEP = WARP / 2> INLINE float warp_sums(float (&v)[N])
