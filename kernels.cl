@@ -7,18 +7,19 @@
 // Defined by the backend when it compiles this:
 //   ACT_BF16   activations are stored as bf16 (upper half of an f32, in a ushort); else as f32
 //   CPU_FORMS  the device is a CPU: also compile the `name_cpu` forms (one work-item a tile, float16
-//              vectors, no barriers). Guard them, and everything with vector types, with it.
-// Rules that keep both compilers content: no vector types and no (type)(a,b) literals outside
-// CPU_FORMS; LOCAL for arrays shared by a work-group (declared at kernel scope); pointers to them are
-// LOCAL_PTR; a*b+c that must be fused is fma(), never mad(); arithmetic in float; kernel arguments are
-// __global pointers, int, uint and float.
+//              vectors, no barriers). Guard them, and everything that computes with vectors, with it.
+// Rules that keep both compilers content: outside CPU_FORMS vectors only move memory (float4, uint4,
+// uint2, float2 by their .x .y .z .w) and there are no (type)(a,b) literals; LOCAL for arrays shared by
+// a work-group (declared at kernel scope); pointers to them are LOCAL_PTR; a*b+c that must be fused is
+// fma(), never mad(); arithmetic in float; kernel arguments are __global pointers, int, uint and float.
+// No kernel's name begins another's: Oclgrind would add up their local memory.
 
 #ifndef LOCAL
 #define LOCAL __local
 #define LOCAL_PTR __local
 #endif
 #define KERNEL(gx, gy) __kernel __attribute__((reqd_work_group_size(gx, gy, 1)))
-// two groups should have room on a compute unit at a time (CUDA: 128 registers an item of 256)
+// Two groups should have room on a compute unit at a time (CUDA: 65536 registers).
 #ifndef KERNEL_DENSE
 #define KERNEL_DENSE(gx, gy) KERNEL(gx, gy)
 #endif
