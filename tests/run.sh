@@ -70,8 +70,6 @@ cuda_declarations() { # what devices/cuda_api.h declares, against NVIDIA's heade
 gpu() { # the tests on the first NVIDIA GPU: tuned, portable, OpenCL, sanitizers, losses
     tests/gpu.sh build
 }
-    build/ditmoe_test --device cuda:0
-}
 
 step build-gcc build build -DCMAKE_C_COMPILER=gcc
 step tests build/ditmoe_test
