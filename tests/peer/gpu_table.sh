@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# The table of docs/performance.md for one NVIDIA GPU, all in one call: this program's steps first (seconds), then the PyTorch
+# peer's (minutes: it compiles), each as it is known, then the ratios. Nothing else should run on the GPU.
+#   tests/peer/gpu_table.sh BUILD_DIR PEER_FOLDER OUT_DIR
+set -u
+[ $# -eq 3 ] || { sed -n '4s/^#   /usage: /p' "$0" >&2; exit 2; }
+bench="$1/ditmoe bench step --device cuda:0 --rounds 7" peer=$2 out=$3
+here=$(cd "$(dirname "$0")" && pwd)
+mkdir -p "$out" || exit 1
+ours() { # ours NAME OPTION...
+    local name=$1
+    shift
+    $bench "$@" --json >"$out/$name.json" && $bench "$@" 2>/dev/null | tail -n +2
+}
+ours sample --precision bf16 --model S/2-8E2A,XL/2-8E2A --batch 16,128 --what sample
+ours small --precision bf16 --model XL/2-8E2A --batch 1,2,4,8 --what sample
+ours train --precision bf16 --model S/2-8E2A,B/2-8E2A --batch 128 --what train
+ours train-xl --precision bf16 --model XL/2-8E2A --batch 32 --what train
+ours train-xl-80 --precision bf16 --model XL/2-8E2A --batch 32 --what train --recompute --early-update
+"$1/ditmoe" bench step --device opencl:0 --precision f32 --model S/2-8E2A --batch 128 --what sample --rounds 5 --steps 5 | tail -n 1
+python3 "$here/peer_gpu.py" "$peer" "$out/peer.json" sample:S/2:16:reduce-overhead sample:S/2:128:default \
+    sample32:S/2:128:eager sample:XL/2:16:reduce-overhead sample:XL/2:128:default train:S/2:128:default \
+    train:B/2:128:default train:XL/2:32:default
+for what in "sample --model S/2-8E2A,XL/2-8E2A --batch 16,128" "train --model S/2-8E2A,B/2-8E2A --batch 128" \
+    "train --model XL/2-8E2A --batch 32"; do
+    # shellcheck disable=SC2086 # words on purpose
+    $bench --precision bf16 --what $what --compare "$out/peer.json"
+done
