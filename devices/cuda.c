@@ -124,19 +124,6 @@ static double mib(uint64_t bytes)
     return (double)bytes / (1 << 20);
 }
 
-static int check_fits(const struct device *dev, size_t bytes)
-{
-    const struct device_info *info = &dev->info;
-    if (bytes > info->max_alloc)
-        return fail(ERR_NOMEM,
-                    "%s: %.1f MiB in one buffer is more than this device allows (%.1f MiB)",
-                    info->key, mib(bytes), mib(info->max_alloc));
-    if (dev->allocated + bytes > info->memory)
-        return fail(ERR_NOMEM, "%s: %.1f MiB more does not fit: %.1f of %.1f MiB are in use",
-                    info->key, mib(bytes), mib(dev->allocated), mib(info->memory));
-    return 0;
-}
-
 static int alloc_fail(const struct cuda_device *dev, cuda_result code, size_t bytes)
 {
     const struct device_info *info = &dev->base.info;
@@ -156,7 +143,7 @@ static int cuda_alloc(struct device *base, size_t bytes, struct mem **out)
     struct cuda_device *dev = cuda_device_of(base);
     *out = NULL;
     BUG_IF(bytes == 0);
-    TRY(check_fits(base, bytes));
+    TRY(device_fits(base, bytes));
     TRY(enter(dev));
     struct mem *mem = calloc(1, sizeof *mem);
     if (!mem)

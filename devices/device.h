@@ -249,4 +249,8 @@ struct device {
     uint64_t allocated;   // bytes allocated now
 };
 
+// For a backend's alloc(): ERR_NOMEM with one line when `bytes` more are too many for the device, in one
+// buffer or in all.
+int device_fits(const struct device *dev, size_t bytes);
+
 #endif

@@ -117,3 +117,23 @@ int devices_find(const char *key, struct device_info *out)
     }
     return no_such_device(key, list, count);
 }
+
+// ---- for backends --------------------------------------------------------------------------------
+
+static double mib(uint64_t bytes)
+{
+    return (double)bytes / (1 << 20);
+}
+
+int device_fits(const struct device *dev, size_t bytes)
+{
+    const struct device_info *info = &dev->info;
+    if (bytes > info->max_alloc)
+        return fail(ERR_NOMEM,
+                    "%s: %.1f MiB in one buffer is more than this device allows (%.1f MiB)",
+                    info->key, mib(bytes), mib(info->max_alloc));
+    if (dev->allocated + bytes > info->memory)
+        return fail(ERR_NOMEM, "%s: %.1f MiB more does not fit: %.1f of %.1f MiB are in use",
+                    info->key, mib(bytes), mib(dev->allocated), mib(info->memory));
+    return 0;
+}

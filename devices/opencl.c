@@ -70,26 +70,13 @@ static double mib(uint64_t bytes)
     return (double)bytes / (1 << 20);
 }
 
-static int check_fits(const struct device *dev, size_t bytes)
-{
-    const struct device_info *info = &dev->info;
-    if (bytes > info->max_alloc)
-        return fail(ERR_NOMEM,
-                    "%s: %.1f MiB in one buffer is more than this device allows (%.1f MiB)",
-                    info->key, mib(bytes), mib(info->max_alloc));
-    if (dev->allocated + bytes > info->memory)
-        return fail(ERR_NOMEM, "%s: %.1f MiB more does not fit: %.1f of %.1f MiB are in use",
-                    info->key, mib(bytes), mib(dev->allocated), mib(info->memory));
-    return 0;
-}
-
 static int opencl_alloc(struct device *base, size_t bytes, struct mem **out)
 {
     struct opencl_device *dev = opencl_device_of(base);
     cl_int code;
     *out = NULL;
     BUG_IF(bytes == 0);
-    TRY(check_fits(base, bytes));
+    TRY(device_fits(base, bytes));
     struct mem *mem = calloc(1, sizeof *mem);
     if (!mem)
         return fail(ERR_NOMEM, "out of host memory");
