@@ -3285,22 +3285,31 @@ void flow_loss(GLOBAL float *loss, GLOBAL float *dout, const GLOBAL float *out,
         loss[n] = sums[0] / (float)P;
 }
 
-// z[N,P] -= dt v', v' = vu + cfg (vc - vu) on the first `guided` values of an image, vc elsewhere;
-// v has Q values an image, the unconditional ones N images further on (when guided > 0).
+// A sampler's update: v' = vu + k[5] (vc - vu) on the first `guided` values of an image, vc elsewhere;
+// z[N,P] = k[0] z + k[1] v' + k[2] kept, kept = k[3] z + k[4] v' of the z before (kept may be NULL). v has
+// Q values an image, the unconditional ones N images further on. With k[5] 1 these are not read, with
+// k[2] 0 kept is not: it may hold anything.
 KERNEL(256, 1)
-void flow_euler(GLOBAL float *z, const GLOBAL float *v, float cfg, uint guided, float dt, uint N,
-                uint P, uint Q)
+void flow_step(GLOBAL float *z, GLOBAL float *kept, const GLOBAL float *v, const GLOBAL float *k,
+               uint guided, uint N, uint P, uint Q)
 {
     size_t i = get_global_id(0);
+    float cfg = k[5];
     if (i >= P)
         return;
     for (size_t n = get_group_id(1); n < N; n += get_num_groups(1)) {
-        float step = v[n * Q + i];
-        if (i < guided) {
+        float slope = v[n * Q + i], now = z[n * P + i];
+        if (i < guided && cfg != 1.0f) {
             float unconditional = v[(N + n) * Q + i];
-            step = fma(cfg, step - unconditional, unconditional);
+            slope = fma(cfg, slope - unconditional, unconditional);
         }
-        z[n * P + i] = fma(-dt, step, z[n * P + i]);
+        float next = fma(k[1], slope, k[0] * now);
+        if (kept) {
+            if (k[2] != 0.0f)
+                next = fma(k[2], kept[n * P + i], next);
+            kept[n * P + i] = fma(k[4], slope, k[3] * now);
+        }
+        z[n * P + i] = next;
     }
 }
 

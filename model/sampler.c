@@ -5,15 +5,17 @@
 
 #include "runtime/rng.h"
 
-// Steps whose conditioning is computed at once: enough rows for a good product, in little memory.
-static int steps_ahead(const struct device *dev, const struct config *c, int rows, int steps)
+enum { MOST_STEPS = 1000000 };
+
+// Passes whose conditioning is computed at once: enough rows for a good product, in little memory.
+static int passes_ahead(const struct device *dev, const struct config *c, int rows, int64_t passes)
 {
     const int64_t most_rows = 1024, most_bytes = 256 << 20;
     const int64_t row = config_modulations(c) * (int64_t)dtype_size(dev->act);
     int64_t ahead = most_rows / rows;
     if (ahead * rows * row > most_bytes)
         ahead = most_bytes / (rows * row);
-    ahead = ahead < steps ? ahead : steps;
+    ahead = ahead < passes ? ahead : passes;
     return ahead > 1 ? (int)ahead : 1;
 }
 
@@ -21,10 +23,44 @@ struct dit_options sampler_model(const struct device *dev, const struct config *
                                  const struct sample_options *o)
 {
     const int rows = o->cfg != 1 ? 2 * batch : batch;
+    const int64_t passes = (int64_t)o->steps * schedule_passes(o->kind);
     return (struct dit_options){.batch = rows,
                                 .limit = o->limit,
                                 .pack = o->pack,
-                                .ahead = steps_ahead(dev, c, rows, o->steps)};
+                                .ahead = passes_ahead(dev, c, rows, passes)};
+}
+
+static int plan_tensors(struct sampler *s, const struct config *c)
+{
+    struct plan *plan = s->dit->plan;
+    TRY(PLAN_TENSOR(plan, "z", PLAN_INPUT, F32, 0, PLAN_FOREVER, &s->z, s->batch, c->channels,
+                    c->size, c->size));
+    TRY(PLAN_TENSOR(plan, "updates", PLAN_INPUT, F32, 0, PLAN_FOREVER, &s->updates, s->passes,
+                    FLOW_STEP_COUNT));
+    TRY(PLAN_TENSOR(plan, "update", PLAN_INPUT, F32, 0, PLAN_FOREVER, &s->update, FLOW_STEP_COUNT));
+    if (!schedule_keeps(s->options.kind))
+        return 0;
+    return PLAN_TENSOR(plan, "kept", PLAN_INPUT, F32, 0, PLAN_FOREVER, &s->kept, s->batch,
+                       c->channels, c->size, c->size);
+}
+
+// Each pass's coefficients, and the guidance scale at its time.
+static int write_updates(struct sampler *s)
+{
+    const struct sample_options *o = &s->options;
+    for (int i = 0; i < s->passes; i++) {
+        const struct pass p = schedule_pass(o->kind, o->steps, i);
+        const float t = (float)p.t;
+        const bool guided = !o->interval || (t >= o->cfg_from && t <= o->cfg_to);
+        float *k = s->coefficients + (size_t)i * FLOW_STEP_COUNT;
+        k[FLOW_STEP_Z] = (float)p.z;
+        k[FLOW_STEP_V] = (float)p.v;
+        k[FLOW_STEP_KEPT] = (float)p.kept;
+        k[FLOW_STEP_KEEP_Z] = (float)p.keep_z;
+        k[FLOW_STEP_KEEP_V] = (float)p.keep_v;
+        k[FLOW_STEP_CFG] = guided ? o->cfg : 1;
+    }
+    return tensor_write(&s->dit->ctx, &s->updates, s->coefficients);
 }
 
 static int plan_sampler(struct sampler *s, struct device *dev, struct stream *stream,
@@ -32,25 +68,25 @@ static int plan_sampler(struct sampler *s, struct device *dev, struct stream *st
 {
     const struct dit_options d = sampler_model(dev, c, s->batch, &s->options);
     TRY(dit_new(dev, stream, c, &d, &s->dit));
-    TRY(PLAN_TENSOR(s->dit->plan, "z", PLAN_INPUT, F32, 0, PLAN_FOREVER, &s->z, s->batch,
-                    c->channels, c->size, c->size));
+    TRY(plan_tensors(s, c));
     TRY(dit_layout(s->dit));
     TRY(dit_commit(s->dit));
     const size_t conditions = (size_t)d.batch * (size_t)d.ahead;
     s->labels = calloc(conditions, sizeof *s->labels);
     s->times = calloc(conditions, sizeof *s->times);
+    s->coefficients = malloc(tensor_bytes(&s->updates));
     s->host = malloc(tensor_bytes(&s->z));
-    if (!s->labels || !s->times || !s->host)
+    if (!s->labels || !s->times || !s->coefficients || !s->host)
         return fail(ERR_NOMEM, "no host memory for a batch of %d", s->batch);
-    return 0;
+    return write_updates(s);
 }
 
 int sampler_new(struct device *dev, struct stream *stream, const struct config *c, int batch,
                 const struct sample_options *o, struct sampler **out)
 {
     *out = NULL;
-    if (o->steps < 1)
-        return fail(ERR_INPUT, "%d sampling steps: must be 1 or more", o->steps);
+    if (o->steps < 1 || o->steps > MOST_STEPS)
+        return fail(ERR_INPUT, "%d sampling steps: must be 1 to %d", o->steps, MOST_STEPS);
     if (o->cfg != 1 && config_label_rows(c) == c->classes)
         return fail(ERR_INPUT,
                     "guidance scale %g: this model was trained without label dropout and has "
@@ -61,6 +97,7 @@ int sampler_new(struct device *dev, struct stream *stream, const struct config *
         return fail(ERR_NOMEM, "no host memory for a sampler");
     s->options = *o;
     s->batch = batch;
+    s->passes = o->steps * schedule_passes(o->kind);
     int code = plan_sampler(s, dev, stream, c);
     if (code < 0) {
         sampler_free(s);
@@ -77,37 +114,48 @@ void sampler_free(struct sampler *s)
     if (s->dit)
         recording_reset(&s->dit->ctx, &s->pass);
     dit_free(s->dit);
-    free(s->labels), free(s->times), free(s->host);
+    free(s->labels), free(s->times), free(s->coefficients), free(s->host);
     free(s);
 }
 
-// What the device does in a step, the same in each.
-static int euler_pass(void *user)
+// What the device does in a pass, the same in each: what differs is in device memory.
+static int device_pass(void *user)
 {
     struct sampler *s = user;
     struct dit *d = s->dit;
     struct context *c = &d->ctx;
+    const int channels = d->config.channels, most = s->options.cfg_channels;
     const size_t bytes = tensor_bytes(&s->z);
     for (size_t at = 0; at < tensor_bytes(&d->input); at += bytes) // both halves start from z
         TRY(c->dev->api->copy(c->stream, d->input.mem, at, s->z.mem, 0, bytes));
     TRY(dit_forward(d));
-    return op_flow_euler(c, &s->z, &d->output, s->options.cfg, d->config.channels,
-                         1.0f / (float)s->options.steps);
+    return op_flow_step(c, &s->z, s->kept.ndim ? &s->kept : NULL, &d->output, &s->update,
+                        most && most < channels ? most : channels);
 }
 
-// Step number `step` of options.steps, from t = 1 - step/steps on.
-static int euler_step(struct sampler *s, int step)
+static int condition_ahead(struct sampler *s, int pass)
 {
     struct dit *d = s->dit;
-    const int ahead = d->options.ahead, rows = d->options.batch, steps = s->options.steps;
-    if (step % ahead == 0) {
-        for (int i = 0; i < ahead * rows; i++) // past the last step: not used
-            s->times[i] = (float)(steps - step - i / rows) / (float)steps;
-        TRY(tensor_write(&d->ctx, &d->t, s->times));
-        TRY(dit_condition(d));
+    const int ahead = d->options.ahead, rows = d->options.batch;
+    for (int i = 0; i < ahead * rows; i++) { // past the last pass: not used
+        const int at = pass + i / rows < s->passes ? pass + i / rows : s->passes - 1;
+        s->times[i] = (float)schedule_pass(s->options.kind, s->options.steps, at).t;
     }
-    TRY(dit_use_step(d, step % ahead));
-    return recording_run(&d->ctx, &s->pass, euler_pass, s);
+    TRY(tensor_write(&d->ctx, &d->t, s->times));
+    return dit_condition(d);
+}
+
+static int run_pass(struct sampler *s, int pass)
+{
+    struct context *c = &s->dit->ctx;
+    const int ahead = s->dit->options.ahead;
+    const size_t bytes = tensor_bytes(&s->update);
+    if (pass % ahead == 0)
+        TRY(condition_ahead(s, pass));
+    TRY(dit_use_step(s->dit, pass % ahead));
+    TRY(c->dev->api->copy(c->stream, s->update.mem, 0, s->updates.mem, (size_t)pass * bytes,
+                          bytes));
+    return recording_run(c, &s->pass, device_pass, s);
 }
 
 // Images first..first+count-1; the rest of the batch is filled with copies of the last image.
@@ -139,13 +187,14 @@ int sampler_run(struct sampler *s, int count, const int32_t *classes, const floa
 {
     struct dit *d = s->dit;
     const size_t image = (size_t)tensor_count(&s->z) / (size_t)s->batch;
-    const int steps = s->options.steps, batches = (count + s->batch - 1) / s->batch;
+    const int batches = (count + s->batch - 1) / s->batch;
+    const int steps = s->options.steps, each = schedule_passes(s->options.kind);
     for (int first = 0, done = 0; first < count; first += s->batch) {
         const int now = count - first < s->batch ? count - first : s->batch;
         TRY(start_batch(s, first, now, classes, noise));
-        for (int step = 0; step < steps; step++) {
-            TRY(euler_step(s, step));
-            if (progress) {
+        for (int pass = 0; pass < s->passes; pass++) {
+            TRY(run_pass(s, pass));
+            if (progress && (pass + 1) % each == 0) {
                 TRY(d->ctx.dev->api->sync(d->ctx.stream));
                 TRY(progress(user, ++done, steps * batches));
             }

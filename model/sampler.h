@@ -1,14 +1,20 @@
-// Sampling: rectified-flow Euler from t = 1 (noise) to 0 with classifier-free guidance
-// (v = v_null + s (v_class - v_null), Ho & Salimans 2022), in batches of the planned size.
+// Sampling: rectified flow from t = 1 (noise) to 0 by one of the rules of model/schedule.h, with
+// classifier-free guidance (v = v_null + s (v_class - v_null), Ho & Salimans 2022), in batches of
+// the planned size.
 #ifndef DITMOE_SAMPLER_H
 #define DITMOE_SAMPLER_H
 
 #include "model/dit.h"
+#include "model/schedule.h"
 #include "runtime/recording.h"
 
 struct sample_options {
-    int steps;        // Euler steps, equal in t
+    enum sampler_kind kind;
+    int steps;        // equal in t
     float cfg;        // guidance scale; 1: none (one forward pass an image instead of two)
+    int cfg_channels; // guide the first so many channels only; 0: all
+    bool interval;    // guide only in passes with cfg_from <= t <= cfg_to; each costs the same
+    float cfg_from, cfg_to;
     uint64_t seed;
     uint64_t limit;   // device memory to plan with, bytes; 0: all
     bool pack;        // faster steps for the weights' memory once more (where there is that much)
@@ -18,10 +24,14 @@ struct sampler {
     struct dit *dit;        // planned for 2*batch images with guidance, else batch
     struct sample_options options;
     int batch;              // images at a time
-    struct tensor z;        // [batch,C,S,S]
-    int32_t *labels;        // of the rows of options.ahead steps, and their times
+    int passes;             // of the network through one batch: one or two a step
+    struct tensor z, kept;  // [batch,C,S,S]; kept: by samplers that keep an image
+    struct tensor updates;  // [passes,FLOW_STEP_COUNT] coefficients of every pass
+    struct tensor update;   // [FLOW_STEP_COUNT] those of this pass
+    int32_t *labels;        // of the rows of options.ahead passes, and their times
     float *times;
-    struct recording pass;  // the device's work on a step
+    float *coefficients;    // [passes,FLOW_STEP_COUNT] as in updates
+    struct recording pass;  // the device's work on a pass, the same for all
     float *host;            // [batch,C,S,S]
 };
 

@@ -250,11 +250,22 @@ int op_flow_mix(struct context *c, struct tensor *xt, const struct tensor *x,
 int op_flow_loss(struct context *c, struct tensor *loss, struct tensor *dout,
                  const struct tensor *out, const struct tensor *x, const struct tensor *noise,
                  float scale);
-// Euler with classifier-free guidance. v[2N,Co,H,W]: rows n conditional, N+n unconditional (or
-// v[N,...] when cfg is 1: no guidance). v' = vu + cfg (vc - vu) on channels < `channels`, vc elsewhere;
-// z[N,C,H,W] -= dt v'
-int op_flow_euler(struct context *c, struct tensor *z, const struct tensor *v, float cfg,
-                  int channels, float dt);
+// A sampler's update with classifier-free guidance. v[2N,Co,H,W]: rows n conditional, N+n
+// unconditional (or v[N,...]: no guidance). v' = vu + k[CFG] (vc - vu) on channels < `channels`, vc
+// elsewhere; z[N,C,H,W] = k[Z] z + k[V] v' + k[KEPT] kept, and kept = k[KEEP_Z] z + k[KEEP_V] v' with
+// the z before. Coefficients are in device memory, k [FLOW_STEP_COUNT] f32, so that a recorded update
+// is replayed with others. kept may be NULL; where k[KEPT] is 0 it is not read.
+enum {
+    FLOW_STEP_Z,
+    FLOW_STEP_V,
+    FLOW_STEP_KEPT,
+    FLOW_STEP_KEEP_Z,
+    FLOW_STEP_KEEP_V,
+    FLOW_STEP_CFG,
+    FLOW_STEP_COUNT
+};
+int op_flow_step(struct context *c, struct tensor *z, struct tensor *kept, const struct tensor *v,
+                 const struct tensor *k, int channels);
 
 // Standard normal noise: element i of out (f32) depends on (seed, stream, i) alone, and has the same
 // bits on every device and on the host (runtime/rng.h rng_normal).

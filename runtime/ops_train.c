@@ -66,18 +66,19 @@ int op_flow_loss(struct context *c, struct tensor *loss, struct tensor *dout,
                   BUF(noise), UINT(P), UINT(Q), FLOAT(factor));
 }
 
-int op_flow_euler(struct context *c, struct tensor *z, const struct tensor *v, float cfg,
-                  int channels, float dt)
+int op_flow_step(struct context *c, struct tensor *z, struct tensor *kept, const struct tensor *v,
+                 const struct tensor *k, int channels)
 {
-    BUG_IF(!is_f32_images(z) || !is_f32_images(v));
+    BUG_IF(!is_f32_images(z) || !is_f32_images(v) || (kept && !same_images(kept, z)));
     int64_t N = z->shape[0], C = z->shape[1], P = image_size(z), Q = image_size(v);
     bool guided = v->shape[0] != N;
     BUG_IF(v->shape[1] < C || v->shape[2] != z->shape[2] || v->shape[3] != z->shape[3]);
-    BUG_IF(guided ? v->shape[0] != 2 * N : cfg != 1.0f);
+    BUG_IF((guided && v->shape[0] != 2 * N) || !is_f32_vector(k, FLOW_STEP_COUNT));
     BUG_IF(channels < 0 || channels > C);
     int64_t first = guided ? channels * z->shape[2] * z->shape[3] : 0;
-    return LAUNCH(c, KERNEL_flow_euler, cover(P, GROUP), N < MOST_IMAGES ? N : MOST_IMAGES, 1,
-                  BUF(z), BUF(v), FLOAT(cfg), UINT(first), FLOAT(dt), UINT(N), UINT(P), UINT(Q));
+    return LAUNCH(c, KERNEL_flow_step, cover(P, GROUP), N < MOST_IMAGES ? N : MOST_IMAGES, 1,
+                  BUF(z), BUF_OR_NULL(kept), BUF(v), BUF(k), UINT(first), UINT(N), UINT(P),
+                  UINT(Q));
 }
 
 int op_normal(struct context *c, struct tensor *out, uint64_t seed, uint64_t stream)

@@ -291,6 +291,22 @@ check "draws other samples" bash -c '! cmp -s a.safetensors c.safetensors'
 works "weights of the model" "${draw[@]}" --latents d.safetensors --weights model
 check "differ from the average's" bash -c '! cmp -s a.safetensors d.safetensors'
 works "no guidance" "${draw[@]}" --latents e.safetensors --cfg 1
+check "all channels at every t is the default" grep -qa "Euler steps, cfg 2, seed" grid.png
+works "sample in 5 steps" "${draw[@]}" --steps 5 --latents five.safetensors
+for way in "--sampler heun" "--sampler dpm++" "--cfg-to 0.5" "--cfg-from 0.6"; do
+    # shellcheck disable=SC2086 # an option and its value
+    works "sample $way" "${draw[@]}" --steps 5 $way --latents way.safetensors --out way.png
+    check "differs from the plain one" bash -c '! cmp -s five.safetensors way.safetensors'
+done
+check "its text has the interval" grep -qa "for t 0.6 to 1" way.png
+works "sample with every default said" "${draw[@]}" --sampler euler --cfg-channels all --cfg-from 0 --cfg-to 1 \
+    --latents way.safetensors
+check "is the plain one" cmp a.safetensors way.safetensors
+works "guidance on 3 channels of 1" "${draw[@]}" --cfg-channels 3 --latents way.safetensors
+check "is on all of them" cmp a.safetensors way.safetensors
+fails 2 "a sampler that is none" "heun" "${draw[@]}" --sampler huen --latents no.safetensors
+fails 2 "an empty guidance interval" "cfg-from 0.7 is above" "${draw[@]}" --cfg-from 0.7 --cfg-to 0.2 --latents no.safetensors
+fails 2 "t out of range" "cfg-to" "${draw[@]}" --cfg-to 1.5 --latents no.safetensors
 fails 2 "class out of range" "class 10 is out of range; the model has 0 to 9" \
     "$ditmoe" sample --ckpt whole --classes 3,10 --out no.png
 fails 2 "classes that are no list" "not a list" "$ditmoe" sample --ckpt whole --classes 1,x --out no.png

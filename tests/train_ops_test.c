@@ -126,8 +126,9 @@ static int flow_reference(void)
     return op_end(&r);
 }
 
-static int flow_euler_case(unsigned flags, const struct images *s, float cfg, int channels,
-                           bool guided)
+// `from` are the coefficients; without guidance v has N images. kept starts as NaN where it is not read.
+static int flow_step_case(unsigned flags, const struct images *s, const double *from, int channels,
+                          bool guided, bool keeps)
 {
     struct op_run r;
     int area = s->H * s->W, P = s->C * area, Q = s->Co * area;
@@ -135,30 +136,46 @@ static int flow_euler_case(unsigned flags, const struct images *s, float cfg, in
     struct operand *z = op_random(&r, F32, -2, 2, DIMS(s->N, s->C, s->H, s->W));
     struct operand *v =
         op_random(&r, F32, -2, 2, DIMS(guided ? 2 * s->N : s->N, s->Co, s->H, s->W));
-    double *want = op_doubles(&r, z->count), dt = (double)0.02f;
+    struct operand *k = op_values(&r, F32, from, DIMS(FLOW_STEP_COUNT));
+    struct operand *kept = from[FLOW_STEP_KEPT] != 0
+                               ? op_random(&r, F32, -2, 2, DIMS(s->N, s->C, s->H, s->W))
+                               : op_output(&r, F32, DIMS(s->N, s->C, s->H, s->W));
+    double *want = op_doubles(&r, z->count), *keep = op_doubles(&r, z->count);
     for (int i = 0; i < z->count; i++) {
         int n = i / P, p = i % P;
         double step = v->v[n * Q + p];
         if (guided && p / area < channels) {
             double free = v->v[(s->N + n) * Q + p];
-            step = free + (double)cfg * (step - free);
+            step = free + k->v[FLOW_STEP_CFG] * (step - free);
         }
-        want[i] = z->v[i] - dt * step;
+        want[i] = k->v[FLOW_STEP_Z] * z->v[i] + k->v[FLOW_STEP_V] * step;
+        if (from[FLOW_STEP_KEPT] != 0)
+            want[i] += k->v[FLOW_STEP_KEPT] * kept->v[i];
+        keep[i] = k->v[FLOW_STEP_KEEP_Z] * z->v[i] + k->v[FLOW_STEP_KEEP_V] * step;
     }
-    OK(OP_RUN(&r, op_flow_euler(&r.c, &z->t, &v->t, cfg, channels, 0.02f)));
-    op_judge(&r, z, want, 1e-6, "flow_euler %dx%dx%dx%d", NAME(s));
+    OK(OP_RUN(&r, op_flow_step(&r.c, &z->t, keeps ? &kept->t : NULL, &v->t, &k->t, channels)));
+    op_judge(&r, z, want, 1e-6, "flow_step %dx%dx%dx%d", NAME(s));
+    if (keeps)
+        op_judge(&r, kept, keep, 1e-6, "flow_step kept %dx%dx%dx%d", NAME(s));
     return op_end(&r);
 }
 
-static int flow_euler(void)
+static int flow_step(void)
 {
+    static const double euler[] = {1, -0.02, 0, 0, 0, 4}, plain[] = {1, -0.02, 0, 0, 0, 1};
+    static const double start[] = {0.9, -0.1, 0, 1, -0.7, 1.5};
+    static const double next[] = {0.9, -0.1, 0.3, 0.5, -0.7, 1.5};
     int failed = 0;
     FOR_FLAGS(flags)
     FOR_IMAGES(s)
     {
-        failed |= flow_euler_case(*flags, s, 4.0f, s->C, true);
-        failed |= flow_euler_case(*flags, s, 1.5f, s->C > 3 ? 3 : 0, true);
-        failed |= flow_euler_case(*flags, s, 1.0f, s->C, false);
+        const int three = s->C > 3 ? 3 : 0;
+        failed |= flow_step_case(*flags, s, euler, s->C, true, false);
+        failed |= flow_step_case(*flags, s, plain, s->C, false, false);
+        failed |= flow_step_case(*flags, s, plain, s->C, true, false);
+        failed |= flow_step_case(*flags, s, start, three, true, true);
+        failed |= flow_step_case(*flags, s, next, three, true, true);
+        failed |= flow_step_case(*flags, s, next, s->C, false, true);
     }
     return failed ? FAILED : PASSED;
 }
@@ -617,7 +634,7 @@ const struct test train_ops_tests[] = {
     {"flow_mix", flow_mix},
     {"flow_reference", flow_reference},
     {"flow_loss", flow_loss},
-    {"flow_euler", flow_euler},
+    {"flow_step", flow_step},
     {"philox", philox},
     {"uniform", uniform},
     {"normal", normal},

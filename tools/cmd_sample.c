@@ -13,6 +13,7 @@ struct sample_settings {
     struct draw_options draw;
     const char *classes, *names, *out, *images, *latents, *noise;
     int per_class;
+    int guided; // index into channel_choices
 };
 
 #define AT(member) offsetof(struct sample_settings, member)
@@ -24,6 +25,22 @@ static const struct option_spec sample_options[] = {
      "safetensors file whose tensor z [N,C,H,W] is the noise to start from; one class is taken for "
      "all N, else N images must be asked for",
      AT(noise), 0, 0, NULL},
+    {0},
+};
+static const char *const sampler_choices[] = {"euler", "heun", "dpm++", NULL};
+static const char *const channel_choices[] = {"all", "3", NULL};
+static const struct option_spec sampler_options[] = {
+    {"sampler", 0, OPTION_CHOICE, "NAME", "euler",
+     "euler; heun: second order, two passes of the network a step; dpm++: DPM-Solver++(2M), second "
+     "order in one pass",
+     AT(draw.sampler), 0, 0, sampler_choices},
+    {"cfg-channels", 0, OPTION_CHOICE, "WHICH", "all",
+     "guide all channels, or the first 3 only; the others then follow the class as it is",
+     AT(guided), 0, 0, channel_choices},
+    {"cfg-from", 0, OPTION_FLOAT, "T", "0", "guide only in passes at t of T and more (0: image)",
+     AT(draw.cfg_from), 0, 1, NULL},
+    {"cfg-to", 0, OPTION_FLOAT, "T", "1", "and of T and less (1: noise); steps cost the same",
+     AT(draw.cfg_to), 0, 1, NULL},
     {0},
 };
 static const struct option_spec output_options[] = {
@@ -184,11 +201,23 @@ static int prepare_request(const struct sample_settings *o, const struct config 
 
 // ---- what is written ----------------------------------------------------------------------------
 
-enum { TEXTS = 8 };
+enum { TEXTS = 10 };
 struct texts {
     struct image_text list[TEXTS];
-    char parameters[600], seed[24], steps[16], cfg[24], classes[400];
+    char parameters[800], seed[24], steps[16], cfg[24], guidance[80], classes[400];
 };
+
+static const char *const sampler_names[] = {"Euler", "Heun", "DPM-Solver++(2M)"};
+
+// What the guidance scale acts on, "" where on everything.
+static void guidance_text(const struct draw_options *d, char *out, size_t size)
+{
+    char interval[56] = "";
+    if (d->interval)
+        snprintf(interval, sizeof interval, " for t %g to %g", (double)d->cfg_from,
+                 (double)d->cfg_to);
+    snprintf(out, size, "%s%s", d->cfg_channels ? " on 3 channels" : "", interval);
+}
 
 static void fill_texts(const struct sample_settings *o, const struct checkpoint *file,
                        struct texts *t)
@@ -200,17 +229,20 @@ static void fill_texts(const struct sample_settings *o, const struct checkpoint 
     snprintf(t->steps, sizeof t->steps, "%d", d->steps);
     snprintf(t->cfg, sizeof t->cfg, "%g", (double)draw_cfg(d, &file->config));
     snprintf(t->classes, sizeof t->classes, "%s", o->classes);
+    guidance_text(d, t->guidance, sizeof t->guidance);
     snprintf(t->parameters, sizeof t->parameters,
-             "classes %.200s, %d each, %s Euler steps, cfg %s, seed %s%s, %s weights of %.100s",
-             o->classes, o->per_class, t->steps, t->cfg, t->seed,
-             o->noise ? " (noise from a file)" : "", ema ? "EMA" : "model", name);
+             "classes %.200s, %d each, %s %s steps, cfg %s%s, seed %s%s, %s weights of %.100s",
+             o->classes, o->per_class, t->steps, sampler_names[d->sampler], t->cfg, t->guidance,
+             t->seed, o->noise ? " (noise from a file)" : "", ema ? "EMA" : "model", name);
     const struct image_text list[TEXTS] = {
         {"Software", "ditmoe " DITMOE_VERSION},
         {"parameters", t->parameters},
         {"seed", t->seed},
         {"classes", t->classes},
         {"steps", t->steps},
+        {"sampler", sampler_choices[d->sampler]},
         {"cfg", t->cfg},
+        {"guidance", t->guidance[0] ? t->guidance + 1 : "on all channels at every t"},
         {"weights", ema ? "ema" : "model"},
         {"checkpoint", name},
     };
@@ -295,8 +327,11 @@ static int sample_run(const struct sample_settings *o, const struct checkpoint *
         return status;
     if (prepare_request(o, c, file->path, q) < 0)
         return report_failure("sample");
-    fprintf(stderr, "%d images, %d steps, cfg %g, seed %llu\n", q->count, o->draw.steps,
-            (double)draw_cfg(&o->draw, c), (unsigned long long)o->draw.seed);
+    char guidance[80];
+    guidance_text(&o->draw, guidance, sizeof guidance);
+    fprintf(stderr, "%d images, %d %s steps, cfg %g%s, seed %llu\n", q->count, o->draw.steps,
+            sampler_names[o->draw.sampler], (double)draw_cfg(&o->draw, c), guidance,
+            (unsigned long long)o->draw.seed);
     if (draw_samples(&o->draw, file, q->count, q->classes, q->noise, q->latents) < 0 ||
         write_results(o, file, q) < 0)
         return report_failure("sample");
@@ -309,6 +344,7 @@ int cmd_sample(int argc, char **argv)
     const struct option_group groups[] = {
         {"what to draw", sample_options, &o},
         {"how", draw_option_list, &o.draw},
+        {"the way from noise to image", sampler_options, &o},
         {"what is written (at least one)", output_options, &o},
         {"device", device_option_list, &o.draw.device},
         {0},
@@ -317,7 +353,7 @@ int cmd_sample(int argc, char **argv)
         .name = "sample",
         .summary = "Draws images from a checkpoint.",
         .about =
-            "Draws images of the given classes: rectified flow from noise to image in Euler steps, "
+            "Draws images of the given classes: rectified flow from noise, t = 1, to image, t = 0, "
             "with classifier-free guidance. The same seed gives the same noise everywhere.",
         .example =
             "ditmoe sample --ckpt run --classes 0-9 --per-class 8 --seed 1 --out samples.png",
@@ -328,6 +364,11 @@ int cmd_sample(int argc, char **argv)
         return status;
     if (!o.draw.ckpt)
         return usage_error("sample", "--ckpt FILE is needed");
+    o.draw.cfg_channels = o.guided ? 3 : 0;
+    o.draw.interval = options_given("cfg-from") || options_given("cfg-to");
+    if (o.draw.cfg_from > o.draw.cfg_to)
+        return usage_error("sample", "--cfg-from %g is above --cfg-to %g",
+                           (double)o.draw.cfg_from, (double)o.draw.cfg_to);
     if (!o.out && !o.images && !o.latents)
         return usage_error("sample", "nothing to write: give --out, --images or --latents");
     struct checkpoint *file = NULL;

@@ -12,7 +12,7 @@ const struct option_spec draw_option_list[] = {
     {"weights", 0, OPTION_CHOICE, "WHICH", "auto",
      "ema, model, or auto: the averaged weights (EMA) where the file has them", AT(weights), 0, 0,
      weights_choices},
-    {"steps", 'n', OPTION_INT, "N", "50", "Euler steps from noise to image", AT(steps), 1, 100000,
+    {"steps", 'n', OPTION_INT, "N", "50", "steps from noise to image, equal in t", AT(steps), 1, 100000,
      NULL},
     {"cfg", 0, OPTION_FLOAT, "S", "2", "guidance scale; 1: no guidance, half the time", AT(cfg), 0,
      1000, NULL},
@@ -65,8 +65,15 @@ int draw_samples(const struct draw_options *o, const struct checkpoint *file, in
     struct session session;
     struct sampler *sampler = NULL;
     int batch = o->batch < count ? o->batch : count;
-    struct sample_options options = {
-        .steps = o->steps, .cfg = draw_cfg(o, &file->config), .seed = o->seed, .pack = true};
+    struct sample_options options = {.kind = (enum sampler_kind)o->sampler,
+                                     .steps = o->steps,
+                                     .cfg = draw_cfg(o, &file->config),
+                                     .cfg_channels = o->cfg_channels,
+                                     .interval = o->interval,
+                                     .cfg_from = o->cfg_from,
+                                     .cfg_to = o->cfg_to,
+                                     .seed = o->seed,
+                                     .pack = true};
     struct progress progress;
     TRY(session_open(&o->device, &session));
     stop_on_signals();

@@ -10,6 +10,10 @@ struct draw_options {
     int weights; // enum weights_choice
     int steps, batch;
     float cfg;
+    int sampler;      // enum sampler_kind
+    int cfg_channels; // 0: all
+    bool interval;    // guidance only for cfg_from <= t <= cfg_to
+    float cfg_from, cfg_to;
     uint64_t seed;
     struct device_options device;
 };
