@@ -9,6 +9,7 @@ struct draw_options {
     const char *ckpt;
     int weights; // enum weights_choice
     int steps, batch;
+    int heads, topk; // of a file without a configuration; 0: guessed
     float cfg;
     uint64_t seed;
     struct device_options device;
