@@ -5,6 +5,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "model/torch_file.h"
+
 // ---- inferring the configuration of a file without metadata ------------------------------------------------
 
 static const struct st_tensor *find(const struct safetensors *s, const char *prefix, const char *name)
@@ -81,7 +83,7 @@ static int infer_heads(const struct safetensors *s, const char *prefix,
     for (int i = 0; i < 5 && !c->heads; i++)
         if (known[i][0] == c->hidden)
             c->heads = known[i][1];
-    if (hints && hints->heads)
+    if (hints && hints->heads > 0)
         c->heads = hints->heads;
     if (!c->heads)
         return fail(ERR_INPUT, "the number of heads cannot be told from the file (hidden %d is no "
@@ -115,7 +117,7 @@ static int infer_config(const struct safetensors *s, const char *prefix,
     TRY(infer_heads(s, prefix, hints, c));
     TRY(infer_moe(s, prefix, c));
     c->topk = c->experts < 2 ? 1 : 2;
-    if (hints && hints->topk)
+    if (hints && hints->topk > 0)
         c->topk = hints->topk;
     return config_check(c);
 }
@@ -205,7 +207,8 @@ int checkpoint_open(const char *path, const struct checkpoint_hints *hints, stru
 {
     *out = (struct checkpoint){0};
     snprintf(out->path, sizeof out->path, "%s", path);
-    TRY(safetensors_open(path, &out->file));
+    TRY(torch_file_is(path) ? torch_file_open(path, &out->file)
+                            : safetensors_open(path, &out->file));
     const char *probe = "final_layer.linear.weight";
     bool has_model = find(out->file, "", probe) != NULL;
     out->has_ema = find(out->file, "ema.", probe) != NULL;

@@ -2,7 +2,7 @@
 // "ema.NAME" its EMA, "adam.m.NAME" and "adam.v.NAME" the moments. The metadata holds the whole
 // configuration ("ditmoe.config", JSON) and, for training checkpoints, the state of the run
 // ("ditmoe.train", JSON: struct run_state). Written to a temporary name, synced, renamed.
-// Files without our metadata are read too: the configuration is inferred from names and shapes.
+// PyTorch files (model/torch_file.h) open too. Without our metadata the configuration is inferred from names and shapes.
 #ifndef DITMOE_CHECKPOINT_H
 #define DITMOE_CHECKPOINT_H
 

@@ -23,6 +23,7 @@ struct safetensors {
     struct st_tensor *tensors;        // [count], by offset
     const struct st_tensor **by_name; // [count]
     int count;
+    char *names; // adopted
 };
 
 // ---- types --------------------------------------------------------------------------------------
@@ -205,10 +206,8 @@ static int check_cover(const struct safetensors *s)
     return 0;
 }
 
-static int index_tensors(struct safetensors *s)
+static int index_names(struct safetensors *s)
 {
-    qsort(s->tensors, (size_t)s->count, sizeof *s->tensors, by_offset);
-    TRY(check_cover(s));
     s->by_name = calloc((size_t)s->count + 1, sizeof(void *));
     if (!s->by_name)
         return fail(ERR_NOMEM, "%s: out of memory", s->path);
@@ -216,6 +215,13 @@ static int index_tensors(struct safetensors *s)
         s->by_name[i] = &s->tensors[i];
     qsort(s->by_name, (size_t)s->count, sizeof(void *), by_name);
     return 0;
+}
+
+static int index_tensors(struct safetensors *s)
+{
+    qsort(s->tensors, (size_t)s->count, sizeof *s->tensors, by_offset);
+    TRY(check_cover(s));
+    return index_names(s);
 }
 
 static int parse_header(struct safetensors *s)
@@ -299,7 +305,45 @@ void safetensors_close(struct safetensors *s)
     free(s->tensors);
     free(s->by_name);
     free(s->path);
+    free(s->names);
     free(s);
+}
+
+// ---- tensors of another reader ------------------------------------------------------------------
+
+static int adopt(struct safetensors *s)
+{
+    qsort(s->tensors, (size_t)s->count, sizeof *s->tensors, by_offset);
+    TRY(index_names(s));
+    for (int i = 1; i < s->count; i++)
+        if (!strcmp(s->by_name[i - 1]->name, s->by_name[i]->name))
+            return bad_tensor(s, s->by_name[i]->name, "is there twice");
+    return 0;
+}
+
+int safetensors_adopt(const char *path, const void *map, size_t size, struct st_tensor *tensors,
+                      int count, char *names, struct safetensors **out)
+{
+    *out = NULL;
+    struct safetensors *s = calloc(1, sizeof *s);
+    if (!s) {
+        munmap((void *)map, size);
+        free(tensors), free(names);
+        return fail(ERR_NOMEM, "%s: out of memory", path);
+    }
+    *s = (struct safetensors){.path = strdup(path),
+                              .map = map,
+                              .size = size,
+                              .tensors = tensors,
+                              .count = count,
+                              .names = names};
+    int code = s->path ? adopt(s) : fail(ERR_NOMEM, "%s: out of memory", path);
+    if (code < 0) {
+        safetensors_close(s);
+        return code;
+    }
+    *out = s;
+    return 0;
 }
 
 // ---- access -------------------------------------------------------------------------------------
@@ -360,6 +404,9 @@ int safetensors_expect(const struct safetensors *s, const char *name, int dtype,
     const struct st_tensor *t = safetensors_find(s, name);
     if (!t)
         return fail(ERR_INPUT, "%s: tensor '%s' is missing", s->path, shown(name).text);
+    if (t->other)
+        return fail(ERR_INPUT, "%s: tensor '%s': its type %s is not supported", s->path,
+                    shown(name).text, t->other);
     if (dtype >= 0 && t->dtype != (enum st_dtype)dtype)
         return fail(ERR_INPUT, "%s: tensor '%s': dtype is %s, expected %s", s->path,
                     shown(name).text, st_dtype_name(t->dtype), st_dtype_name((enum st_dtype)dtype));
@@ -402,7 +449,48 @@ static int check_range(const struct safetensors *s, const struct st_tensor *t, i
         return fail(ERR_INPUT, "%s: tensor '%s': elements %lld + %lld are not within its %lld",
                     s->path, shown(t->name).text, (long long)first, (long long)count,
                     (long long)t->count);
+    if (t->other)
+        return fail(ERR_INPUT, "%s: tensor '%s': its type %s is not supported", s->path,
+                    shown(t->name).text, t->other);
     return 0;
+}
+
+// The byte offset of element i, counted row-major.
+static size_t strided_at(const struct st_tensor *t, int64_t i)
+{
+    int64_t at = 0;
+    for (int k = t->ndim - 1; k >= 0; k--) {
+        at += i % t->shape[k] * t->stride[k];
+        i /= t->shape[k];
+    }
+    return (size_t)at * st_dtype_size(t->dtype);
+}
+
+// Elements [first, first+count) of a strided tensor, one after the other, for the caller to free.
+static uint8_t *gather(const struct st_tensor *t, int64_t first, int64_t count)
+{
+    const size_t size = st_dtype_size(t->dtype);
+    uint8_t *to = malloc((size_t)count * size + 1);
+    for (int64_t i = 0; to && i < count; i++)
+        memcpy(to + (size_t)i * size, (const uint8_t *)t->data + strided_at(t, first + i), size);
+    return to;
+}
+
+// read() on a strided tensor: the same on a copy of the elements wanted.
+static int read_gathered(const struct safetensors *s, const struct st_tensor *t, float *f,
+                         int64_t *n, int64_t first, int64_t count)
+{
+    uint8_t *copy = gather(t, first, count);
+    if (!copy)
+        return fail(ERR_NOMEM, "%s: out of memory for tensor '%s'", s->path, shown(t->name).text);
+    struct st_tensor plain = *t;
+    plain.strided = false;
+    plain.data = copy;
+    plain.count = count;
+    int code = f ? safetensors_read_f32(s, &plain, f, 0, count)
+                 : safetensors_read_i64(s, &plain, n, 0, count);
+    free(copy);
+    return code;
 }
 
 #define CONVERT(TYPE, TO, EXPRESSION)                      \
@@ -417,6 +505,8 @@ int safetensors_read_f32(const struct safetensors *s, const struct st_tensor *t,
                          int64_t first, int64_t count)
 {
     TRY(check_range(s, t, first, count));
+    if (t->strided)
+        return read_gathered(s, t, dst, NULL, first, count);
     const uint8_t *from = (const uint8_t *)t->data + (size_t)first * st_dtype_size(t->dtype);
     switch (t->dtype) {
     case ST_F32:
@@ -445,6 +535,8 @@ int safetensors_read_i64(const struct safetensors *s, const struct st_tensor *t,
                          int64_t first, int64_t count)
 {
     TRY(check_range(s, t, first, count));
+    if (t->strided)
+        return read_gathered(s, t, NULL, dst, first, count);
     const uint8_t *from = (const uint8_t *)t->data + (size_t)first * st_dtype_size(t->dtype);
     switch (t->dtype) {
     case ST_I32:

@@ -13,6 +13,7 @@
 #ifndef DITMOE_SAFETENSORS_H
 #define DITMOE_SAFETENSORS_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -40,6 +41,11 @@ struct st_tensor {
     uint64_t bytes;   // count * st_dtype_size()
     uint64_t offset;  // from the start of the data
     const void *data; // in the mapped file; may be unaligned: copy, do not cast
+    // Of other formats only (model/torch_file.h): elements not row-major from `data` on but `stride`
+    // elements apart, and the name of a type that cannot be read (then bytes is 0).
+    bool strided;
+    int64_t stride[ST_DIMS];
+    const char *other;
 };
 
 // ---- reading ------------------------------------------------------------------------------------
@@ -69,6 +75,11 @@ int safetensors_read_f32(const struct safetensors *s, const struct st_tensor *t,
                          int64_t first, int64_t count);
 int safetensors_read_i64(const struct safetensors *s, const struct st_tensor *t, int64_t *dst,
                          int64_t first, int64_t count);
+
+// Gives tensors that another reader found in a mapped file the face above. Takes over the mapping,
+// `tensors` and `names` (malloc'ed; the tensors' names point into it), also when it fails.
+int safetensors_adopt(const char *path, const void *map, size_t size, struct st_tensor *tensors,
+                      int count, char *names, struct safetensors **out);
 
 // ---- writing ------------------------------------------------------------------------------------
 

@@ -367,6 +367,20 @@ if [ -d "$root/tests/golden/s_qkv" ]; then
         --input "$golden/input.safetensors" --output no.safetensors
 fi
 
+# ---- PyTorch files -------------------------------------------------------------------------------------
+pt=$root/tests/torch
+works "info of a .pt" "$ditmoe" info "$pt/s_qkv.pt" --heads 2
+check "says what it holds" grep -q 'weights.*model, EMA' out
+works "info of a .pth of the old form" "$ditmoe" info "$pt/xl_wqkv_old.pth"
+works "forward of a .pt" "$ditmoe" forward --ckpt "$pt/s_qkv.pt" --heads 2 --weights ema \
+    --input "$root/tests/golden/s_qkv/input.safetensors" --output pt.safetensors
+works "sample from a .pt" "$ditmoe" sample --ckpt "$pt/s_qkv.pt" --heads 2 --topk 2 --steps 2 --classes 0-1 \
+    --latents pt-latents.safetensors
+fails 1 "a .pt whose heads nothing shows" "give --heads" "$ditmoe" sample --ckpt "$pt/s_qkv.pt" --latents no.safetensors
+fails 1 "a .pt that wants to run a program" "evil.pt: refused: .*posix.system" "$ditmoe" info "$pt/evil.pt"
+head -c 50000 "$pt/s_qkv.pt" >cut.pt
+fails 1 "a .pt cut short" "cut.pt: not a whole PyTorch file" "$ditmoe" info cut.pt
+
 # ---- the installed library ---------------------------------------------------------------------------
 cat >user.c <<'END'
 #include <stdio.h>

@@ -20,6 +20,10 @@ const struct option_spec draw_option_list[] = {
      NULL},
     {"batch", 'b', OPTION_INT, "N", "16", "images at a time; does not change them", AT(batch), 1,
      65536, NULL},
+    {"heads", 0, OPTION_INT, "N", "0", "for a file without a configuration: attention heads",
+     AT(heads), 0, 1024, NULL},
+    {"topk", 0, OPTION_INT, "N", "0", "for a file without a configuration: active experts",
+     AT(topk), 0, 64, NULL},
     {0},
 };
 #undef AT
@@ -31,7 +35,8 @@ int draw_open(const struct draw_options *o, struct checkpoint **out)
     struct checkpoint *c = calloc(1, sizeof *c);
     if (!c)
         return fail(ERR_NOMEM, "out of memory");
-    int code = checkpoint_open(path, NULL, c);
+    const struct checkpoint_hints hints = {o->heads, o->topk};
+    int code = checkpoint_open(path, &hints, c);
     if (code < 0)
         free(c);
     else

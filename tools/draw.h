@@ -9,6 +9,7 @@ struct draw_options {
     const char *ckpt;
     int weights; // enum weights_choice
     int steps, batch;
+    int heads, topk; // of a file without a configuration; 0: guessed
     float cfg;
     int sampler;      // enum sampler_kind
     int cfg_channels; // 0: all

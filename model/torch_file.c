@@ -1,0 +1,525 @@
+// Reading PyTorch files; see torch_file.h.
+#include "model/torch_file.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "model/pickle.h"
+
+// A pickle's values cost some tens of bytes for each of its own. That of a model with 16000 tensors
+// has 3 MB.
+enum { PICKLE_MAX = 1 << 24 };
+
+// A pickle can name one text many times over, so its length alone does not bound what names take.
+enum { TENSORS_MAX = 1 << 17, NAME_MAX_BYTES = 512 };
+
+struct region { // the bytes of one storage
+    const char *key;
+    size_t length;
+    uint64_t offset, size;
+};
+
+struct torch_file {
+    const uint8_t *map;
+    size_t size;
+    struct pickle *pickle;
+    struct region *regions; // [count], by key
+    size_t count;
+    struct st_tensor *tensors;
+    int tensor_count;
+    char *names;
+};
+
+static uint64_t number(const uint8_t *at, int bytes)
+{
+    uint64_t n = 0;
+    for (int i = 0; i < bytes; i++)
+        n |= (uint64_t)at[i] << 8 * i;
+    return n;
+}
+
+static int by_key(const void *a, const void *b)
+{
+    const struct region *x = a, *y = b;
+    const size_t shorter = x->length < y->length ? x->length : y->length;
+    const int order = shorter ? memcmp(x->key, y->key, shorter) : 0;
+    return order ? order : (x->length > y->length) - (x->length < y->length);
+}
+
+static const struct region *find_region(const struct torch_file *f, const char *key, size_t length)
+{
+    const struct region want = {.key = key, .length = length};
+    return f->count ? bsearch(&want, f->regions, f->count, sizeof want, by_key) : NULL;
+}
+
+// ---- the zip form -------------------------------------------------------------------------------
+
+struct directory {
+    uint64_t offset, size;
+};
+
+static int bad_zip(const char *what)
+{
+    return fail(ERR_INPUT, "not a whole PyTorch file: %s", what);
+}
+
+// The 64-bit end record, which stands before the other where a number did not fit that.
+static int read_end64(const struct torch_file *f, size_t end, struct directory *d)
+{
+    if (end < 20 || memcmp(f->map + end - 20, "PK\6\7", 4))
+        return bad_zip("its zip directory has no 64-bit end");
+    const uint64_t at = number(f->map + end - 20 + 8, 8);
+    if (at > end || end - at < 56 || memcmp(f->map + at, "PK\6\6", 4))
+        return bad_zip("its zip directory has no 64-bit end");
+    d->size = number(f->map + at + 40, 8);
+    d->offset = number(f->map + at + 48, 8);
+    return 0;
+}
+
+static int find_directory(const struct torch_file *f, struct directory *d)
+{
+    if (f->size < 22)
+        return bad_zip("it is cut short");
+    const size_t last = f->size - 22, first = last > 65535 ? last - 65535 : 0;
+    size_t at = last;
+    while (at > first && memcmp(f->map + at, "PK\5\6", 4))
+        at--;
+    if (memcmp(f->map + at, "PK\5\6", 4))
+        return bad_zip("it has no zip directory at its end: it is cut short");
+    d->size = number(f->map + at + 12, 4);
+    d->offset = number(f->map + at + 16, 4);
+    if (d->size == UINT32_MAX || d->offset == UINT32_MAX || number(f->map + at + 10, 2) == 65535)
+        TRY(read_end64(f, at, d));
+    if (d->offset > f->size || d->size > f->size - d->offset)
+        return bad_zip("its zip directory is outside of it");
+    return 0;
+}
+
+// The 64-bit extra field holds, in this order, the sizes and the offset that do not fit 32 bits.
+static int read_extra(const uint8_t *extra, size_t length, struct region *r, uint64_t *packed)
+{
+    uint64_t *const wide[] = {&r->size, packed, &r->offset};
+    size_t at = 0;
+    while (length - at >= 4) {
+        const uint64_t id = number(extra + at, 2), size = number(extra + at + 2, 2);
+        at += 4;
+        if (size > length - at)
+            return bad_zip("an extra field is cut short");
+        for (size_t i = 0, used = 0; id == 1 && i < 3; i++) {
+            if (*wide[i] != UINT32_MAX)
+                continue;
+            if (size - used < 8)
+                return bad_zip("a 64-bit size is missing");
+            *wide[i] = number(extra + at + used, 8);
+            used += 8;
+        }
+        at += size;
+    }
+    return 0;
+}
+
+// One entry of the directory; `offset` becomes that of its data.
+static int read_entry(const struct torch_file *f, const struct directory *d, uint64_t *at,
+                      struct region *r)
+{
+    const uint64_t left = d->size - *at;
+    const uint8_t *e = f->map + d->offset + *at;
+    if (left < 46 || memcmp(e, "PK\1\2", 4))
+        return bad_zip("its zip directory is damaged");
+    const uint64_t name = number(e + 28, 2), extra = number(e + 30, 2), note = number(e + 32, 2);
+    if (left - 46 < name + extra + note)
+        return bad_zip("its zip directory is damaged");
+    if (number(e + 8, 2) & 1 || number(e + 10, 2))
+        return bad_zip("an entry is compressed or encrypted, which torch.save does not do");
+    uint64_t packed = number(e + 20, 4);
+    *r = (struct region){.key = (const char *)e + 46,
+                         .length = (size_t)name,
+                         .size = number(e + 24, 4),
+                         .offset = number(e + 42, 4)};
+    TRY(read_extra(e + 46 + name, (size_t)extra, r, &packed));
+    if (packed != r->size)
+        return bad_zip("an entry has two sizes");
+    if (r->offset > f->size || f->size - r->offset < 30 || memcmp(f->map + r->offset, "PK\3\4", 4))
+        return bad_zip("an entry is outside of it");
+    r->offset += 30 + number(f->map + r->offset + 26, 2) + number(f->map + r->offset + 28, 2);
+    if (r->offset > f->size || r->size > f->size - r->offset)
+        return bad_zip("an entry is outside of it");
+    *at += 46 + name + extra + note;
+    return 0;
+}
+
+static int read_directory(struct torch_file *f)
+{
+    struct directory d = {0};
+    TRY(find_directory(f, &d));
+    f->regions = malloc((size_t)(d.size / 46 + 1) * sizeof *f->regions);
+    if (!f->regions)
+        return fail(ERR_NOMEM, "out of memory for the zip directory");
+    for (uint64_t at = 0; at < d.size; f->count++)
+        TRY(read_entry(f, &d, &at, &f->regions[f->count]));
+    return 0;
+}
+
+static const struct region *entry_named(const struct torch_file *f, const char *name)
+{
+    const size_t length = strlen(name);
+    for (size_t i = 0; i < f->count; i++) {
+        const struct region *r = &f->regions[i];
+        if (r->length > length && !memcmp(r->key + r->length - length, name, length) &&
+            !memchr(r->key, '/', r->length - length))
+            return r;
+    }
+    return NULL;
+}
+
+static int check_order(const struct torch_file *f)
+{
+    const struct region *order = entry_named(f, "/byteorder");
+    if (order && (order->size != 6 || memcmp(f->map + order->offset, "little", 6)))
+        return fail(ERR_INPUT, "its numbers are not little-endian, which is not supported");
+    return 0;
+}
+
+// Leaves of the entries those under ROOT/data/, by what follows that.
+static void keep_storages(struct torch_file *f, const char *root, size_t length)
+{
+    size_t kept = 0;
+    for (size_t i = 0; i < f->count; i++) {
+        struct region r = f->regions[i];
+        if (r.length < length + 6 || memcmp(r.key, root, length) ||
+            memcmp(r.key + length, "/data/", 6))
+            continue;
+        r.key += length + 6;
+        r.length -= length + 6;
+        f->regions[kept++] = r;
+    }
+    f->count = kept;
+}
+
+static int read_zip(struct torch_file *f)
+{
+    size_t used;
+    TRY(read_directory(f));
+    const struct region *entry = entry_named(f, "/data.pkl");
+    if (!entry)
+        return bad_zip("a zip file without data.pkl");
+    TRY(check_order(f));
+    if (entry->size > PICKLE_MAX)
+        return fail(ERR_INPUT, "its pickle has more than 16 MiB, which no model needs");
+    const struct region pickle = *entry;
+    keep_storages(f, pickle.key, pickle.length - strlen("/data.pkl"));
+    return pickle_read(f->map + pickle.offset, (size_t)pickle.size, &f->pickle, &used);
+}
+
+// ---- the form before 1.6 ------------------------------------------------------------------------
+
+// Five pickles (a magic number, a version, the system, the object, the storages' keys), then for
+// each key the count of elements and the elements.
+static const uint8_t magic[] = {0x80, 2,    0x8a, 10,   0x6c, 0xfc, 0x9c, 0x46,
+                                0xf9, 0x20, 0x6a, 0xa8, 0x50, 0x19, '.'};
+
+static int read_pickle(const struct torch_file *f, size_t *at, struct pickle **out)
+{
+    size_t used = 0, left = f->size - *at;
+    TRY(pickle_read(f->map + *at, left < PICKLE_MAX ? left : PICKLE_MAX, out, &used));
+    *at += used;
+    return 0;
+}
+
+static int check_system(const struct torch_file *f, size_t *at)
+{
+    struct pickle *p;
+    TRY(read_pickle(f, at, &p));
+    const struct pickle_value *version = pickle_root(p);
+    const bool known = version->kind == PICKLE_INT && version->i == 1001;
+    pickle_free(p);
+    if (!known)
+        return bad_zip("a version of the old form other than 1001");
+    TRY(read_pickle(f, at, &p));
+    const struct pickle_value *little = pickle_get(pickle_root(p), "little_endian");
+    const bool right = little && little->kind == PICKLE_INT && little->i == 1;
+    pickle_free(p);
+    return right ? 0 : fail(ERR_INPUT, "its numbers are not little-endian, which is not supported");
+}
+
+static int by_storage_key(const void *a, const void *b)
+{
+    const struct pickle_value *const x = (*(const struct pickle_value *const *)a)->key;
+    const struct pickle_value *const y = (*(const struct pickle_value *const *)b)->key;
+    return by_key(&(struct region){.key = x->text, .length = x->length},
+                  &(struct region){.key = y->text, .length = y->length});
+}
+
+static int place_storage(struct torch_file *f, const struct pickle_value **known, size_t count,
+                         const struct pickle_value *key, size_t *at)
+{
+    struct pickle_value probe = {.kind = PICKLE_STORAGE}, *want = &probe;
+    probe.key = key;
+    const struct pickle_value **found = NULL;
+    if (key->kind == PICKLE_TEXT && count)
+        found = bsearch(&want, known, count, sizeof *known, by_storage_key);
+    if (!found)
+        return bad_zip("a storage that no tensor uses");
+    if (f->size - *at < 8)
+        return bad_zip("it is cut short before a storage");
+    uint64_t bytes = number(f->map + *at, 8);
+    *at += 8;
+    if (__builtin_mul_overflow(bytes, (*found)->storage.element, &bytes) || bytes > f->size - *at)
+        return bad_zip("it is cut short within a storage");
+    f->regions[f->count++] = (struct region){key->text, key->length, *at, bytes};
+    *at += (size_t)bytes;
+    return 0;
+}
+
+static int place_storages(struct torch_file *f, const struct pickle_value *keys, size_t at)
+{
+    size_t count;
+    const struct pickle_value *const *storages = pickle_storages(f->pickle, &count);
+    const struct pickle_value **known = malloc((count + 1) * sizeof *known);
+    f->regions = malloc((keys->count + 1) * sizeof *f->regions);
+    int code = known && f->regions ? 0 : fail(ERR_NOMEM, "out of memory for the storages");
+    if (code >= 0 && count) {
+        memcpy(known, storages, count * sizeof *known);
+        qsort(known, count, sizeof *known, by_storage_key);
+    }
+    for (size_t i = 0; code >= 0 && i < keys->count; i++)
+        code = place_storage(f, known, count, keys->items[i], &at);
+    free(known);
+    return code;
+}
+
+static int read_old(struct torch_file *f)
+{
+    size_t at = sizeof magic;
+    TRY(check_system(f, &at));
+    TRY(read_pickle(f, &at, &f->pickle));
+    struct pickle *keys;
+    TRY(read_pickle(f, &at, &keys));
+    const struct pickle_value *list = pickle_root(keys);
+    int code = list->kind == PICKLE_LIST ? place_storages(f, list, at)
+                                         : bad_zip("it has no list of storages");
+    pickle_free(keys); // the regions' keys are in the file
+    return code;
+}
+
+// ---- tensors ------------------------------------------------------------------------------------
+
+static int bad_view(const char *name, const char *what)
+{
+    char shown[96];
+    size_t n = 0;
+    for (; name[n] && n < sizeof shown - 1; n++)
+        shown[n] = (unsigned char)name[n] < 32 || name[n] == 127 ? '?' : name[n];
+    shown[n] = 0;
+    return fail(ERR_INPUT, "tensor '%s': %s", shown, what);
+}
+
+static int read_lengths(const struct pickle_value *v, const char *name, int64_t *to)
+{
+    if (v->count > ST_DIMS)
+        return bad_view(name, "has more than 8 dimensions");
+    for (size_t i = 0; i < v->count; i++) {
+        if (v->items[i]->kind != PICKLE_INT || v->items[i]->i < 0)
+            return bad_view(name, "a size or stride is no length");
+        to[i] = v->items[i]->i;
+    }
+    return 0;
+}
+
+// `*last`: the last element's place in the storage.
+static int check_view(struct st_tensor *t, int64_t offset, int64_t stored, int64_t *last)
+{
+    int64_t row = 1, way;
+    *last = offset;
+    t->count = 1;
+    for (int i = t->ndim - 1; i >= 0; i--) {
+        if (__builtin_mul_overflow(t->count, t->shape[i], &t->count))
+            return bad_view(t->name, "its shape is too large");
+        t->strided |= t->shape[i] > 1 && t->stride[i] != row;
+        if (t->shape[i] > 0 && (__builtin_mul_overflow(t->shape[i] - 1, t->stride[i], &way) ||
+                                __builtin_add_overflow(*last, way, last)))
+            return bad_view(t->name, "it reaches outside its storage");
+        row = t->count;
+    }
+    if (t->count > 0 && *last >= stored)
+        return bad_view(t->name, "it reaches outside its storage");
+    if (t->count > stored)
+        return bad_view(t->name, "it repeats elements (an expanded view), which is not supported");
+    return 0;
+}
+
+static int read_tensor(const struct torch_file *f, const struct pickle_value *v,
+                       struct st_tensor *t)
+{
+    const struct pickle_value *storage = v->items[0], *offset = v->items[1];
+    const struct pickle_storage *s = &storage->storage;
+    if (v->items[2]->count != v->items[3]->count)
+        return bad_view(t->name, "has other numbers of sizes and strides");
+    TRY(read_lengths(v->items[2], t->name, t->shape));
+    TRY(read_lengths(v->items[3], t->name, t->stride));
+    t->ndim = (int)v->items[2]->count;
+    t->dtype = s->dtype;
+    t->other = s->other;
+    const struct region *r = find_region(f, storage->key->text, storage->key->length);
+    if (!r)
+        return bad_view(t->name, "its storage is not in the file");
+    int64_t last;
+    if ((uint64_t)s->count > r->size / s->element)
+        return bad_view(t->name, "its storage is cut short");
+    if (offset->i < 0 || offset->i > s->count)
+        return bad_view(t->name, "it reaches outside its storage");
+    TRY(check_view(t, offset->i, s->count, &last));
+    t->bytes = t->other ? 0 : (uint64_t)t->count * s->element;
+    t->offset = r->offset + (uint64_t)offset->i * s->element;
+    t->data = f->map + t->offset;
+    return 0;
+}
+
+static bool is_weight(const struct pickle_value *dict, size_t i)
+{
+    return dict->items[i]->kind == PICKLE_TEXT && dict->items[i + 1]->kind == PICKLE_TENSOR;
+}
+
+// How many tensors a dict has, and the bytes of their names with `prefix` and a 0 each.
+static int measure(const struct pickle_value *dict, size_t prefix, int *count, size_t *bytes)
+{
+    for (size_t i = 0; dict && dict->kind == PICKLE_DICT && i < dict->count; i += 2) {
+        if (!is_weight(dict, i))
+            continue;
+        const struct pickle_value *key = dict->items[i];
+        if (!key->length || key->length > NAME_MAX_BYTES || memchr(key->text, 0, key->length))
+            return fail(ERR_INPUT, "a tensor's name is empty, longer than %d bytes or no text",
+                        NAME_MAX_BYTES);
+        if (*count == TENSORS_MAX)
+            return fail(ERR_INPUT, "it holds more than %d tensors", TENSORS_MAX);
+        *count += 1;
+        *bytes += prefix + key->length + 1;
+    }
+    return 0;
+}
+
+static int read_tensors(struct torch_file *f, const struct pickle_value *dict, const char *prefix,
+                        char **names)
+{
+    const size_t length = strlen(prefix);
+    for (size_t i = 0; dict && dict->kind == PICKLE_DICT && i < dict->count; i += 2) {
+        if (!is_weight(dict, i))
+            continue;
+        const struct pickle_value *key = dict->items[i];
+        struct st_tensor *t = &f->tensors[f->tensor_count];
+        t->name = *names;
+        memcpy(*names, prefix, length);
+        memcpy(*names + length, key->text, key->length);
+        *names += length + key->length + 1; // calloc left the 0
+        TRY(read_tensor(f, dict->items[i + 1], t));
+        f->tensor_count++;
+    }
+    return 0;
+}
+
+static int choose_tensors(struct torch_file *f)
+{
+    const struct pickle_value *root = pickle_root(f->pickle);
+    if (root->kind != PICKLE_DICT)
+        return fail(ERR_INPUT, "it holds no dict of tensors (a whole pickled model is not read)");
+    const struct pickle_value *model = pickle_get(root, "model"), *ema = pickle_get(root, "ema");
+    int count = 0;
+    size_t bytes = 1;
+    TRY(measure(ema, 4, &count, &bytes));
+    TRY(measure(model, 0, &count, &bytes));
+    if (!count) {
+        ema = NULL;
+        model = root;
+        TRY(measure(model, 0, &count, &bytes));
+    }
+    if (!count)
+        return fail(ERR_INPUT, "it holds no tensors: neither in 'ema' or 'model' nor directly");
+    f->tensors = calloc((size_t)count, sizeof *f->tensors);
+    char *names = f->names = calloc(bytes, 1);
+    if (!f->tensors || !f->names)
+        return fail(ERR_NOMEM, "out of memory for %d tensors", count);
+    TRY(read_tensors(f, ema, "ema.", &names));
+    return read_tensors(f, model, "", &names);
+}
+
+// ---- open ---------------------------------------------------------------------------------------
+
+static int begins_as(const uint8_t *data, size_t size)
+{
+    if (size >= 4 && !memcmp(data, "PK\3\4", 4))
+        return 'z';
+    return size >= sizeof magic && !memcmp(data, magic, sizeof magic) ? 'o' : 0;
+}
+
+bool torch_file_is(const char *path)
+{
+    uint8_t head[sizeof magic];
+    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    if (fd < 0)
+        return false;
+    ssize_t n = read(fd, head, sizeof head);
+    close(fd);
+    return n > 0 && begins_as(head, (size_t)n);
+}
+
+static int map_file(const char *path, struct torch_file *f)
+{
+    struct stat info;
+    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    if (fd < 0)
+        return fail(ERR_IO, "cannot be opened: %s", strerror(errno));
+    int code = 0;
+    void *map = MAP_FAILED;
+    if (fstat(fd, &info) < 0 || !S_ISREG(info.st_mode))
+        code = fail(ERR_IO, "cannot be read: not a regular file");
+    else if (!info.st_size)
+        code = bad_zip("it is empty");
+    else if ((map = mmap(NULL, (size_t)info.st_size, PROT_READ, MAP_PRIVATE, fd, 0)) == MAP_FAILED)
+        code = fail(ERR_IO, "cannot be mapped: %s", strerror(errno));
+    close(fd);
+    if (code >= 0) {
+        f->map = map;
+        f->size = (size_t)info.st_size;
+    }
+    return code;
+}
+
+static int read_file(const char *path, struct torch_file *f)
+{
+    TRY(map_file(path, f));
+    switch (begins_as(f->map, f->size)) {
+    case 'z':
+        TRY(read_zip(f));
+        break;
+    case 'o':
+        TRY(read_old(f));
+        break;
+    default:
+        return bad_zip("it begins as neither form of torch.save does");
+    }
+    if (f->count)
+        qsort(f->regions, f->count, sizeof *f->regions, by_key);
+    return choose_tensors(f);
+}
+
+int torch_file_open(const char *path, struct safetensors **out)
+{
+    struct torch_file f = {0};
+    *out = NULL;
+    int code = read_file(path, &f);
+    pickle_free(f.pickle);
+    free(f.regions);
+    if (code >= 0)
+        return safetensors_adopt(path, f.map, f.size, f.tensors, f.tensor_count, f.names, out);
+    if (f.map)
+        munmap((void *)f.map, f.size);
+    free(f.tensors);
+    free(f.names);
+    return fail_in(code, "%s", path);
+}
