@@ -243,7 +243,7 @@ struct device {
     int swiglu_columns;   // gemm() takes SwiGLU in where F is a multiple of this; 0: never
     int fused_width;      // accelerate() fuses combine and LayerNorm for multiples of 128 up to this
     bool rebuilds_hidden; // SWIGLU_BACKWARD can write h again, so that it need not be kept
-    bool half_weights;    // products want weights as bf16: keep a rounded copy of the f32 ones
+    bool half_weights;    // products want weights as bf16 (runtime/tensor.h: in two halves)
     unsigned flags;       // as opened
     uint64_t allocations; // alloc() calls so far; tests assert that training makes none
     uint64_t allocated;   // bytes allocated now
