@@ -34,6 +34,23 @@ int moe_blocks_parse(const char *name, enum moe_blocks *out)
                 name);
 }
 
+static const char *const diffusion_names[] = {"rf", "ddpm"};
+
+const char *diffusion_name(enum diffusion d)
+{
+    return diffusion_names[d];
+}
+
+int diffusion_parse(const char *name, enum diffusion *out)
+{
+    for (int i = 0; i < (int)(sizeof diffusion_names / sizeof diffusion_names[0]); i++)
+        if (!strcmp(name, diffusion_names[i])) {
+            *out = (enum diffusion)i;
+            return 0;
+        }
+    return fail(ERR_INPUT, "diffusion '%s' is none of rf, ddpm", name);
+}
+
 bool config_is_moe(const struct config *c, int layer)
 {
     switch (c->moe) {
@@ -158,7 +175,7 @@ json_t *config_to_json(const struct config *c)
     } while (0);
     CONFIG_FLOATS(X)
 #undef X
-    json_object_set_new(j, "diffusion", json_string("rf"));
+    json_object_set_new(j, "diffusion", json_string(diffusion_name(c->diffusion)));
     return j;
 }
 
@@ -194,16 +211,14 @@ int config_from_json(const json_t *j, struct config *c)
     CONFIG_FLOATS(X)
 #undef X
     const char *diffusion = json_string_value(json_object_get(j, "diffusion"));
-    if (diffusion && strcmp(diffusion, "rf"))
-        return fail(ERR_INPUT, "configuration: diffusion '%s' is not known; this version has 'rf'",
-                    diffusion);
+    TRY(diffusion_parse(diffusion ? diffusion : "rf", &c->diffusion));
     return config_check(c);
 }
 
 bool config_equal(const struct config *a, const struct config *b)
 {
 #define X(f) &&a->f == b->f
-    return a->moe == b->moe CONFIG_INTS(X) CONFIG_BOOLS(X) CONFIG_FLOATS(X);
+    return a->moe == b->moe && a->diffusion == b->diffusion CONFIG_INTS(X) CONFIG_BOOLS(X) CONFIG_FLOATS(X);
 #undef X
 }
 

@@ -19,17 +19,25 @@ enum moe_blocks {
     MOE_NONE,
 };
 
+// What the network is trained to answer, and what its t is.
+enum diffusion {
+    DIFFUSION_RF,   // rectified flow: v = noise - x at t in [0,1], 1 is noise
+    DIFFUSION_DDPM, // 1000 steps, linear betas: noise (and, with learn_sigma, variance) at t = 0..999
+};
+
 struct config {
     int layers, hidden, heads, patch;
     int channels, size, classes; // images are [channels, size, size]; labels 0..classes-1
     int experts, topk, shared;   // shared experts: one SwiGLU of width shared*hidden; 0: none
     enum moe_blocks moe;
     bool qk_norm;     // per-head LayerNorm on q and k (XL and G); parameters named Wqkv, out_proj
-    bool learn_sigma; // the head has 2*channels outputs; rectified flow ignores the second half
+    bool learn_sigma; // the head has 2*channels outputs; rectified flow ignores the second half, DDPM
+                      // takes it for the variance
     bool renormalise; // gate weights divided by their sum after top-k (published: no)
     bool balance_per_sequence; // balance loss per image instead of per batch (published: no)
     float balance;             // its factor: 0.01 in the published code, 0.005 in the paper
     float class_dropout;       // labels replaced by the null class in training
+    enum diffusion diffusion;
 };
 
 enum { TIMESTEP_FEATURES = 256, MLP_RATIO = 4 };
@@ -68,6 +76,8 @@ bool config_equal(const struct config *a, const struct config *b);
 
 const char *moe_blocks_name(enum moe_blocks m);
 int moe_blocks_parse(const char *name, enum moe_blocks *out);
+const char *diffusion_name(enum diffusion d); // rf, ddpm
+int diffusion_parse(const char *name, enum diffusion *out);
 
 // What `ditmoe info` prints.
 struct config_counts {

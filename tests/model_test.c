@@ -178,11 +178,16 @@ static int refusals(void)
 static int json_round_trip(void)
 {
     struct config a = tiny, b;
-    a.moe = MOE_DEEP, a.renormalise = true, a.balance = 0.005f;
+    a.moe = MOE_DEEP, a.renormalise = true, a.balance = 0.005f, a.diffusion = DIFFUSION_DDPM;
     json_t *j = config_to_json(&a);
     OK(config_from_json(j, &b));
-    json_decref(j);
     CHECK(config_equal(&a, &b), "the configuration changed on its way through JSON");
+    json_object_del(j, "diffusion"); // as files were before there was a choice
+    OK(config_from_json(j, &b));
+    CHECK(b.diffusion == DIFFUSION_RF && !config_equal(&a, &b), "a file that does not say is rf");
+    json_object_set_new(j, "diffusion", json_string("edm"));
+    CHECK(config_from_json(j, &b) == ERR_INPUT, "diffusion 'edm' was taken");
+    json_decref(j);
     return PASSED;
 }
 

@@ -126,7 +126,7 @@ const struct option_spec image_option_list[] = {
 void model_options_init(struct model_options *o)
 {
     *o = (struct model_options){-1, -1, -1, -1,  -1,  -1, -1, -1, -1,
-                                -1, -1, -1, NAN, NAN, -1, -1, -1};
+                                -1, -1, -1, NAN, NAN, -1, -1, -1, -1};
 }
 
 static void override_int(int *to, int value)
@@ -160,6 +160,8 @@ int model_config(const char *preset, const struct model_options *o, struct confi
     override_bool(&out->balance_per_sequence, o->balance_per_sequence);
     if (o->moe >= 0)
         TRY(moe_blocks_parse(moe_choices[o->moe], &out->moe));
+    if (o->diffusion >= 0)
+        out->diffusion = (enum diffusion)o->diffusion;
     if (!isnan(o->balance))
         out->balance = o->balance;
     if (!isnan(o->class_dropout))

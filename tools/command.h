@@ -43,6 +43,7 @@ struct model_options {
     int qk_norm, learn_sigma, renormalise, balance_per_sequence;
     float balance, class_dropout;
     int channels, size, classes;
+    int diffusion; // enum diffusion; no option of model_option_list sets it
 };
 extern const struct option_spec model_option_list[]; // without channels, size and classes
 extern const struct option_spec image_option_list[]; // these
