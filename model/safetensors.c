@@ -1,15 +1,13 @@
 // Reading safetensors; see safetensors.h. The writer is safetensors_write.c.
 #include "model/safetensors.h"
 
-#include <errno.h>
-#include <fcntl.h>
 #include <jansson.h>
 #include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <sys/stat.h>
-#include <unistd.h>
+
+#include "model/mapped_file.h"
 
 enum { HEADER_MAX = 100000000 };
 
@@ -251,31 +249,16 @@ static int parse_header(struct safetensors *s)
 
 // ---- open, close --------------------------------------------------------------------------------
 
-static int map_file(struct safetensors *s, int fd)
-{
-    struct stat info;
-    if (fstat(fd, &info) < 0)
-        return fail(ERR_IO, "%s: cannot be read: %s", s->path, strerror(errno));
-    if (!S_ISREG(info.st_mode))
-        return fail(ERR_IO, "%s: cannot be read: not a regular file", s->path);
-    if (info.st_size == 0)
-        return bad_file(s, "it is empty");
-    void *map = mmap(NULL, (size_t)info.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
-    if (map == MAP_FAILED)
-        return fail(ERR_IO, "%s: cannot be mapped: %s", s->path, strerror(errno));
-    s->map = map;
-    s->size = (size_t)info.st_size;
-    return 0;
-}
-
 static int open_file(struct safetensors *s)
 {
-    int fd = open(s->path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-    if (fd < 0)
-        return fail(ERR_IO, "%s: cannot be opened: %s", s->path, strerror(errno));
-    int code = map_file(s, fd);
-    close(fd);
-    return code < 0 ? code : parse_header(s);
+    struct mapped_file file;
+    int code = mapped_file_open(s->path, &file);
+    if (code < 0)
+        return code == ERR_INPUT ? fail_in(code, "%s: not a whole safetensors file", s->path)
+                                 : fail_in(code, "%s", s->path);
+    s->map = file.data;
+    s->size = file.size;
+    return parse_header(s);
 }
 
 int safetensors_open(const char *path, struct safetensors **out)

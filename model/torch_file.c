@@ -1,16 +1,15 @@
 // Reading PyTorch files; see torch_file.h.
 #include "model/torch_file.h"
 
-#include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
+#include "model/mapped_file.h"
 #include "model/pickle.h"
+#include "model/zip.h"
 
 // A pickle's values cost some tens of bytes for each of its own. That of a model with 16000 tensors
 // has 3 MB.
@@ -26,8 +25,7 @@ struct region { // the bytes of one storage
 };
 
 struct torch_file {
-    const uint8_t *map;
-    size_t size;
+    struct mapped_file file;
     struct pickle *pickle;
     struct region *regions; // [count], by key
     size_t count;
@@ -60,110 +58,30 @@ static const struct region *find_region(const struct torch_file *f, const char *
 
 // ---- the zip form -------------------------------------------------------------------------------
 
-struct directory {
-    uint64_t offset, size;
-};
-
-static int bad_zip(const char *what)
+static int bad_file(const char *what)
 {
     return fail(ERR_INPUT, "not a whole PyTorch file: %s", what);
 }
 
-// The 64-bit end record, which stands before the other where a number did not fit that.
-static int read_end64(const struct torch_file *f, size_t end, struct directory *d)
-{
-    if (end < 20 || memcmp(f->map + end - 20, "PK\6\7", 4))
-        return bad_zip("its zip directory has no 64-bit end");
-    const uint64_t at = number(f->map + end - 20 + 8, 8);
-    if (at > end || end - at < 56 || memcmp(f->map + at, "PK\6\6", 4))
-        return bad_zip("its zip directory has no 64-bit end");
-    d->size = number(f->map + at + 40, 8);
-    d->offset = number(f->map + at + 48, 8);
-    return 0;
-}
-
-static int find_directory(const struct torch_file *f, struct directory *d)
-{
-    if (f->size < 22)
-        return bad_zip("it is cut short");
-    const size_t last = f->size - 22, first = last > 65535 ? last - 65535 : 0;
-    size_t at = last;
-    while (at > first && memcmp(f->map + at, "PK\5\6", 4))
-        at--;
-    if (memcmp(f->map + at, "PK\5\6", 4))
-        return bad_zip("it has no zip directory at its end: it is cut short");
-    d->size = number(f->map + at + 12, 4);
-    d->offset = number(f->map + at + 16, 4);
-    if (d->size == UINT32_MAX || d->offset == UINT32_MAX || number(f->map + at + 10, 2) == 65535)
-        TRY(read_end64(f, at, d));
-    if (d->offset > f->size || d->size > f->size - d->offset)
-        return bad_zip("its zip directory is outside of it");
-    return 0;
-}
-
-// The 64-bit extra field holds, in this order, the sizes and the offset that do not fit 32 bits.
-static int read_extra(const uint8_t *extra, size_t length, struct region *r, uint64_t *packed)
-{
-    uint64_t *const wide[] = {&r->size, packed, &r->offset};
-    size_t at = 0;
-    while (length - at >= 4) {
-        const uint64_t id = number(extra + at, 2), size = number(extra + at + 2, 2);
-        at += 4;
-        if (size > length - at)
-            return bad_zip("an extra field is cut short");
-        for (size_t i = 0, used = 0; id == 1 && i < 3; i++) {
-            if (*wide[i] != UINT32_MAX)
-                continue;
-            if (size - used < 8)
-                return bad_zip("a 64-bit size is missing");
-            *wide[i] = number(extra + at + used, 8);
-            used += 8;
-        }
-        at += size;
-    }
-    return 0;
-}
-
-// One entry of the directory; `offset` becomes that of its data.
-static int read_entry(const struct torch_file *f, const struct directory *d, uint64_t *at,
-                      struct region *r)
-{
-    const uint64_t left = d->size - *at;
-    const uint8_t *e = f->map + d->offset + *at;
-    if (left < 46 || memcmp(e, "PK\1\2", 4))
-        return bad_zip("its zip directory is damaged");
-    const uint64_t name = number(e + 28, 2), extra = number(e + 30, 2), note = number(e + 32, 2);
-    if (left - 46 < name + extra + note)
-        return bad_zip("its zip directory is damaged");
-    if (number(e + 8, 2) & 1 || number(e + 10, 2))
-        return bad_zip("an entry is compressed or encrypted, which torch.save does not do");
-    uint64_t packed = number(e + 20, 4);
-    *r = (struct region){.key = (const char *)e + 46,
-                         .length = (size_t)name,
-                         .size = number(e + 24, 4),
-                         .offset = number(e + 42, 4)};
-    TRY(read_extra(e + 46 + name, (size_t)extra, r, &packed));
-    if (packed != r->size)
-        return bad_zip("an entry has two sizes");
-    if (r->offset > f->size || f->size - r->offset < 30 || memcmp(f->map + r->offset, "PK\3\4", 4))
-        return bad_zip("an entry is outside of it");
-    r->offset += 30 + number(f->map + r->offset + 26, 2) + number(f->map + r->offset + 28, 2);
-    if (r->offset > f->size || r->size > f->size - r->offset)
-        return bad_zip("an entry is outside of it");
-    *at += 46 + name + extra + note;
-    return 0;
-}
-
 static int read_directory(struct torch_file *f)
 {
-    struct directory d = {0};
-    TRY(find_directory(f, &d));
-    f->regions = malloc((size_t)(d.size / 46 + 1) * sizeof *f->regions);
+    struct zip_entry *entries;
+    size_t count;
+    int code = zip_directory(f->file.data, f->file.size, &entries, &count);
+    if (code < 0)
+        return fail_in(code, "not a whole PyTorch file");
+    f->regions = malloc((count + 1) * sizeof *f->regions);
     if (!f->regions)
-        return fail(ERR_NOMEM, "out of memory for the zip directory");
-    for (uint64_t at = 0; at < d.size; f->count++)
-        TRY(read_entry(f, &d, &at, &f->regions[f->count]));
-    return 0;
+        code = fail(ERR_NOMEM, "out of memory for the zip directory");
+    for (size_t i = 0; code >= 0 && i < count; i++) {
+        const struct zip_entry *e = &entries[i];
+        if (e->method != ZIP_STORED)
+            code = bad_file("an entry is compressed, which torch.save does not do");
+        else
+            f->regions[f->count++] = (struct region){e->name, e->length, e->offset, e->size};
+    }
+    free(entries);
+    return code;
 }
 
 static const struct region *entry_named(const struct torch_file *f, const char *name)
@@ -181,7 +99,7 @@ static const struct region *entry_named(const struct torch_file *f, const char *
 static int check_order(const struct torch_file *f)
 {
     const struct region *order = entry_named(f, "/byteorder");
-    if (order && (order->size != 6 || memcmp(f->map + order->offset, "little", 6)))
+    if (order && (order->size != 6 || memcmp(f->file.data + order->offset, "little", 6)))
         return fail(ERR_INPUT, "its numbers are not little-endian, which is not supported");
     return 0;
 }
@@ -208,13 +126,13 @@ static int read_zip(struct torch_file *f)
     TRY(read_directory(f));
     const struct region *entry = entry_named(f, "/data.pkl");
     if (!entry)
-        return bad_zip("a zip file without data.pkl");
+        return bad_file("a zip file without data.pkl");
     TRY(check_order(f));
     if (entry->size > PICKLE_MAX)
         return fail(ERR_INPUT, "its pickle has more than 16 MiB, which no model needs");
     const struct region pickle = *entry;
     keep_storages(f, pickle.key, pickle.length - strlen("/data.pkl"));
-    return pickle_read(f->map + pickle.offset, (size_t)pickle.size, &f->pickle, &used);
+    return pickle_read(f->file.data + pickle.offset, (size_t)pickle.size, &f->pickle, &used);
 }
 
 // ---- the form before 1.6 ------------------------------------------------------------------------
@@ -226,8 +144,8 @@ static const uint8_t magic[] = {0x80, 2,    0x8a, 10,   0x6c, 0xfc, 0x9c, 0x46,
 
 static int read_pickle(const struct torch_file *f, size_t *at, struct pickle **out)
 {
-    size_t used = 0, left = f->size - *at;
-    TRY(pickle_read(f->map + *at, left < PICKLE_MAX ? left : PICKLE_MAX, out, &used));
+    size_t used = 0, left = f->file.size - *at;
+    TRY(pickle_read(f->file.data + *at, left < PICKLE_MAX ? left : PICKLE_MAX, out, &used));
     *at += used;
     return 0;
 }
@@ -240,7 +158,7 @@ static int check_system(const struct torch_file *f, size_t *at)
     const bool known = version->kind == PICKLE_INT && version->i == 1001;
     pickle_free(p);
     if (!known)
-        return bad_zip("a version of the old form other than 1001");
+        return bad_file("a version of the old form other than 1001");
     TRY(read_pickle(f, at, &p));
     const struct pickle_value *little = pickle_get(pickle_root(p), "little_endian");
     const bool right = little && little->kind == PICKLE_INT && little->i == 1;
@@ -265,13 +183,13 @@ static int place_storage(struct torch_file *f, const struct pickle_value **known
     if (key->kind == PICKLE_TEXT && count)
         found = bsearch(&want, known, count, sizeof *known, by_storage_key);
     if (!found)
-        return bad_zip("a storage that no tensor uses");
-    if (f->size - *at < 8)
-        return bad_zip("it is cut short before a storage");
-    uint64_t bytes = number(f->map + *at, 8);
+        return bad_file("a storage that no tensor uses");
+    if (f->file.size - *at < 8)
+        return bad_file("it is cut short before a storage");
+    uint64_t bytes = number(f->file.data + *at, 8);
     *at += 8;
-    if (__builtin_mul_overflow(bytes, (*found)->storage.element, &bytes) || bytes > f->size - *at)
-        return bad_zip("it is cut short within a storage");
+    if (__builtin_mul_overflow(bytes, (*found)->storage.element, &bytes) || bytes > f->file.size - *at)
+        return bad_file("it is cut short within a storage");
     f->regions[f->count++] = (struct region){key->text, key->length, *at, bytes};
     *at += (size_t)bytes;
     return 0;
@@ -303,7 +221,7 @@ static int read_old(struct torch_file *f)
     TRY(read_pickle(f, &at, &keys));
     const struct pickle_value *list = pickle_root(keys);
     int code = list->kind == PICKLE_LIST ? place_storages(f, list, at)
-                                         : bad_zip("it has no list of storages");
+                                         : bad_file("it has no list of storages");
     pickle_free(keys); // the regions' keys are in the file
     return code;
 }
@@ -377,7 +295,7 @@ static int read_tensor(const struct torch_file *f, const struct pickle_value *v,
     TRY(check_view(t, offset->i, s->count, &last));
     t->bytes = t->other ? 0 : (uint64_t)t->count * s->element;
     t->offset = r->offset + (uint64_t)offset->i * s->element;
-    t->data = f->map + t->offset;
+    t->data = f->file.data + t->offset;
     return 0;
 }
 
@@ -468,32 +386,12 @@ bool torch_file_is(const char *path)
     return n > 0 && begins_as(head, (size_t)n);
 }
 
-static int map_file(const char *path, struct torch_file *f)
-{
-    struct stat info;
-    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-    if (fd < 0)
-        return fail(ERR_IO, "cannot be opened: %s", strerror(errno));
-    int code = 0;
-    void *map = MAP_FAILED;
-    if (fstat(fd, &info) < 0 || !S_ISREG(info.st_mode))
-        code = fail(ERR_IO, "cannot be read: not a regular file");
-    else if (!info.st_size)
-        code = bad_zip("it is empty");
-    else if ((map = mmap(NULL, (size_t)info.st_size, PROT_READ, MAP_PRIVATE, fd, 0)) == MAP_FAILED)
-        code = fail(ERR_IO, "cannot be mapped: %s", strerror(errno));
-    close(fd);
-    if (code >= 0) {
-        f->map = map;
-        f->size = (size_t)info.st_size;
-    }
-    return code;
-}
-
 static int read_file(const char *path, struct torch_file *f)
 {
-    TRY(map_file(path, f));
-    switch (begins_as(f->map, f->size)) {
+    int code = mapped_file_open(path, &f->file);
+    if (code < 0)
+        return code == ERR_INPUT ? fail_in(code, "not a whole PyTorch file") : code;
+    switch (begins_as(f->file.data, f->file.size)) {
     case 'z':
         TRY(read_zip(f));
         break;
@@ -501,7 +399,7 @@ static int read_file(const char *path, struct torch_file *f)
         TRY(read_old(f));
         break;
     default:
-        return bad_zip("it begins as neither form of torch.save does");
+        return bad_file("it begins as neither form of torch.save does");
     }
     if (f->count)
         qsort(f->regions, f->count, sizeof *f->regions, by_key);
@@ -516,9 +414,8 @@ int torch_file_open(const char *path, struct safetensors **out)
     pickle_free(f.pickle);
     free(f.regions);
     if (code >= 0)
-        return safetensors_adopt(path, f.map, f.size, f.tensors, f.tensor_count, f.names, out);
-    if (f.map)
-        munmap((void *)f.map, f.size);
+        return safetensors_adopt(path, f.file.data, f.file.size, f.tensors, f.tensor_count, f.names, out);
+    mapped_file_close(&f.file);
     free(f.tensors);
     free(f.names);
     return fail_in(code, "%s", path);
