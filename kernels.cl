@@ -1,8 +1,8 @@
 // Every device kernel, once. OpenCL C 1.2 that nvcc also reads (devices/cl_cuda.h).
 //
 // In this order: storage types and helpers; matrix products; embedding, elementwise, norms, gated
-// residual, attention; mixture of experts, rectified flow, optimiser. GPU forms come before CPU forms
-// within each part. devices/kernels.def lists them with their arguments.
+// residual, attention; mixture of experts, rectified flow, optimiser; convolutional networks. GPU
+// forms come before CPU forms within each part. devices/kernels.def lists them with their arguments.
 //
 // Defined by the backend when it compiles this:
 //   ACT_BF16   activations are stored as bf16 (upper half of an f32, in a ushort); else as f32
@@ -4032,6 +4032,400 @@ void adamw_cpu(GLOBAL float *w, GLOBAL float *m, GLOBAL float *v, GLOBAL float *
         w[i] = w1;
         if (ema)
             ema[i] = fma(towards, w1 - ema[i], ema[i]);
+    }
+}
+#endif // CPU_FORMS
+
+// ---- convolutional networks --------------------------------------------------------------------------------
+//
+// Images are matrices of pixels in the order n, y, x (runtime/ops.h). A convolution is the product of a
+// matrix of gathered pixels, whose row holds what the kernel sees of x at one pixel of y (ky, kx,
+// channel; zeros outside of the image and up to a multiple of 8), with the weights.
+#define CONV_GATHERED(taps, channels) (((taps) * (channels) + 7) / 8 * 8)
+
+// Pixel number `row` of images of height x width.
+#define CONV_PIXEL(row, height, width, n, y, x)                                                    \
+    const uint line_ = (row) / (uint)(width);                                                      \
+    int x = (int)((row) % (uint)(width)), y = (int)(line_ % (uint)(height));                       \
+    uint n = line_ / (uint)(height)
+
+// GPU form: an item takes four columns of CONV_ROWS rows, which lie in one tap where the number of
+// channels is a multiple of four.
+enum { CONV_ROWS = 16 };
+
+// One element; k counts gathered columns.
+inline float conv_element(const GLOBAL act *x, int k, int channels, int height, int width,
+                          int kernel_w, int doubled, size_t image, int y, int xx)
+{
+    const int tap = k / channels;
+    y += tap / kernel_w;
+    xx += tap % kernel_w;
+    if (y < 0 || xx < 0 || y >= height << doubled || xx >= width << doubled)
+        return 0.0f;
+    return act_load(x, (image + (size_t)(y >> doubled) * width + (xx >> doubled)) * channels +
+                           k % channels);
+}
+
+KERNEL(64, 1)
+void conv_gather(GLOBAL act *out, const GLOBAL act *x, int channels, int height, int width,
+                 int out_height, int out_width, int kernel_h, int kernel_w, int stride, int top,
+                 int left, int doubled, uint first, uint rows, uint chunk)
+{
+    const int columns = kernel_h * kernel_w * channels;
+    const int pitch = CONV_GATHERED(kernel_h * kernel_w, channels);
+    const int k = (int)get_global_id(0) * 4, tap = k / channels;
+    const int ky = tap / kernel_w, kx = tap % kernel_w;
+    const int whole = channels % 4 == 0 && k < columns;
+    uint row = (uint)get_group_id(1) * CONV_ROWS;
+    const uint end = min(row + CONV_ROWS, rows);
+    if (k >= pitch)
+        return;
+    CONV_PIXEL(first + row, out_height, out_width, n, oy, ox);
+    for (; row < end; row++) {
+        const size_t image = (size_t)n * height * width;
+        const int y = oy * stride - top, xx = ox * stride - left;
+        float v[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+        if (whole) {
+            const int vy = y + ky, vx = xx + kx;
+            if (vy >= 0 && vx >= 0 && vy < height << doubled && vx < width << doubled)
+                load4(v, x,
+                      (image + (size_t)(vy >> doubled) * width + (vx >> doubled)) * channels +
+                          k % channels,
+                      ACT_IS_BF16);
+        } else {
+            for (int i = 0; i < 4; i++)
+                v[i] = k + i < columns ? conv_element(x, k + i, channels, height, width, kernel_w,
+                                                      doubled, image, y, xx)
+                                       : 0.0f;
+        }
+        store4(out, (size_t)row * pitch + k, v, ACT_IS_BF16);
+        if (++ox == out_width) {
+            ox = 0;
+            if (++oy == out_height) {
+                oy = 0;
+                n++;
+            }
+        }
+    }
+}
+
+// y[first+r, column+o] = t[r,o], or y + t; and no less than 0 with relu
+KERNEL(256, 1)
+void conv_place(GLOBAL act *y, const GLOBAL act *t, int width, int column, int columns, int relu,
+                int add, uint first, uint count)
+{
+    const uint i = get_global_id(0);
+    if (i >= count)
+        return;
+    const size_t to = ((size_t)first + i / (uint)columns) * width + column + i % (uint)columns;
+    float v = act_load(t, i);
+    if (add)
+        v += act_load(y, to);
+    act_store(y, to, relu && v < 0.0f ? 0.0f : v);
+}
+
+// GroupNorm, first: mean and sum of squared distances from it of each channel over `rows` pixels of
+// an image, part[n, part, 2, C]. The sums are of distances from the first of them, so that a large mean
+// costs no digits. GPU form: an item takes four channels (one, where they are no multiple of four).
+KERNEL(64, 1)
+void group_norm_part(GLOBAL float *out, const GLOBAL act *x, int channels, int pixels, int rows,
+                     int parts, uint count)
+{
+    const uint i = get_global_id(0);
+    if (i >= count)
+        return;
+    const int wide = channels % 4 == 0 ? 4 : 1;
+    const uint units = (uint)(channels / wide), slot = i / units;
+    const int c = (int)(i % units) * wide, part = (int)(slot % (uint)parts);
+    const int from = part * rows, to = min(from + rows, pixels);
+    float base[4] = {0.0f, 0.0f, 0.0f, 0.0f}, v[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f}, square[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    x += (size_t)(slot / (uint)parts) * pixels * channels + c;
+    for (int r = from; r < to; r++) {
+        if (wide == 4)
+            load4(v, x, (size_t)r * channels, ACT_IS_BF16);
+        else
+            v[0] = act_load(x, (size_t)r * channels);
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            if (r == from)
+                base[j] = v[j];
+            const float d = v[j] - base[j];
+            sum[j] += d;
+            square[j] = fma(d, d, square[j]);
+        }
+    }
+    out += (size_t)slot * 2 * channels + c;
+    const float each = 1.0f / (float)(to - from);
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+        if (j < wide) {
+            const float mean = sum[j] * each;
+            out[j] = base[j] + mean;
+            out[channels + j] = fma(-sum[j], mean, square[j]);
+        }
+}
+
+// Joins two such (count, mean, squares): Chan, Golub, LeVeque 1979.
+inline void group_norm_join(float a[3], float count, float mean, float squares)
+{
+    const float all = a[0] + count, share = all > 0.0f ? count / all : 0.0f, d = mean - a[1];
+    a[2] += squares + d * d * a[0] * share;
+    a[1] += d * share;
+    a[0] = all;
+}
+
+// Second, a work-group each group of an image: coefficients[n, 2, C] = weight / std | mean.
+enum { GROUP_NORM_ITEMS = 64 };
+KERNEL(64, 1)
+void group_norm_total(GLOBAL float *coefficients, const GLOBAL float *part,
+                      const GLOBAL float *weight, int channels, int per, int pixels, int rows,
+                      int parts, float eps)
+{
+    LOCAL float counts[GROUP_NORM_ITEMS], means[GROUP_NORM_ITEMS], squares[GROUP_NORM_ITEMS];
+    const int item = (int)get_local_id(0), c = (int)get_group_id(0) * per;
+    float all[3] = {0.0f, 0.0f, 0.0f};
+    part += get_group_id(1) * (size_t)parts * 2 * channels + c;
+    coefficients += get_group_id(1) * 2 * (size_t)channels;
+    for (int i = item; i < parts * per; i += GROUP_NORM_ITEMS) {
+        const size_t at = (size_t)(i / per) * 2 * channels + i % per;
+        const int there = min(rows, pixels - i / per * rows);
+        group_norm_join(all, (float)there, part[at], part[at + channels]);
+    }
+    for (int step = GROUP_NORM_ITEMS / 2; step > 0; step /= 2) {
+        counts[item] = all[0];
+        means[item] = all[1];
+        squares[item] = all[2];
+        barrier(CLK_LOCAL_MEM_FENCE);
+        if (item < step)
+            group_norm_join(all, counts[item + step], means[item + step], squares[item + step]);
+        barrier(CLK_LOCAL_MEM_FENCE);
+    }
+    if (item == 0) {
+        means[0] = all[1];
+        squares[0] = 1.0f / sqrt(all[2] / all[0] + eps);
+    }
+    barrier(CLK_LOCAL_MEM_FENCE);
+    for (int i = item; i < per; i += GROUP_NORM_ITEMS) {
+        coefficients[c + i] = squares[0] * weight[c + i];
+        coefficients[channels + c + i] = means[0];
+    }
+}
+
+// Third: y = f((x - mean) * coefficient + bias). GPU form: an item takes four channels, or one.
+KERNEL(256, 1)
+void group_norm_apply(GLOBAL act *y, const GLOBAL act *x, const GLOBAL float *coefficients,
+                      const GLOBAL float *bias, int channels, int pixels, int silu, uint count)
+{
+    const uint i = get_global_id(0);
+    if (i >= count)
+        return;
+    const int wide = channels % 4 == 0 ? 4 : 1;
+    const uint units = (uint)(channels / wide), c = i % units * (uint)wide;
+    const size_t at = (size_t)i * (size_t)wide;
+    float v[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    coefficients += (size_t)(i / units / (uint)pixels) * 2 * channels + c;
+    bias += c;
+    if (wide == 4)
+        load4(v, x, at, ACT_IS_BF16);
+    else
+        v[0] = act_load(x, at);
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+        if (j < wide) {
+            v[j] = fma(v[j] - coefficients[channels + j], coefficients[j], bias[j]);
+            if (silu)
+                v[j] *= sigmoid(v[j]);
+        }
+    if (wide == 4)
+        store4(y, at, v, ACT_IS_BF16);
+    else
+        act_store(y, at, v[0]);
+}
+
+// A work-group a row.
+enum { SOFTMAX_ITEMS = 128 };
+inline float softmax_fold(LOCAL_PTR float *values, float value, const int maximum)
+{
+    const int item = (int)get_local_id(0);
+    values[item] = value;
+    barrier(CLK_LOCAL_MEM_FENCE);
+    for (int step = SOFTMAX_ITEMS / 2; step > 0; step /= 2) {
+        if (item < step)
+            values[item] = maximum ? fmax(values[item], values[item + step])
+                                   : values[item] + values[item + step];
+        barrier(CLK_LOCAL_MEM_FENCE);
+    }
+    value = values[0];
+    barrier(CLK_LOCAL_MEM_FENCE);
+    return value;
+}
+
+KERNEL(128, 1)
+void softmax_rows(GLOBAL act *p, const GLOBAL float *s, int columns, float scale)
+{
+    LOCAL float values[SOFTMAX_ITEMS];
+    const int item = (int)get_local_id(0);
+    float most = -INFINITY, sum = 0.0f;
+    p += get_group_id(0) * (size_t)columns;
+    s += get_group_id(0) * (size_t)columns;
+    for (int i = item; i < columns; i += SOFTMAX_ITEMS)
+        most = fmax(most, s[i] * scale);
+    most = softmax_fold((LOCAL_PTR float *)values, most, 1);
+    for (int i = item; i < columns; i += SOFTMAX_ITEMS)
+        sum += exp(fma(s[i], scale, -most));
+    sum = 1.0f / softmax_fold((LOCAL_PTR float *)values, sum, 0);
+    for (int i = item; i < columns; i += SOFTMAX_ITEMS)
+        act_store(p, i, exp(fma(s[i], scale, -most)) * sum);
+}
+
+// out[n,c,pixel] = in[n*pixels + pixel, c]
+KERNEL(256, 1)
+void rows_to_images(GLOBAL float *out, const GLOBAL void *in, int channels, int pixels, int columns,
+                    int in_f32, uint count)
+{
+    const uint i = get_global_id(0);
+    if (i >= count)
+        return;
+    const uint plane = i / (uint)pixels, pixel = i % (uint)pixels;
+    const size_t row = (size_t)(plane / (uint)channels) * pixels + pixel;
+    out[i] = any_load(in, row * columns + plane % (uint)channels, in_f32);
+}
+
+#ifdef CPU_FORMS
+#ifdef ACT_BF16
+typedef ushort16 act16_unaligned __attribute__((aligned(2)));
+#else
+typedef float16 act16_unaligned __attribute__((aligned(4)));
+#endif
+
+// to[0..n) = from[0..n), or zeros
+INLINE void conv_copy(GLOBAL act *to, const GLOBAL act *from, int n)
+{
+    int i = 0;
+    for (; i + 16 <= n; i += 16)
+        *(GLOBAL act16_unaligned *)(to + i) = *(const GLOBAL act16_unaligned *)(from + i);
+    for (; i < n; i++)
+        to[i] = from[i];
+}
+
+INLINE void conv_zero(GLOBAL act *to, int n)
+{
+    int i = 0;
+    for (; i + 16 <= n; i += 16)
+        *(GLOBAL act16_unaligned *)(to + i) = (act16_unaligned)(0);
+    for (; i < n; i++)
+        to[i] = 0;
+}
+
+// One item `chunk` rows. The taps of a line of the kernel are neighbours in x too, unless x is doubled.
+KERNEL(1, 1)
+void conv_gather_cpu(GLOBAL act *out, const GLOBAL act *x, int channels, int height, int width,
+                     int out_height, int out_width, int kernel_h, int kernel_w, int stride, int top,
+                     int left, int doubled, uint first, uint rows, uint chunk)
+{
+    const int columns = kernel_h * kernel_w * channels;
+    const int pitch = CONV_GATHERED(kernel_h * kernel_w, channels);
+    uint row = (uint)get_group_id(0) * chunk;
+    const uint end = min(row + chunk, rows);
+    for (out += (size_t)row * pitch; row < end; row++, out += pitch) {
+        CONV_PIXEL(first + row, out_height, out_width, n, oy, ox);
+        const int from = ox * stride - left, seen = width << doubled;
+        // the taps [before, after) of a line lie in the image
+        const int before = min(max(-from, 0), kernel_w);
+        const int after = max(min(kernel_w, seen - from), before);
+        GLOBAL act *to = out;
+        for (int ky = 0; ky < kernel_h; ky++, to += kernel_w * channels) {
+            const int y = oy * stride - top + ky;
+            if (y < 0 || y >= height << doubled) {
+                conv_zero(to, kernel_w * channels);
+                continue;
+            }
+            const GLOBAL act *line =
+                x + ((size_t)n * height + (size_t)(y >> doubled)) * width * channels;
+            conv_zero(to, before * channels);
+            if (doubled)
+                for (int kx = before; kx < after; kx++)
+                    conv_copy(to + kx * channels, line + ((from + kx) >> 1) * channels, channels);
+            else
+                conv_copy(to + before * channels, line + (from + before) * channels,
+                          (after - before) * channels);
+            conv_zero(to + after * channels, (kernel_w - after) * channels);
+        }
+        conv_zero(out + columns, pitch - columns);
+    }
+}
+
+// One item a part of an image.
+KERNEL(1, 1)
+void group_norm_part_cpu(GLOBAL float *out, const GLOBAL act *x, int channels, int pixels, int rows,
+                         int parts)
+{
+    const int part = (int)get_group_id(0), from = part * rows, to = min(from + rows, pixels);
+    const float each = 1.0f / (float)(to - from);
+    x += (get_group_id(1) * (size_t)pixels + from) * channels;
+    out += (get_group_id(1) * (size_t)parts + part) * 2 * channels;
+    for (int c = 0; c < channels; c += 16) {
+        const int n = min(16, channels - c);
+        const float16 base = act_load_upto(x + c, n);
+        float16 sum = (float16)(0.0f), square = (float16)(0.0f);
+        for (int r = 1; r < to - from; r++) {
+            const float16 d = act_load_upto(x + (size_t)r * channels + c, n) - base;
+            sum += d;
+            square = fma(d, d, square);
+        }
+        const float16 mean = sum * each;
+        float_store_upto(out + c, base + mean, n);
+        float_store_upto(out + channels + c, fma(-sum, mean, square), n);
+    }
+}
+
+// One item `chunk` rows.
+KERNEL(1, 1)
+void group_norm_apply_cpu(GLOBAL act *y, const GLOBAL act *x, const GLOBAL float *coefficients,
+                          const GLOBAL float *bias, int channels, int pixels, int silu, int rows,
+                          int chunk)
+{
+    const int from = (int)get_group_id(0) * chunk, to = min(from + chunk, rows);
+    for (int row = from; row < to; row++) {
+        const GLOBAL float *a = coefficients + (size_t)(row / pixels) * 2 * channels;
+        const size_t at = (size_t)row * channels;
+        for (int c = 0; c < channels; c += 16) {
+            const int n = min(16, channels - c);
+            float16 v = act_load_upto(x + at + c, n) - float_load_upto(a + channels + c, n);
+            v = fma(v, float_load_upto(a + c, n), float_load_upto(bias + c, n));
+            act_store_upto(y + at + c, silu ? v * sigmoid16(v) : v, n);
+        }
+    }
+}
+
+// One item `chunk` rows.
+KERNEL(1, 1)
+void softmax_rows_cpu(GLOBAL act *p, const GLOBAL float *s, int columns, float scale, int rows,
+                      int chunk)
+{
+    const int from = (int)get_group_id(0) * chunk, to = min(from + chunk, rows);
+    const int16 lane = (int16)(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    for (int row = from; row < to; row++) {
+        const GLOBAL float *in = s + (size_t)row * columns;
+        GLOBAL act *out = p + (size_t)row * columns;
+        float16 most = (float16)(-INFINITY), sum = (float16)(0.0f);
+        for (int i = 0; i < columns; i += 16) {
+            const int n = min(16, columns - i);
+            const float16 v = float_load_upto(in + i, n) * scale;
+            most = fmax(most, select((float16)(-INFINITY), v, lane < (int16)(n)));
+        }
+        const float top = max16(most);
+        for (int i = 0; i < columns; i += 16) {
+            const int n = min(16, columns - i);
+            const float16 v = exp16(float_load_upto(in + i, n) * scale - top);
+            sum += select((float16)(0.0f), v, lane < (int16)(n));
+        }
+        const float share = 1.0f / sum16(sum);
+        for (int i = 0; i < columns; i += 16) {
+            const int n = min(16, columns - i);
+            act_store_upto(out + i, exp16(float_load_upto(in + i, n) * scale - top) * share, n);
+        }
     }
 }
 #endif // CPU_FORMS

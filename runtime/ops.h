@@ -59,6 +59,57 @@ int op_experts_swiglu_dx(struct context *c, struct tensor *gu, struct tensor *dh
 // above; 0 where the device reads weights as they are. A weight with a copy belongs to one operation.
 size_t op_packed_bytes(const struct context *c, const struct tensor *w);
 
+// y += x w^T + bias (bias may be NULL): a product that joins a residual stream. y: ACT or f32.
+int op_linear_add(struct context *c, struct tensor *y, const struct tensor *x,
+                  const struct tensor *w, const struct tensor *bias);
+
+// ---- convolutional networks --------------------------------------------------------------------------
+//
+// Images are matrices of pixels: row (n*H + y)*W + x holds the channels of one pixel (ACT). So a 1x1
+// convolution is op_linear, and op_patchify with patch 1 turns [N,C,H,W] into this order.
+
+// y[:, column..column+Co) = f(x * w + bias), or with `add` f(y + x * w + bias): cross-correlation with
+// zero padding, as in torch.nn.Conv2d, where f is max(0, .) or nothing. y is [N*H'*W', columns],
+// H' = conv_height(), W' = conv_width(); bias[Co] f32 or NULL.
+// w[Co, conv_columns()] (f32 or bf16) holds the taps in the order (ky, kx, channel), then zeros up to
+// a multiple of 8: conv_weight() brings a published [Co,C,kh,kw] into it. Rows of Co that are zero
+// make columns that are zero; products are fastest where Co is a multiple of 8 too.
+//
+// Done as products of blocks of gathered pixels. Without relu, and where y has no other columns, sums
+// are rounded once.
+struct conv {
+    int images, height, width;      // of x[N*H*W, C]
+    int kernel_h, kernel_w, stride;
+    int top, bottom, left, right;   // padding
+    bool doubled;                   // x counts twice as high and wide: each pixel is four
+    bool relu, add;
+};
+int64_t conv_height(const struct conv *g);
+int64_t conv_width(const struct conv *g);
+int64_t conv_columns(const struct conv *g, int64_t channels);
+void conv_weight(float *to, const float *from, int64_t out, int64_t channels, int kernel_h,
+                 int kernel_w);
+int op_conv2d(struct context *c, struct tensor *y, int64_t column, const struct tensor *x,
+              const struct tensor *w, const struct tensor *bias, const struct conv *g);
+
+// y = f((x - mean) / sqrt(var + eps) * weight + bias), mean and variance over the pixels of an image and
+// over the channels of a group; x, y[N*P,C] (y may be x), C a multiple of `groups`; weight, bias[C]
+// f32; f is SiLU or nothing.
+int op_group_norm(struct context *c, struct tensor *y, const struct tensor *x,
+                  const struct tensor *weight, const struct tensor *bias, int images, int groups,
+                  float eps, bool silu);
+
+// p[R,T] (ACT) = softmax(scale * s[R,T]) of each row; s f32
+int op_softmax(struct context *c, struct tensor *p, const struct tensor *s, float scale);
+
+// o = softmax(q k^T / sqrt(D)) v for each image, one head: all [N*T,D]. For any D, also those that are
+// too wide for op_attention_fwd: blocks of scores go through memory.
+int op_attention_single(struct context *c, struct tensor *o, const struct tensor *q,
+                        const struct tensor *k, const struct tensor *v, int images);
+
+// out[N,C,H,W] (f32) = the first C columns of in[N*H*W, columns] (ACT or f32)
+int op_rows_to_images(struct context *c, struct tensor *out, const struct tensor *in);
+
 // ---- embedding -------------------------------------------------------------------------------------
 
 // Cuts images into patches: out[N*T, C*p*p] (ACT) from x[N,C,H,W] (f32).

@@ -87,6 +87,16 @@ int op_linear(struct context *c, struct tensor *y, const struct tensor *x, const
     return multiply_weight(c, &g, w);
 }
 
+int op_linear_add(struct context *c, struct tensor *y, const struct tensor *x,
+                  const struct tensor *w, const struct tensor *bias)
+{
+    struct gemm g = linear(y, x, w);
+    BUG_IF(bias && (tensor_count(bias) != g.n || bias->dtype != F32));
+    g.bias = bias ? bias->mem : NULL;
+    g.accumulate = true;
+    return multiply_weight(c, &g, w);
+}
+
 static struct gemm linear_dx(const struct tensor *dx, const struct tensor *dy,
                              const struct tensor *w)
 {

@@ -85,6 +85,51 @@ static inline void op_want_space(struct context *c, size_t bytes)
         BUG_IF(bytes > 0 && (!c->space.mem || tensor_bytes(&c->space) < bytes));
 }
 
+// An operation that is made of others has `own` bytes of c->space to itself; what is behind them is the
+// others' scratch, in the context `inner`. op_inner_end() in any case; op_inner_begin() may fail.
+static inline size_t op_aligned(const struct context *c, size_t bytes)
+{
+    const size_t align = c->dev->info.align > 64 ? c->dev->info.align : 64;
+    return (bytes + align - 1) / align * align;
+}
+
+static inline int op_inner_begin(struct context *c, size_t own, struct context *inner)
+{
+    *inner = *c;
+    inner->space_wanted = 0;
+    inner->space = (struct tensor){.dtype = F32, .ndim = 1};
+    op_want_space(c, own);
+    const size_t all = c->dry || !c->space.mem ? 0 : tensor_bytes(&c->space);
+    if (all <= own)
+        return 0;
+    inner->space.shape[0] = (int64_t)((all - own) / sizeof(float));
+    return c->dev->api->view(c->space.mem, own, all - own, &inner->space.mem);
+}
+
+static inline void op_inner_end(struct context *c, size_t own, struct context *inner)
+{
+    if (c->dry)
+        op_want_space(c, own + inner->space_wanted);
+    if (inner->space.mem)
+        c->dev->api->free(inner->space.mem);
+}
+
+// The matrix [rows, columns] that begins `offset` bytes into mem (a multiple of the device's
+// alignment); op_view_end() when it was used. Without memory in a dry context.
+static inline int op_view(const struct context *c, struct tensor *out, struct mem *mem,
+                          size_t offset, enum dtype type, int64_t rows, int64_t columns)
+{
+    *out = (struct tensor){.dtype = type, .ndim = 2, .shape = {rows, columns}};
+    return c->dry ? 0 : c->dev->api->view(mem, offset, tensor_bytes(out), &out->mem);
+}
+
+static inline void op_view_end(const struct context *c, struct tensor *view)
+{
+    if (view->mem)
+        c->dev->api->free(view->mem);
+    view->mem = NULL;
+}
+
 // A chunk size that gives every compute unit at least 8 chunks, within [least, most].
 static inline int64_t op_chunk(const struct context *c, int64_t count, int64_t least, int64_t most)
 {
