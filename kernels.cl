@@ -1,7 +1,7 @@
 // Every device kernel, once. OpenCL C 1.2 that nvcc also reads (devices/cl_cuda.h).
 //
 // In this order: storage types and helpers; matrix products; embedding, elementwise, norms, gated
-// residual, attention; mixture of experts, rectified flow, optimiser; convolutional networks. GPU
+// residual, attention; mixture of experts, rectified flow, optimiser; convolutional networks, pooling. GPU
 // forms come before CPU forms within each part. devices/kernels.def lists them with their arguments.
 //
 // Defined by the backend when it compiles this:
@@ -4425,6 +4425,123 @@ void softmax_rows_cpu(GLOBAL act *p, const GLOBAL float *s, int columns, float s
         for (int i = 0; i < columns; i += 16) {
             const int n = min(16, columns - i);
             act_store_upto(out + i, exp16(float_load_upto(in + i, n) * scale - top) * share, n);
+        }
+    }
+}
+#endif // CPU_FORMS
+
+// ---- pooling and resampling of images --------------------------------------------------------------------
+//
+// Images are matrices of pixels in the order n, y, x (runtime/ops.h).
+
+// The pixels [*from, *to) of a line that lie in a window.
+inline void pool_window(int at, int stride, int padding, int size, int length, int *from, int *to)
+{
+    const int first = at * stride - padding;
+    *from = max(first, 0);
+    *to = min(first + size, length);
+}
+
+// GPU form: an item takes `wide` (4 or 1) channels of an output pixel.
+KERNEL(64, 1)
+void pool(GLOBAL act *y, const GLOBAL act *x, int channels, int height, int width, int out_height,
+          int out_width, int size, int stride, int padding, int maximum, int columns, int column,
+          int wide, uint count)
+{
+    const uint i = get_global_id(0), units = (uint)(channels / wide), row = i / units;
+    if (i >= count)
+        return;
+    const int c = (int)(i % units) * wide, ox = (int)(row % (uint)out_width);
+    const uint line = row / (uint)out_width;
+    int y0, y1, x0, x1;
+    pool_window((int)(line % (uint)out_height), stride, padding, size, height, &y0, &y1);
+    pool_window(ox, stride, padding, size, width, &x0, &x1);
+    float v[4] = {0.0f, 0.0f, 0.0f, 0.0f}, sum[4];
+    for (int j = 0; j < 4; j++)
+        sum[j] = maximum ? -INFINITY : 0.0f;
+    x += (size_t)(line / (uint)out_height) * height * width * channels + c;
+    for (int py = y0; py < y1; py++)
+        for (int px = x0; px < x1; px++) {
+            const size_t at = ((size_t)py * width + px) * channels;
+            if (wide == 4)
+                load4(v, x, at, ACT_IS_BF16);
+            else
+                v[0] = act_load(x, at);
+            for (int j = 0; j < 4; j++)
+                sum[j] = maximum ? fmax(sum[j], v[j]) : sum[j] + v[j];
+        }
+    const float share = maximum ? 1.0f : 1.0f / (float)((y1 - y0) * (x1 - x0));
+    const size_t to = (size_t)row * columns + column + c;
+    for (int j = 0; j < 4; j++)
+        sum[j] *= share;
+    if (wide == 4)
+        store4(y, to, sum, ACT_IS_BF16);
+    else
+        act_store(y, to, sum[0]);
+}
+
+// An item takes a channel of an image.
+KERNEL(64, 1)
+void pixel_mean(GLOBAL float *out, const GLOBAL act *x, int channels, int pixels, uint count)
+{
+    const uint i = get_global_id(0);
+    if (i >= count)
+        return;
+    x += (size_t)(i / (uint)channels) * pixels * channels + i % (uint)channels;
+    float sum = 0.0f;
+    for (int p = 0; p < pixels; p++)
+        sum += act_load(x, (size_t)p * channels);
+    out[i] = sum / (float)pixels;
+}
+
+// An item takes a pixel.
+KERNEL(64, 1)
+void resample(GLOBAL act *out, const GLOBAL uchar *bytes, const GLOBAL int *taps, int side,
+              float scale, float shift, uint count)
+{
+    const uint i = get_global_id(0);
+    if (i >= count)
+        return;
+    const uint line = i / (uint)side;
+    const GLOBAL int *down = taps + ((size_t)(line / (uint)side) * 2 * side + line % (uint)side) * 3;
+    const GLOBAL int *across =
+        taps + (((size_t)(line / (uint)side) * 2 + 1) * side + i % (uint)side) * 3;
+    const GLOBAL uchar *above = bytes + down[0], *below = bytes + down[1];
+    const float ty = as_float((uint)down[2]), tx = as_float((uint)across[2]);
+    for (int c = 0; c < 3; c++) {
+        const int left = across[0] + c, right = across[1] + c;
+        const float a = (float)above[left] * (1.0f - tx) + (float)above[right] * tx;
+        const float b = (float)below[left] * (1.0f - tx) + (float)below[right] * tx;
+        act_store(out, (size_t)i * 3 + c, (a * (1.0f - ty) + b * ty) * scale + shift);
+    }
+}
+
+#ifdef CPU_FORMS
+// An item takes `chunk` output pixels.
+KERNEL(1, 1)
+void pool_cpu(GLOBAL act *y, const GLOBAL act *x, int channels, int height, int width,
+              int out_height, int out_width, int size, int stride, int padding, int maximum,
+              int columns, int column, uint rows, uint chunk)
+{
+    uint row = (uint)get_group_id(0) * chunk;
+    const uint end = min(row + chunk, rows);
+    for (; row < end; row++) {
+        const uint line = row / (uint)out_width;
+        int y0, y1, x0, x1;
+        pool_window((int)(line % (uint)out_height), stride, padding, size, height, &y0, &y1);
+        pool_window((int)(row % (uint)out_width), stride, padding, size, width, &x0, &x1);
+        const float share = maximum ? 1.0f : 1.0f / (float)((y1 - y0) * (x1 - x0));
+        const GLOBAL act *image = x + (size_t)(line / (uint)out_height) * height * width * channels;
+        for (int c = 0; c < channels; c += 16) {
+            const int n = min(16, channels - c);
+            float16 sum = maximum ? (float16)(-INFINITY) : (float16)(0.0f);
+            for (int py = y0; py < y1; py++)
+                for (int px = x0; px < x1; px++) {
+                    const float16 v =
+                        act_load_upto(image + ((size_t)py * width + px) * channels + c, n);
+                    sum = maximum ? fmax(sum, v) : sum + v;
+                }
+            act_store_upto(y + (size_t)row * columns + column + c, sum * share, n);
         }
     }
 }

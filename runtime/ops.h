@@ -368,4 +368,30 @@ int op_round(struct context *c, struct tensor *half, const struct tensor *w);
 int op_widen(struct context *c, struct tensor *out, const struct tensor *high,
              const struct tensor *low);
 
+// ---- pooling and resampling of images ------------------------------------------------------------------
+
+// Images as matrices of pixels [N*H*W, C] (ACT), rows in the order n, y, x.
+// y[:, column..column+C) = the largest value, or the mean, over the pixels of x that lie in a window of
+// size x size; a window's pixels outside of the image count for nothing (in the mean, too).
+// y is [N*H'*W', columns], H' = pool_height(), W' = pool_width().
+struct pool {
+    int images, height, width; // of x
+    int size, stride, padding; // padding <= size / 2
+    bool maximum;
+};
+int64_t pool_height(const struct pool *p);
+int64_t pool_width(const struct pool *p);
+int op_pool(struct context *c, struct tensor *y, int64_t column, const struct tensor *x,
+            const struct pool *p);
+
+// out[N,C] (f32) = the mean over an image's pixels of x[N*P,C]
+int op_pixel_mean(struct context *c, struct tensor *out, const struct tensor *x);
+
+// out[N*S*S,3] (ACT) = scale * v + shift, v linear between 2 x 2 pixels of 8-bit RGB in `bytes` (I32,
+// raw). taps[N,2,S,3] int32 give, for line y of image n ([n,0,y]) and column x ([n,1,x]), the place of
+// two neighbours in bytes, that of a line and of a pixel within it, and the bits of the f32 weight of the
+// second. So images of a batch may differ in size.
+int op_resample(struct context *c, struct tensor *out, const struct tensor *bytes,
+                const struct tensor *taps, float scale, float shift);
+
 #endif
