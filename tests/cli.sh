@@ -115,6 +115,20 @@ fails 1 "no OpenCL platform" "ditmoe train: " env OCL_ICD_VENDORS="$work/none" "
 run env OCL_ICD_VENDORS="$work/none" "$ditmoe" devices
 check "devices without a platform is no crash" test $status -le 1
 
+# ---- topology ----------------------------------------------------------------------------------------
+machines=$root/tests/topologies
+works "topology of this machine" "$ditmoe" devices --topology
+check "it has the device" grep -q '\[opencl:' out
+works "topology of another" "$ditmoe" devices --topology --xml "$machines/dgx2.xml" --png dgx2.png
+check "NVLink through switches" grep -q '^NVLink: 150 GB/s one way between any two of 16 GPUs' out
+check "its figure" test -s dgx2.png
+works "topology as JSON" "$ditmoe" devices --topology --json --xml "$machines/power8.xml"
+check "which says NVLink" grep -q '"nvlink_host": 40000000000' out
+fails 1 "no topology file" "none.xml: No such file" "$ditmoe" devices --topology --xml none.xml
+echo "not XML" >bad.xml
+fails 1 "no XML" "bad.xml: not a topology" "$ditmoe" devices --topology --xml bad.xml
+fails 2 "--xml without --topology" "xml needs --topology" "$ditmoe" devices --xml bad.xml
+
 # ---- info --------------------------------------------------------------------------------------------
 while read -r preset total active macs with; do
     run "$ditmoe" info "$preset"

@@ -4,18 +4,28 @@
 #include <string.h>
 
 #include "tools/command.h"
+#include "tools/topology_show.h"
 
 enum { DEVICES_MAX = 64 };
 
 struct devices_options {
-    int json;
+    int json, topology;
+    const char *xml, *png;
 };
 
+#define AT(member) offsetof(struct devices_options, member)
 static const struct option_spec output_options[] = {
-    {"json", 0, OPTION_FLAG, NULL, "no", "print JSON", offsetof(struct devices_options, json), 0, 0,
-     NULL},
+    {"json", 0, OPTION_FLAG, NULL, "no", "print JSON", AT(json), 0, 0, NULL},
+    {"topology", 0, OPTION_FLAG, NULL, "no",
+     "print the machine as hwloc sees it instead: packages, NUMA nodes, PCIe, NVLink, network",
+     AT(topology), 0, 0, NULL},
+    {"xml", 0, OPTION_STRING, "FILE", NULL,
+     "with --topology: of the machine that this hwloc XML file (lstopo machine.xml) describes",
+     AT(xml), 0, 0, NULL},
+    {"png", 0, OPTION_STRING, "FILE", NULL, "with --topology: draw it too", AT(png), 0, 0, NULL},
     {0},
 };
+#undef AT
 
 static double gib(uint64_t bytes)
 {
@@ -160,6 +170,24 @@ static void print_json(const struct device_info *list, int count, const char *be
     json_decref(root);
 }
 
+static int show_topology(const struct devices_options *o)
+{
+    struct topology *t = NULL;
+    int code = o->xml ? topology_read(o->xml, &t) : topology_here(&t);
+    if (code >= 0 && o->png)
+        code = topology_draw(o->png, t);
+    if (code >= 0 && o->json) {
+        json_t *json = topology_json(t);
+        json_dumpf(json, stdout, JSON_INDENT(2));
+        printf("\n");
+        json_decref(json);
+    } else if (code >= 0) {
+        topology_print(t, stdout);
+    }
+    topology_free(t);
+    return code < 0 ? report_failure("devices") : 0;
+}
+
 int cmd_devices(int argc, char **argv)
 {
     struct devices_options o = {0};
@@ -176,6 +204,10 @@ int cmd_devices(int argc, char **argv)
     int status;
     if (!options_parse(&command, argc, argv, NULL, &status))
         return status;
+    if ((o.xml || o.png) && !o.topology)
+        return usage_error("devices", "--%s needs --topology", o.xml ? "xml" : "png");
+    if (o.topology)
+        return show_topology(&o);
     int count = devices_list(list, DEVICES_MAX);
     if (count < 0)
         return report_failure("devices");
