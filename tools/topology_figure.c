@@ -248,11 +248,11 @@ int topology_draw(const char *path, const struct topology *t)
     if (!d.boxes)
         return fail(ERR_NOMEM, "no host memory for a figure");
     lay_out(&d);
-    const int matrix = fastest(t) > 0 ? 60 + CELL * gpu_count(t) : 0;
-    const double width =
-        fmax(d.boxes[0].width + 2 * PAD, matrix > 0 ? 60 + CELL * gpu_count(t) : 0);
+    const int side = 60 + CELL * gpu_count(t);
+    const int below = fastest(t) == 0 ? 0 : slowest(t) == fastest(t) ? 40 : side;
+    const double width = fmax(d.boxes[0].width + 2 * PAD, below == side ? side : 0);
     int code =
-        canvas_new((int)fmax(width, 520), (int)d.boxes[0].height + HEAD + PAD + matrix, &canvas);
+        canvas_new((int)fmax(width, 520), (int)d.boxes[0].height + HEAD + PAD + below, &canvas);
     if (code >= 0) {
         draw_all(&canvas, &d);
         code = canvas_write(path, &canvas, NULL, 0);
