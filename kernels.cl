@@ -3476,15 +3476,6 @@ void adamw_control(GLOBAL float *control, GLOBAL int *counts, const GLOBAL float
     counts[0] += 1;
 }
 
-// copy = w rounded to bf16
-KERNEL(256, 1)
-void round_bf16(GLOBAL ushort *copy, const GLOBAL float *w, uint count_low, uint count_high)
-{
-    size_t i = get_global_id(0);
-    if (i < ((size_t)count_high << 32 | count_low))
-        copy[i] = float_to_bf16(w[i]);
-}
-
 // For updates tensor by tensor, which begin before all gradients are known: a gradient that is not finite
 // ends the step's updates here.
 KERNEL(64, 1)
@@ -3497,11 +3488,32 @@ void adamw_guard(GLOBAL float *control, GLOBAL int *counts)
     counts[1] += 1;
 }
 
-// A weight in two halves: bf16, which products read, and the 16 bits that rounding took away (signed:
-// bf16 is the nearest). Together they are the f32 to the last bit.
+// An f32 in two halves: the nearest bf16, and the 16 bits that rounding took away (signed: the
+// difference of their bits).
 inline float join_halves(ushort high, ushort low)
 {
     return as_float(((uint)high << 16) + (uint)(int)(short)low);
+}
+
+inline void split_halves(GLOBAL ushort *high, GLOBAL ushort *low, float value)
+{
+    uint bits = as_uint(value), nearest = (bits + 0x8000u) >> 16;
+    *high = (ushort)nearest;
+    *low = (ushort)(bits - (nearest << 16));
+}
+
+// w rounded to bf16, or in both halves where low is not NULL
+KERNEL(256, 1)
+void round_bf16(GLOBAL ushort *high, GLOBAL ushort *low, const GLOBAL float *w, uint count_low,
+                uint count_high)
+{
+    size_t i = get_global_id(0);
+    if (i >= ((size_t)count_high << 32 | count_low))
+        return;
+    if (low)
+        split_halves(high + i, low + i, w[i]);
+    else
+        high[i] = float_to_bf16(w[i]);
 }
 
 // out = the f32 of both halves; of bf16 alone where low is NULL
@@ -3536,13 +3548,10 @@ void adamw(GLOBAL float *w, GLOBAL float *m, GLOBAL float *v, GLOBAL float *ema,
     w1 = fma(-rate / control[3], m1 / divisor, w1);
     m[i] = m1;
     v[i] = v1;
-    if (low) {
-        uint bits = as_uint(w1), nearest = (bits + 0x8000u) >> 16;
-        high[i] = (ushort)nearest;
-        low[i] = (ushort)(bits - (nearest << 16));
-    } else {
+    if (low)
+        split_halves(high + i, low + i, w1);
+    else
         w[i] = w1;
-    }
     if (ema)
         ema[i] = fma(1.0f - control[5], w1 - ema[i], ema[i]);
 }

@@ -23,9 +23,10 @@ enum {
 
 // op_layernorm_mod_fwd (z and rows NULL), op_residual_norm_fwd (z), op_combine_norm_fwd (rows, slot,
 // weight, shared, z1; kept: its z). y, kept, logits and router_w, shared, z1: NULL where absent.
+// y_low, x_low: the low halves of y and x, or NULL.
 struct norm_forward {
-    accelerate_mem y, h, stats, logits, kept;
-    accelerate_mem x, z, z1, rows, slot, weight, shared, mod, router_w;
+    accelerate_mem y, y_low, h, stats, logits, kept;
+    accelerate_mem x, x_low, z, z1, rows, slot, weight, shared, mod, router_w;
     int images, tokens, width, mod_width, gate, gate1, shift, scale, experts, choices;
 };
 

@@ -44,6 +44,26 @@ INLINE uint4 pack(const float (&in)[V])
                       pack2(in[6], in[7]));
 }
 
+// Two f32 that lie in memory in two halves, as runtime/tensor.h has it, from two words of each: `high`
+// their nearest bf16, `low` the lower 16 bits. Where those are 0x8000 or more, bf16 was rounded away
+// from zero, and the upper bits are one less.
+INLINE float2 join2(unsigned high, unsigned low)
+{
+    const unsigned upper = high - (low >> 15 & 0x00010001u);
+    return make_float2(__uint_as_float(__byte_perm(low, upper, 0x5410)),
+                       __uint_as_float(__byte_perm(low, upper, 0x7632)));
+}
+
+INLINE unsigned low2(float first, float second)
+{
+    return __byte_perm(__float_as_uint(first), __float_as_uint(second), 0x5410);
+}
+
+INLINE unsigned high2(float first, float second)
+{
+    return __byte_perm(__float_as_uint(first) + 0x8000u, __float_as_uint(second) + 0x8000u, 0x7632);
+}
+
 // 8 floats at p, 16-byte aligned, of a parameter that nothing writes meanwhile
 INLINE void load_parameters(float (&out)[V], const float *p)
 {

@@ -54,12 +54,13 @@ INLINE void combine(float (&z)[VALUES], const experts_rows &e, const norm_forwar
 }
 
 // Rows past the end are row `at` again, and not stored. v = the values to be normalised: x, or y =
-// x + gate z, or with combined z = x + gate1 z1 + gate z. y is stored unless it is NULL.
+// x + gate z, or with combined z = x + gate1 z1 + gate z. y is stored unless it is NULL. x and y may
+// be in two halves.
 template <int ROWS, norm_input INPUT, class S>
 INLINE void norm_inputs(float (&v)[ROWS][VALUES], const norm_forward &a, const S &s, size_t at,
                         int row, const unsigned (&gate)[WORDS], const unsigned (&gate1)[WORDS])
 {
-    unsigned x[ROWS][WORDS], z[ROWS][WORDS] = {};
+    unsigned x[ROWS][WORDS], low[ROWS][WORDS] = {}, z[ROWS][WORDS] = {};
     experts_rows experts[INPUT == INPUT_COMBINE ? ROWS : 1];
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
@@ -67,6 +68,8 @@ INLINE void norm_inputs(float (&v)[ROWS][VALUES], const norm_forward &a, const S
         if (INPUT == INPUT_COMBINE)
             load_experts(experts[r], a, m, s);
         load_segment(x[r], a.x, m * a.width, s);
+        if (a.x_low)
+            load_segment(low[r], a.x_low, m * a.width, s);
         if (INPUT == INPUT_RESIDUAL)
             load_segment(z[r], a.z, m * a.width, s);
         if (INPUT == INPUT_COMBINE && a.z1)
@@ -83,7 +86,7 @@ INLINE void norm_inputs(float (&v)[ROWS][VALUES], const norm_forward &a, const S
         }
 #pragma unroll
         for (int i = 0; i < VALUES; i++) {
-            v[r][i] = value(x[r], i);
+            v[r][i] = value(x[r], low[r], i);
             if (INPUT == INPUT_RESIDUAL)
                 v[r][i] = fmaf(value(gate, i), value(z[r], i), v[r][i]);
             if (INPUT == INPUT_COMBINE)
@@ -91,7 +94,7 @@ INLINE void norm_inputs(float (&v)[ROWS][VALUES], const norm_forward &a, const S
                     fmaf(value(gate, i), branch[i], fmaf(value(gate1, i), value(z[r], i), v[r][i]));
         }
         if (INPUT != INPUT_PLAIN && a.y && there)
-            store_segment(a.y, (at + r) * a.width, v[r], s);
+            store_halves(a.y, a.y_low, (at + r) * a.width, v[r], s);
     }
 }
 
@@ -209,15 +212,11 @@ INLINE void norm_forward_rows(const norm_forward &a, int chunk)
                 const float by = fmaf(rstd[r], value(scale, i), rstd[r]);
                 v[r][i] = fmaf(v[r][i] - mean[r], by, value(shift, i));
             }
-            if (row + r < s.end)
-                store_segment(a.h, (at + r) * a.width, v[r], s);
-        }
-        if (s.warp == 0 && s.lane < ROWS && row + s.lane < s.end) {
-            float2 stats = make_float2(mean[0], rstd[0]);
-#pragma unroll
-            for (int r = 1; r < ROWS; r++)
-                stats = s.lane == r ? make_float2(mean[r], rstd[r]) : stats;
-            static_cast<float2 *>(a.stats)[at + s.lane] = stats;
+            if (row + r >= s.end)
+                continue;
+            store_segment(a.h, (at + r) * a.width, v[r], s);
+            if (s.warp == 0 && s.lane == 0)
+                static_cast<float2 *>(a.stats)[at + r] = make_float2(mean[r], rstd[r]);
         }
         if constexpr (ROUTED)
             router_product(a, v, s, at, row, weights, logits);

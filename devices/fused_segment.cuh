@@ -84,10 +84,39 @@ INLINE void store_segment(void *base, size_t row, const float (&v)[VALUES], cons
             make_uint2(pack2(v[8], v[9]), pack2(v[10], v[11]));
 }
 
+// The same of a row in two halves (runtime/tensor.h), `high` as store_segment leaves it; low may be NULL.
+template <class S>
+INLINE void store_halves(void *high, void *low, size_t row, const float (&v)[VALUES], const S &s)
+{
+    if (!low)
+        return store_segment(high, row, v, s);
+    unsigned short *to = static_cast<unsigned short *>(high) + row;
+    unsigned short *rest = static_cast<unsigned short *>(low) + row;
+    if (s.vector()) {
+        *reinterpret_cast<uint4 *>(to + s.column) = make_uint4(
+            high2(v[0], v[1]), high2(v[2], v[3]), high2(v[4], v[5]), high2(v[6], v[7]));
+        *reinterpret_cast<uint4 *>(rest + s.column) =
+            make_uint4(low2(v[0], v[1]), low2(v[2], v[3]), low2(v[4], v[5]), low2(v[6], v[7]));
+    }
+    if (s.tail()) {
+        *reinterpret_cast<uint2 *>(to + s.last) =
+            make_uint2(high2(v[8], v[9]), high2(v[10], v[11]));
+        *reinterpret_cast<uint2 *>(rest + s.last) =
+            make_uint2(low2(v[8], v[9]), low2(v[10], v[11]));
+    }
+}
+
 // Value i of the packed ones.
 INLINE float value(const unsigned (&words)[WORDS], int i)
 {
     return __uint_as_float(i % 2 ? words[i / 2] & 0xffff0000u : words[i / 2] << 16);
+}
+
+// Value i of those in two halves.
+INLINE float value(const unsigned (&high)[WORDS], const unsigned (&low)[WORDS], int i)
+{
+    const float2 both = join2(high[i / 2], low[i / 2]);
+    return i % 2 ? both.y : both.x;
 }
 
 // A barrier of the warps of a row.

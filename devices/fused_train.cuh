@@ -128,28 +128,14 @@ INLINE void adamw_value(float &w, float &m, float &v, float &ema, float g, const
     ema = fmaf(1.0f - c.ema, w - ema, ema);
 }
 
-// A weight in two halves: the nearest bf16, which products read, and in `low` the signed difference
-// of the f32's bits from it.
-INLINE float join_halves(unsigned high, unsigned low)
-{
-    return __uint_as_float((high << 16) + (unsigned)(int)(short)low);
-}
-
-// w's halves, the high one in bits 0 to 15
-INLINE unsigned split_halves(float w)
-{
-    const unsigned bits = __float_as_uint(w), nearest = (bits + 0x8000u) >> 16;
-    return nearest | (bits - (nearest << 16)) << 16;
-}
-
 INLINE float4 load_weights(const adamw_step &a, size_t i)
 {
     if (!a.low)
         return static_cast<const float4 *>(a.w)[i];
     const uint2 high = static_cast<const uint2 *>(a.w)[i];
     const uint2 low = static_cast<const uint2 *>(a.low)[i];
-    return make_float4(join_halves(high.x & 0xffff, low.x), join_halves(high.x >> 16, low.x >> 16),
-                       join_halves(high.y & 0xffff, low.y), join_halves(high.y >> 16, low.y >> 16));
+    const float2 first = join2(high.x, low.x), second = join2(high.y, low.y);
+    return make_float4(first.x, first.y, second.x, second.y);
 }
 
 INLINE void store_weights(const adamw_step &a, size_t i, float4 w)
@@ -158,12 +144,8 @@ INLINE void store_weights(const adamw_step &a, size_t i, float4 w)
         static_cast<float4 *>(a.w)[i] = w;
         return;
     }
-    const unsigned x = split_halves(w.x), y = split_halves(w.y), z = split_halves(w.z);
-    const unsigned last = split_halves(w.w);
-    static_cast<uint2 *>(a.w)[i] =
-        make_uint2(__byte_perm(x, y, 0x5410), __byte_perm(z, last, 0x5410));
-    static_cast<uint2 *>(a.low)[i] =
-        make_uint2(__byte_perm(x, y, 0x7632), __byte_perm(z, last, 0x7632));
+    static_cast<uint2 *>(a.w)[i] = make_uint2(high2(w.x, w.y), high2(w.z, w.w));
+    static_cast<uint2 *>(a.low)[i] = make_uint2(low2(w.x, w.y), low2(w.z, w.w));
 }
 
 INLINE void adamw_vector(const adamw_step &a, const adamw_scalars &c, size_t i)
@@ -188,7 +170,7 @@ INLINE void adamw_single(const adamw_step &a, const adamw_scalars &c, size_t i)
     unsigned short *high = static_cast<unsigned short *>(a.w) + i;
     unsigned short *low = static_cast<unsigned short *>(a.low) + i;
     float *whole = static_cast<float *>(a.w) + i, *ema = static_cast<float *>(a.ema) + i;
-    float w = a.low ? join_halves(*high, *low) : *whole, e = a.ema ? *ema : w;
+    float w = a.low ? join2(*high, *low).x : *whole, e = a.ema ? *ema : w;
     adamw_value(w, static_cast<float *>(a.m)[i], static_cast<float *>(a.v)[i], e,
                 static_cast<const float *>(a.g)[i], a, c);
     if (a.ema)
@@ -197,9 +179,8 @@ INLINE void adamw_single(const adamw_step &a, const adamw_scalars &c, size_t i)
         *whole = w;
         return;
     }
-    const unsigned halves = split_halves(w);
-    *high = (unsigned short)halves;
-    *low = (unsigned short)(halves >> 16);
+    *high = (unsigned short)high2(w, w);
+    *low = (unsigned short)low2(w, w);
 }
 
 // A thread 4 values; the first threads also the last values.

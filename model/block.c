@@ -59,8 +59,13 @@ static int plan_attention_half(struct dit *d, int l, struct block_act *a)
     if (d->options.train)
         ACTIVATION(d, l, "lse", F32, 1, 1, 5, &a->lse, N, c->heads, T);
     ACTIVATION(d, l, "attn", act, 2, 5, 4, &a->attn, M, D);
-    if (!leaves_mid_out(d, l))
+    if (!leaves_mid_out(d, l)) {
         ACTIVATION(d, l, "mid", act, 2, 5, d->lean ? NEVER : 4, &a->mid, M, D);
+        if (op_combine_norm_fuses(&d->ctx, D)) {
+            ACTIVATION(d, l, "mid.low", BF16, 2, 5, NEVER, &a->mid_low, M, D);
+            a->mid.low = &a->mid_low;
+        }
+    }
     ACTIVATION(d, l, "stats2", F32, 2, 2, 4, &a->stats2, M, 2);
     ACTIVATION(d, l, "h2", act, 2, 3, d->lean ? NEVER : 3, &a->h2, M, D);
     ACTIVATION(d, l, "out", act, 5, 5, 3, &a->out, M, D);
@@ -193,7 +198,8 @@ int block_plan(struct dit *d, int layer)
 int block_enter(struct dit *d, int layer)
 {
     struct block_act *a = dit_act(d, layer);
-    return op_layernorm_mod_fwd(&d->ctx, &a->h1, &a->stats1, &d->x[layer], &d->mod,
+    const struct tensor x = dit_stream(d, layer);
+    return op_layernorm_mod_fwd(&d->ctx, &a->h1, &a->stats1, &x, &d->mod,
                                 dit_column(d, layer, SHIFT1), dit_column(d, layer, SCALE1));
 }
 
@@ -210,9 +216,10 @@ static int block_body(struct dit *d, int layer)
     struct block_act *a = dit_act(d, layer);
     const bool moe = config_is_moe(&d->config, layer);
     const struct norm_columns at = middle_columns(d, layer);
+    const struct tensor x = dit_stream(d, layer);
     TRY(attention_forward(d, layer));
     TRY(op_residual_norm_fwd(&d->ctx, leaves_mid_out(d, layer) ? NULL : &a->mid, &a->h2, &a->stats2,
-                             moe ? &a->logits : NULL, &d->x[layer], &a->attn, &d->mod, at,
+                             moe ? &a->logits : NULL, &x, &a->attn, &d->mod, at,
                              moe ? &d->w.blocks[layer].gate_w : NULL));
     return moe ? moe_forward(d, layer) : mlp_forward(d, layer);
 }
@@ -226,16 +233,16 @@ int block_forward(struct dit *d, int layer)
 {
     struct context *c = &d->ctx;
     struct block_act *a = dit_act(d, layer);
-    struct tensor *x = &d->x[layer + 1];
+    struct tensor x = dit_stream(d, layer), y = dit_stream(d, layer + 1);
     const struct next_norm n = next_norm(d, layer);
     const struct norm_columns at = {dit_column(d, layer, GATE2), n.shift, n.scale};
     TRY(block_body(d, layer));
     if (!config_is_moe(&d->config, layer))
-        return op_residual_norm_fwd(c, x, n.h, n.stats, NULL, &a->mid, &a->out, &d->mod, at, NULL);
+        return op_residual_norm_fwd(c, &y, n.h, n.stats, NULL, &a->mid, &a->out, &d->mod, at, NULL);
     const bool keep = d->options.train || !op_combine_norm_fuses(c, d->config.hidden);
     const bool left_out = leaves_mid_out(d, layer);
-    return op_combine_norm_fwd(c, x, n.h, n.stats, keep ? &a->out : NULL,
-                               left_out ? &d->x[layer] : &a->mid, left_out ? &a->attn : NULL,
+    return op_combine_norm_fwd(c, &y, n.h, n.stats, keep ? &a->out : NULL,
+                               left_out ? &x : &a->mid, left_out ? &a->attn : NULL,
                                dit_column(d, layer, GATE1), &a->y, &a->slot, &a->weight,
                                shared_out(d, a), &d->mod, at);
 }

@@ -85,7 +85,8 @@ static int plan_inputs(struct dit *d)
 }
 
 // The residual stream: x[l] is written by block l-1 and read by block l, in both passes. A block that
-// is recomputed writes its output again, after the next block's backward.
+// is recomputed writes its output again, after the next block's backward. Its low half lives for the
+// forward pass, or as long as x where blocks are recomputed: they must route as they did.
 static int plan_residual(struct dit *d)
 {
     const struct config *c = &d->config;
@@ -98,6 +99,11 @@ static int plan_residual(struct dit *d)
             last = time_backward(d, d->options.recompute && l > 0 ? l - 1 : l, PHASES - 1);
         TRY(PLAN_TENSOR(d->plan, "x", PLAN_ACTIVATIONS, act, time_forward(d, l - 1, 0), last, &d->x[l],
                         M, D));
+        if (l == L || !op_combine_norm_fuses(&d->ctx, D))
+            continue;
+        last = d->options.recompute ? last : time_forward(d, l, PHASES - 1);
+        TRY(PLAN_TENSOR(d->plan, "x.low", PLAN_ACTIVATIONS, BF16, time_forward(d, l - 1, 0), last,
+                        &d->x_low[l], M, D));
     }
     if (!d->options.train)
         return 0;
@@ -138,11 +144,12 @@ int dit_new(struct device *dev, struct stream *stream, const struct config *c,
     d->lean = options->train && !options->recompute && !dev->cpu_forms;
     const size_t L = (size_t)c->layers;
     d->x = calloc(L + 1, sizeof *d->x);
+    d->x_low = calloc(L, sizeof *d->x_low);
     d->acts = calloc(L, sizeof *d->acts);
     d->routes = calloc(L, sizeof *d->routes);
     d->grads = calloc(L, sizeof *d->grads);
     int code = 0;
-    if (!d->x || !d->acts || !d->routes || !d->grads)
+    if (!d->x || !d->x_low || !d->acts || !d->routes || !d->grads)
         code = fail(ERR_NOMEM, "no host memory for a model of %d layers", c->layers);
     if (code < 0 || (code = params_new(c, &d->params)) < 0 || (code = plan_new(dev, &d->plan)) < 0 ||
         (code = plan_model(d)) < 0) {
@@ -179,7 +186,7 @@ void dit_free(struct dit *d)
     weights_free(&d->w), weights_free(&d->g), weights_free(&d->m), weights_free(&d->v);
     weights_free(&d->ema), weights_free(&d->low);
     params_free(&d->params);
-    free(d->x), free(d->acts), free(d->routes), free(d->grads), free(d->packed);
+    free(d->x), free(d->x_low), free(d->acts), free(d->routes), free(d->grads), free(d->packed);
     free(d);
 }
 

@@ -15,7 +15,8 @@
 // What a block remembers between its forward and its backward. M = N*T, R = M*K.
 struct block_act {
     struct tensor stats1, h1, qkv, qk, qk_stats;    // LN1, its output [M,D], [M,3D], after q/k norm
-    struct tensor lse, o, attn, mid;                // [N,H,T], [M,D], [M,D], [M,D] after attention
+    struct tensor lse, o, attn;                     // [N,H,T], [M,D], [M,D]
+    struct tensor mid, mid_low;                     // [M,D] after attention, and its low half
     struct tensor stats2, h2;                       // LN2 and its output [M,D]
     struct tensor logits, probs, weight;            // router: [M,E] [M,E] [M,K]
     struct tensor slot, token;                      // [M,K] [R]
@@ -48,6 +49,7 @@ struct block_grad {
 
 struct embed_act {
     struct tensor patches;            // [M,C*p*p]
+    struct tensor sum;                // [M,D] f32, where the stream is in two halves
     struct tensor features, t0, ts;   // [N,256] [N,D] [N,D]
     struct tensor cond, cs;           // [N,D] conditioning and its SiLU
     struct tensor dcs, dts;           // [N,D] gradients
@@ -95,6 +97,7 @@ struct dit {
     struct embed_act embed;
     struct tensor mod, dmod;     // [N,W] modulations of this pass (struct weights: ada_w)
     struct tensor *x;            // [L+1] residual stream [M,D] before each block, and after the last
+    struct tensor *x_low;        // [L] in the forward pass: low halves of the first L (dit_stream)
     struct tensor dx;            // [M,D]
     float balance_scale;         // on the balance loss's gradient: 1 / micro-batches a step
     struct block_act *acts;      // [L], or [1] shared by all blocks with recompute
@@ -193,6 +196,17 @@ int plan_activation(struct dit *d, int layer, const char *name, enum dtype type,
 static inline int dit_column(const struct dit *d, int layer, enum modulation which)
 {
     return (layer * MODULATIONS + (int)which) * d->config.hidden;
+}
+
+// The residual stream before block `layer` as the forward pass reads and writes it: in two halves
+// (struct tensor) where the device's operations take them. Forward and recomputation only: otherwise
+// the low half does not live until the backward pass, which reads x alone.
+static inline struct tensor dit_stream(struct dit *d, int layer)
+{
+    struct tensor x = d->x[layer];
+    if (layer < d->config.layers && d->x_low[layer].ndim)
+        x.low = &d->x_low[layer];
+    return x;
 }
 
 // What the backward pass reads of the forward's: kept, or made again (lean).

@@ -34,6 +34,8 @@ int embed_plan(struct dit *d)
     const int end = time_backward(d, -1, PHASES - 1);
     ACTIVATION(d, -1, "embed.patches", act, 0, 0, PHASES - 1, &a->patches, M,
                (int64_t)c->channels * c->patch * c->patch);
+    if (d->x_low[0].ndim)
+        ACTIVATION(d, -1, "embed.sum", F32, 0, 0, NEVER, &a->sum, M, D);
     TRY(plan_condition(d));
     if (!d->options.train)
         return 0;
@@ -48,8 +50,10 @@ int embed_forward(struct dit *d)
     struct context *c = &d->ctx;
     struct embed_act *a = &d->embed;
     TRY(op_patchify(c, &a->patches, &d->input, d->config.patch, PATCH_CPQ));
-    TRY(op_linear(c, &d->x[0], &a->patches, &d->w.patch_w, &d->w.patch_b));
-    return op_add_pos(c, &d->x[0], &d->w.pos);
+    struct tensor x = dit_stream(d, 0), *sum = x.low ? &a->sum : &x;
+    TRY(op_linear(c, sum, &a->patches, &d->w.patch_w, &d->w.patch_b));
+    TRY(op_add_pos(c, sum, &d->w.pos));
+    return x.low ? op_round(c, &x, x.low, sum) : 0;
 }
 
 int condition_forward(struct dit *d)

@@ -413,7 +413,7 @@ int weight_copy(struct context *c, struct tensor *to, const struct tensor *from)
         TRY(tensor_copy(c, to->low, from->low));
     if (to->dtype == from->dtype)
         return tensor_copy(c, to, from);
-    return to->dtype == F32 ? op_widen(c, to, from, from->low) : op_round(c, to, from);
+    return to->dtype == F32 ? op_widen(c, to, from, from->low) : op_round(c, to, NULL, from);
 }
 
 // ---- initial values --------------------------------------------------------------------------------------

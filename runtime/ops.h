@@ -152,7 +152,7 @@ int op_add(struct context *c, struct tensor *y, const struct tensor *x);
 // ---- LayerNorm, adaLN, gated residual ----------------------------------------------------------------
 
 // y[M,D] = LN(x) * (1 + mod[n, scale+d]) + mod[n, shift+d], eps 1e-6, no affine;
-// stats[M,2] f32 gets mean and 1/std.
+// stats[M,2] f32 gets mean and 1/std. x may be in two halves where op_combine_norm_fuses.
 int op_layernorm_mod_fwd(struct context *c, struct tensor *y, struct tensor *stats,
                          const struct tensor *x, const struct tensor *mod, int shift, int scale);
 // dx[M,D] += ...; dmod[n, shift+d] and dmod[n, scale+d] are written (the other columns are not).
@@ -261,7 +261,9 @@ struct norm_columns {
     int gate, shift, scale; // first columns in mod; they may belong to different layers
 };
 
-// Whether a sum may be left out (NULL) for this width D: it is then used, in f32, but not kept.
+// Whether for this width D a sum may be left out (NULL): it is then used, in f32, but not kept; and
+// whether x and y below may be in two halves (struct tensor: low), so that the stream is f32 between
+// blocks. The backward pass reads the high halves alone.
 bool op_combine_norm_fuses(const struct context *c, int64_t width);
 
 // y[M,D] = x + mod[n, gate+d] z (y may be x; NULL: see above);
@@ -362,8 +364,9 @@ int op_adamw(struct context *c, struct tensor *w, struct tensor *m, struct tenso
 // here on when CONTROL_NORM2, the sum so far, is not finite.
 int op_adamw_guard(struct context *c, struct tensor *control, struct tensor *counts);
 
-// half (bf16) = w (f32) rounded to nearest even; same count
-int op_round(struct context *c, struct tensor *half, const struct tensor *w);
+// high (bf16) = w (f32) rounded to nearest, ties to even; or, where low is not NULL, w in two halves
+// (struct tensor), ties away from zero; same count
+int op_round(struct context *c, struct tensor *high, struct tensor *low, const struct tensor *w);
 // out (f32) = high (bf16), with the low halves where low is not NULL; same count
 int op_widen(struct context *c, struct tensor *out, const struct tensor *high,
              const struct tensor *low);

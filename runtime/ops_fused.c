@@ -14,14 +14,6 @@ bool op_combine_norm_fuses(const struct context *c, int64_t width)
     return width <= c->dev->fused_width && width % 128 == 0;
 }
 
-// Checks that sums are left out only where the device does without them. Stands for one while
-// shapes are checked.
-static struct tensor *stand_in(struct context *c, struct tensor *given, struct tensor *unkept)
-{
-    BUG_IF(!given && !(c->dry && op_combine_norm_fuses(c, unkept->shape[1])));
-    return given ? given : unkept;
-}
-
 int op_residual_norm_fwd(struct context *c, struct tensor *y, struct tensor *h,
                          struct tensor *stats, struct tensor *logits, const struct tensor *x,
                          const struct tensor *z, const struct tensor *mod, struct norm_columns at,
@@ -29,20 +21,24 @@ int op_residual_norm_fwd(struct context *c, struct tensor *y, struct tensor *h,
 {
     BUG_IF(!logits != !router_w);
     const struct norm_forward args = {.y = MEM(y),
+                                      .y_low = MEM(LOW(y)),
                                       .h = h->mem,
                                       .stats = stats->mem,
                                       .logits = MEM(logits),
                                       .x = x->mem,
+                                      .x_low = MEM(x->low),
                                       .z = z->mem,
                                       .mod = mod->mem,
                                       .router_w = MEM(router_w),
                                       NORM_SIZES(x, mod, at),
                                       .experts = logits ? arg_int(router_w->shape[0]) : 0};
-    int code = ACCELERATE(c, ACCELERATE_NORM_FWD, &args, y, h, stats, logits, x, z, mod, router_w);
+    int code = ACCELERATE(c, ACCELERATE_NORM_FWD, &args, y, LOW(y), h, stats, logits, x, x->low, z,
+                          mod, router_w);
     if (code != NOT_MINE)
         return code;
-    struct tensor unkept = *x;
-    y = stand_in(c, y, &unkept);
+    op_only_fused(c, !y || y->low || x->low, x->shape[1]);
+    struct tensor unkept = *x; // stands for y while shapes are checked
+    y = y ? y : &unkept;
     TRY(op_gate_residual_fwd(c, y, x, z, mod, at.gate));
     TRY(op_layernorm_mod_fwd(c, h, stats, y, mod, at.shift, at.scale));
     return logits ? op_linear(c, logits, h, router_w, NULL) : 0;
@@ -55,10 +51,12 @@ int op_combine_norm_fwd(struct context *c, struct tensor *y, struct tensor *h, s
                         const struct tensor *mod, struct norm_columns at)
 {
     const struct norm_forward args = {.y = y->mem,
+                                      .y_low = MEM(y->low),
                                       .h = h->mem,
                                       .stats = stats->mem,
                                       .kept = MEM(z),
                                       .x = x->mem,
+                                      .x_low = MEM(x->low),
                                       .z1 = MEM(z1),
                                       .rows = rows->mem,
                                       .slot = slot->mem,
@@ -68,12 +66,13 @@ int op_combine_norm_fwd(struct context *c, struct tensor *y, struct tensor *h, s
                                       NORM_SIZES(x, mod, at),
                                       .gate1 = z1 ? gate1 : 0,
                                       .choices = arg_int(slot->shape[1])};
-    int code = ACCELERATE(c, ACCELERATE_NORM_FWD, &args, y, h, stats, z, x, z1, rows, slot, weight,
-                          shared, mod);
+    int code = ACCELERATE(c, ACCELERATE_NORM_FWD, &args, y, y->low, h, stats, z, x, x->low, z1, rows,
+                          slot, weight, shared, mod);
     if (code != NOT_MINE)
         return code;
-    struct tensor unkept = *x;
-    z = stand_in(c, z, &unkept);
+    op_only_fused(c, !z || y->low || x->low, x->shape[1]);
+    struct tensor unkept = *x; // stands for z while shapes are checked
+    z = z ? z : &unkept;
     TRY(op_combine_fwd(c, z, rows, slot, weight, shared));
     if (z1)
         TRY(op_gate_residual_fwd(c, y, x, z1, mod, gate1));

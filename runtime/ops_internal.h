@@ -10,6 +10,7 @@
 
 #define BUF(tensor) ((union arg){.b = (tensor)->mem})
 #define BUF_OR_NULL(tensor) ((union arg){.b = (tensor) ? (tensor)->mem : NULL})
+#define LOW(tensor) ((tensor) ? (tensor)->low : NULL)
 #define MEM(tensor) ((tensor) ? (tensor)->mem : NULL) // for the structs of devices/accelerate.h
 #define INT(value) ((union arg){.i = arg_int(value)})
 #define UINT(value) ((union arg){.u = arg_uint(value)})
@@ -136,6 +137,13 @@ static inline int64_t op_chunk(const struct context *c, int64_t count, int64_t l
     int units = c->dev->info.compute_units;
     int64_t chunk = cover(count, 8 * (int64_t)(units > 0 ? units : 1));
     return chunk < least ? least : chunk > most ? most : chunk;
+}
+
+// Where `wanted` is what op_combine_norm_fuses() promises, a device that has it must have taken the
+// operation: only a dry context comes here.
+static inline void op_only_fused(const struct context *c, bool wanted, int64_t width)
+{
+    BUG_IF(wanted && !(c->dry && op_combine_norm_fuses(c, width)));
 }
 
 // Asks for what a device that fuses the backward of LayerNorm wants (devices/accelerate.h).

@@ -183,6 +183,7 @@ int op_layernorm_mod_fwd(struct context *c, struct tensor *y, struct tensor *sta
     const struct norm_forward args = {.h = y->mem,
                                       .stats = stats->mem,
                                       .x = x->mem,
+                                      .x_low = MEM(x->low),
                                       .mod = mod->mem,
                                       .images = arg_int(mod->shape[0]),
                                       .tokens = arg_int(tokens),
@@ -190,9 +191,10 @@ int op_layernorm_mod_fwd(struct context *c, struct tensor *y, struct tensor *sta
                                       .mod_width = arg_int(mod->shape[1]),
                                       .shift = shift,
                                       .scale = scale};
-    int code = ACCELERATE(c, ACCELERATE_NORM_FWD, &args, y, stats, x, mod);
+    int code = ACCELERATE(c, ACCELERATE_NORM_FWD, &args, y, stats, x, x->low, mod);
     if (code != NOT_MINE)
         return code;
+    op_only_fused(c, x->low, width);
     int64_t groups = row_groups(c, rows, width, &chunk);
     if (!c->dev->cpu_forms)
         groups = cover(rows, LAYERNORM_ROWS);

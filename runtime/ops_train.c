@@ -177,12 +177,13 @@ int op_adamw_guard(struct context *c, struct tensor *control, struct tensor *cou
     return LAUNCH(c, KERNEL_adamw_guard, 1, 1, 1, BUF(control), BUF(counts));
 }
 
-int op_round(struct context *c, struct tensor *half, const struct tensor *w)
+int op_round(struct context *c, struct tensor *high, struct tensor *low, const struct tensor *w)
 {
     int64_t count = tensor_count(w);
-    BUG_IF(!is_f32_vector(w, count) || !is_bf16_vector(half, count));
-    return LAUNCH(c, KERNEL_round_bf16, cover(count, GROUP), 1, 1, BUF(half), BUF(w),
-                  HALVES(count));
+    BUG_IF(!is_f32_vector(w, count) || !is_bf16_vector(high, count));
+    BUG_IF(low && !is_bf16_vector(low, count));
+    return LAUNCH(c, KERNEL_round_bf16, cover(count, GROUP), 1, 1, BUF(high), BUF_OR_NULL(low),
+                  BUF(w), HALVES(count));
 }
 
 int op_widen(struct context *c, struct tensor *out, const struct tensor *high,

@@ -17,13 +17,14 @@ struct tensor {
     int ndim;
     int64_t shape[TENSOR_DIMS];
     struct packed *packed; // a weight's copy for products, or NULL
-    struct tensor *low;    // of a bf16 weight in training: the 16 bits that rounding took away, or NULL
+    struct tensor *low;    // of a bf16 tensor in two halves: the 16 bits that rounding took away, or NULL
 };
 
-// Weights in products are f32, or on devices that want it (device.h half_weights) bf16. In training
-// such a weight is a pair: the nearest bf16, which products read, and in `low` (typed BF16, but raw
-// bits) the signed difference of the f32's upper bits from it: f32 = (high << 16) + low. So the
-// optimiser's weights are f32 to the last bit in the memory of one f32.
+// An f32 in two halves: the nearest bf16, and in `low` (typed BF16, but raw bits) the signed
+// difference of the f32's bits from it: f32 = (high << 16) + low. So is, on devices that want it,
+//   - in training, a weight that products read as bf16 (device.h half_weights): the optimiser's
+//     weights are f32 to the last bit in the memory of one f32;
+//   - where activations are bf16, the residual stream of a forward pass (op_residual_norm_fwd).
 
 // A copy of a weight in the form that the device's products read (op_packed_bytes). Products make it
 // when they meet the weight first and after it was written, so it is never stale; who writes a

@@ -65,6 +65,18 @@ static void ref_norm(const struct fused *f, const struct operand *mod, const dou
     }
 }
 
+// A random order of the M*K routed rows: slot[m,k].
+static double *random_slots(struct op_run *r, int count)
+{
+    double *slot = op_doubles(r, count);
+    for (int i = 0; i < count; i++) {
+        const int j = (int)op_uniform(r, 0, i + 1);
+        slot[i] = slot[j];
+        slot[j] = i;
+    }
+    return slot;
+}
+
 // What a forward test needs.
 struct forward {
     struct operand *x, *mod, *y, *h, *stats;
@@ -181,18 +193,6 @@ static int layernorm_far(void)
 
 // ---- combination --------------------------------------------------------------------------------
 
-// A random order of the M*K routed rows: slot[m,k].
-static double *random_slots(struct op_run *r, int count)
-{
-    double *slot = op_doubles(r, count);
-    for (int i = 0; i < count; i++) {
-        const int j = (int)op_uniform(r, 0, i + 1);
-        slot[i] = slot[j];
-        slot[j] = i;
-    }
-    return slot;
-}
-
 static int combine_case(struct op_run *r, const int *s)
 {
     struct fused f = fused_shape(s);
@@ -276,6 +276,121 @@ static int rows_case(struct op_run *r, const int *s)
 static int rows_moved(void)
 {
     return OP_FOR_ALL(rows_case, shapes);
+}
+
+// ---- the stream in two halves -------------------------------------------------------------------
+
+// An f32 tensor in two halves.
+struct halves {
+    struct operand *high, *low;
+};
+
+static struct halves halves_output(struct op_run *r, int rows, int columns)
+{
+    struct halves h = {op_output(r, BF16, DIMS(rows, columns)),
+                       op_output(r, BF16, DIMS(rows, columns))};
+    h.high->t.low = &h.low->t;
+    return h;
+}
+
+// Both halves against `want`; and the high one is the nearest bf16.
+static int judge_halves(struct op_run *r, struct halves *y, const double *want, double tolerance,
+                        const char *what)
+{
+    const int64_t rows = y->high->t.shape[0], columns = y->high->t.shape[1];
+    struct operand *joined = op_output(r, F32, DIMS(rows, columns));
+    OK(OP_RUN(r, op_widen(&r->c, &joined->t, &y->high->t, &y->low->t)));
+    op_judge(r, joined, want, tolerance, "%s in halves, %lld x %lld", what, (long long)rows,
+             (long long)columns);
+    OK(op_read(r, y->high));
+    for (int64_t i = 0; i < joined->count; i++)
+        CHECK(fabs(y->high->v[i] - joined->v[i]) <= fabs(joined->v[i]) / 256,
+              "%s: %g is not the nearest to %g", what, y->high->v[i], joined->v[i]);
+    return PASSED;
+}
+
+static int halves_residual(struct op_run *r, const struct fused *f, struct forward *t,
+                           struct halves *x, const double *stream)
+{
+    struct halves y = halves_output(r, f->M, f->D);
+    struct operand *z = op_random(r, r->act, -1, 1, DIMS(f->M, f->D));
+    struct operand *w = op_random(r, F32, -1, 1, DIMS(f->E, f->D));
+    struct operand *logits = op_output(r, F32, DIMS(f->M, f->E));
+    double *want = op_doubles(r, logits->count);
+    ref_norm(f, t->mod, stream, z->v, t->want_y, t->want_stats, t->want_h);
+    for (int i = 0; i < f->M * f->E; i++)
+        for (int d = 0; d < f->D; d++)
+            want[i] += t->want_h[i / f->E * f->D + d] * w->v[i % f->E * f->D + d];
+    OK(OP_RUN(r, op_residual_norm_fwd(&r->c, &y.high->t, &t->h->t, &t->stats->t, &logits->t,
+                                      &x->high->t, &z->t, &t->mod->t, f->at, &w->t)));
+    CHECK(judge_halves(r, &y, t->want_y, 1e-6, "residual_norm") == PASSED, "y");
+    op_judge(r, logits, want, 1e-5, "router logits from halves, %d x %d", f->M, f->D);
+    op_judge(r, t->h, t->want_h, op_tolerance(r, 1e-5), "residual_norm from halves, h");
+    // in place, without router
+    OK(OP_RUN(r, op_residual_norm_fwd(&r->c, &x->high->t, &t->h->t, &t->stats->t, NULL, &x->high->t,
+                                      &z->t, &t->mod->t, f->at, NULL)));
+    CHECK(judge_halves(r, x, t->want_y, 1e-6, "residual_norm in place") == PASSED, "x");
+    op_judge(r, t->h, t->want_h, op_tolerance(r, 1e-5), "residual_norm in place, h");
+    op_judge(r, t->stats, t->want_stats, 1e-5, "residual_norm in place, stats");
+    return PASSED;
+}
+
+// From x in halves into y in halves, with a second branch and no shared expert.
+static int halves_combine(struct op_run *r, const struct fused *f, struct forward *t,
+                          const struct halves *x, const double *stream)
+{
+    const int R = f->M * f->K, D = f->D, gate1 = f->at.shift;
+    struct halves y = halves_output(r, f->M, D);
+    struct operand *rows = op_random(r, r->act, -1, 1, DIMS(R, D));
+    struct operand *slot = op_values(r, I32, random_slots(r, R), DIMS(f->M, f->K));
+    struct operand *weight = op_random(r, F32, 0, 1, DIMS(f->M, f->K));
+    struct operand *z1 = op_random(r, r->act, -1, 1, DIMS(f->M, D));
+    double *sum = op_doubles(r, t->h->count), *branch = op_doubles(r, t->h->count);
+    for (int i = 0; i < f->M * D; i++) {
+        sum[i] = stream[i] + mod_row(f, t->mod, i / D)[gate1 + i % D] * z1->v[i];
+        for (int k = 0; k < f->K; k++) {
+            const int pair = i / D * f->K + k;
+            branch[i] += weight->v[pair] * rows->v[(int)slot->v[pair] * D + i % D];
+        }
+    }
+    ref_norm(f, t->mod, sum, branch, t->want_y, t->want_stats, t->want_h);
+    OK(OP_RUN(r, op_combine_norm_fwd(&r->c, &y.high->t, &t->h->t, &t->stats->t, NULL, &x->high->t,
+                                     &z1->t, gate1, &rows->t, &slot->t, &weight->t, NULL,
+                                     &t->mod->t, f->at)));
+    op_judge(r, t->h, t->want_h, op_tolerance(r, 1e-5), "combine_norm from halves, h");
+    op_judge(r, t->stats, t->want_stats, 1e-5, "combine_norm from halves, stats");
+    return judge_halves(r, &y, t->want_y, 1e-6, "combine_norm");
+}
+
+// Every device splits and joins; those with one pass for these operations take x so.
+static int halves_case(struct op_run *r, const int *s)
+{
+    struct fused f = fused_shape(s);
+    struct forward t;
+    if (r->c.dev->cpu_forms)
+        return PASSED; // f32 only
+    forward_operands(r, &f, &t);
+    struct operand *stream = op_random(r, F32, -1, 3, DIMS(f.M, f.D));
+    stream->v[0] = 1 + 1.0 / 256; // a tie
+    stream->v[1] = -stream->v[0];
+    op_rewrite(r, stream, stream->v);
+    struct halves x = halves_output(r, f.M, f.D);
+    OK(OP_RUN(r, op_round(&r->c, &x.high->t, &x.low->t, &stream->t)));
+    CHECK(judge_halves(r, &x, stream->v, 1e-9, "round") == PASSED, "round");
+    if (r->act != BF16 || !op_combine_norm_fuses(&r->c, f.D))
+        return PASSED;
+    ref_norm(&f, t.mod, stream->v, NULL, t.want_y, t.want_stats, t.want_h);
+    OK(OP_RUN(r, op_layernorm_mod_fwd(&r->c, &t.h->t, &t.stats->t, &x.high->t, &t.mod->t,
+                                      f.at.shift, f.at.scale)));
+    op_judge(r, t.h, t.want_h, op_tolerance(r, 1e-5), "layernorm from halves, h");
+    op_judge(r, t.stats, t.want_stats, 1e-6, "layernorm from halves, stats");
+    CHECK(halves_combine(r, &f, &t, &x, stream->v) == PASSED, "combine");
+    return halves_residual(r, &f, &t, &x, stream->v);
+}
+
+static int stream_halves(void)
+{
+    return OP_FOR_ALL(halves_case, shapes);
 }
 
 // ---- backward -----------------------------------------------------------------------------------
@@ -580,113 +695,16 @@ static int router_nan(void)
     return OP_FOR_ALL(nan_case, sizes);
 }
 
-// ---- weights in bf16 ----------------------------------------------------------------------------
-
-static double nearest_bf16(double value)
-{
-    const float f = (float)value;
-    uint32_t bits;
-    memcpy(&bits, &f, 4);
-    bits = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u;
-    float out;
-    memcpy(&out, &bits, 4);
-    return (double)out;
-}
-
-static int round_case(struct op_run *r, const int *s)
-{
-    struct operand *w = op_random(r, F32, -2, 2, DIMS(s[0]));
-    struct operand *half = op_output(r, BF16, DIMS(s[0])), *wide = op_output(r, F32, DIMS(s[0]));
-    double *want = op_doubles(r, s[0]);
-    for (int i = 0; i < s[0]; i++)
-        want[i] = nearest_bf16(w->v[i]);
-    OK(OP_RUN(r, op_round(&r->c, &half->t, &w->t)));
-    op_judge_exact(r, half, want, "round %d", s[0]);
-    OK(OP_RUN(r, op_widen(&r->c, &wide->t, &half->t, NULL)));
-    op_judge_exact(r, wide, want, "widen %d", s[0]);
-    return PASSED;
-}
-
-static int rounding(void)
-{
-    static const int sizes[][6] = {{1}, {1023}, {4097}};
-    return OP_FOR_ALL(round_case, sizes);
-}
-
-// The optimiser's state beside its control words.
-struct slab {
-    struct operand *w, *low, *m, *v, *ema, *g, *control;
-};
-
-static int update(struct op_run *r, struct slab *s, const struct adamw *a)
-{
-    OK(OP_RUN(r, op_norm2(&r->c, &s->control->t, &s->g->t, false)));
-    OK(op_read(r, s->control));
-    double norm2 = 0, control[CONTROL_COUNT] = {0};
-    for (int64_t i = 0; i < s->g->count; i++)
-        norm2 += s->g->v[i] * s->g->v[i];
-    CHECK(fabs(s->control->v[0] / norm2 - 1) < 1e-6, "norm2 %.9g for %.9g", s->control->v[0],
-          norm2);
-    control[CONTROL_SCALE] = 0.5;
-    control[CONTROL_RATE] = a->rate;
-    control[CONTROL_BIAS1] = 1 - a->beta1;
-    control[CONTROL_BIAS2] = 1 - a->beta2;
-    control[CONTROL_EMA] = 0.75;
-    op_rewrite(r, s->control, control);
-    OK(OP_RUN(r, op_adamw(&r->c, &s->w->t, &s->m->t, &s->v->t, &s->ema->t, &s->g->t, &s->control->t,
-                          s->low ? &s->low->t : NULL, a)));
-    return PASSED;
-}
-
-// The same update of f32 weights and of weights in two halves has the same bits.
-static int halves_case(struct op_run *r, const int *s)
-{
-    const struct adamw a = {.rate = 1e-2, .beta1 = 0.9, .beta2 = 0.99, .eps = 1e-8, .decay = 0.1};
-    if (r->c.dev->cpu_forms)
-        return PASSED; // f32 only
-    struct slab one = {.w = op_random(r, F32, -1, 1, DIMS(s[0])),
-                       .m = op_random(r, F32, -1, 1, DIMS(s[0])),
-                       .v = op_random(r, F32, 0, 1, DIMS(s[0])),
-                       .ema = op_random(r, F32, -1, 1, DIMS(s[0])),
-                       .g = op_random(r, F32, -1, 1, DIMS(s[0])),
-                       .control = op_output(r, F32, DIMS(CONTROL_COUNT))};
-    struct slab two = one;
-    two.w = op_output(r, BF16, DIMS(s[0]));
-    two.low = op_random(r, BF16, 0, 0, DIMS(s[0]));
-    two.m = op_values(r, F32, one.m->v, DIMS(s[0]));
-    two.v = op_values(r, F32, one.v->v, DIMS(s[0]));
-    two.ema = op_values(r, F32, one.ema->v, DIMS(s[0]));
-    OK(OP_RUN(r, op_round(&r->c, &two.w->t, &one.w->t)));
-    OK(OP_RUN(r, op_widen(&r->c, &one.w->t, &two.w->t, NULL))); // start from bf16
-    for (int t = 0; t < 3; t++) {
-        CHECK(update(r, &one, &a) == PASSED && update(r, &two, &a) == PASSED, "step %d", t);
-        op_read(r, one.w);
-    }
-    struct operand *joined = op_output(r, F32, DIMS(s[0]));
-    OK(OP_RUN(r, op_widen(&r->c, &joined->t, &two.w->t, &two.low->t)));
-    op_judge_exact(r, joined, one.w->v, "adamw in halves, %d", s[0]);
-    double *want = op_doubles(r, s[0]);
-    op_read(r, two.w);
-    for (int i = 0; i < s[0]; i++)
-        want[i] =
-            fabs(two.w->v[i] - one.w->v[i]) <= fabs(one.w->v[i]) / 256 ? two.w->v[i] : (double)NAN;
-    op_judge_exact(r, two.w, want, "adamw: the upper half is the nearest, %d", s[0]);
-    op_read(r, one.ema);
-    op_judge_exact(r, two.ema, one.ema->v, "adamw ema in halves, %d", s[0]);
-    return PASSED;
-}
-
-static int adamw_halves(void)
-{
-    static const int sizes[][6] = {{1}, {1023}, {4096}, {70001}};
-    return OP_FOR_ALL(halves_case, sizes);
-}
-
 const struct test fused_tests[] = {
-    {"layernorm", layernorm},         {"layernorm_far", layernorm_far},
-    {"residual_norm", residual_norm}, {"combine_norm", combine_norm},
-    {"rows_moved", rows_moved},       {"norm_gate_bwd", norm_gate_bwd},
-    {"router_dw", router_dw},         {"router_route", router_route},
-    {"router_nan", router_nan},       {"rounding", rounding},
-    {"adamw_halves", adamw_halves},   {NULL, NULL},
+    {"layernorm", layernorm},
+    {"layernorm_far", layernorm_far},
+    {"residual_norm", residual_norm},
+    {"combine_norm", combine_norm},
+    {"stream_halves", stream_halves},
+    {"rows_moved", rows_moved},
+    {"norm_gate_bwd", norm_gate_bwd},
+    {"router_dw", router_dw},
+    {"router_route", router_route},
+    {"router_nan", router_nan},
+    {NULL, NULL},
 };
