@@ -5,122 +5,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "model/torch_file.h"
-
-// ---- inferring the configuration of a file without metadata ------------------------------------------------
-
-static const struct st_tensor *find(const struct safetensors *s, const char *prefix, const char *name)
-{
-    char full[128];
-    snprintf(full, sizeof full, "%s%s", prefix, name);
-    return safetensors_find(s, full);
-}
-
-static const struct st_tensor *find_block(const struct safetensors *s, const char *prefix, int block,
-                                          const char *suffix)
-{
-    char name[112];
-    snprintf(name, sizeof name, "blocks.%d.%s", block, suffix);
-    return find(s, prefix, name);
-}
-
-static bool is_matrix(const struct st_tensor *t, int ndim)
-{
-    if (!t || t->ndim != ndim)
-        return false;
-    for (int i = 0; i < ndim; i++)
-        if (t->shape[i] < 1 || t->shape[i] > 1 << 24)
-            return false;
-    return true;
-}
-
-// Experts of a block: how many there are, and the shared width.
-static int count_experts(const struct safetensors *s, const char *prefix, int block)
-{
-    int n = 0;
-    char suffix[64];
-    do
-        snprintf(suffix, sizeof suffix, "moe.experts.%d.gate_proj.weight", n++);
-    while (n < 1024 && find_block(s, prefix, block, suffix));
-    return n - 1;
-}
-
-static int infer_moe(const struct safetensors *s, const char *prefix, struct config *c)
-{
-    c->moe = MOE_NONE;
-    c->experts = 1, c->topk = 1;
-    for (int l = 0; l < c->layers; l++) {
-        int experts = count_experts(s, prefix, l);
-        if (!experts)
-            continue;
-        const struct st_tensor *shared = find_block(s, prefix, l, "moe.shared_experts.gate_proj.weight");
-        c->experts = experts;
-        c->shared = is_matrix(shared, 2) ? (int)(shared->shape[0] / c->hidden) : 0;
-        break;
-    }
-    for (int m = MOE_ALL; m < MOE_NONE; m++) {
-        bool same = true;
-        for (int l = 0; l < c->layers && same; l++) {
-            c->moe = (enum moe_blocks)m;
-            same = config_is_moe(c, l) == (find_block(s, prefix, l, "moe.gate.weight") != NULL);
-        }
-        if (same)
-            return 0;
-    }
-    c->moe = MOE_NONE;
-    return 0;
-}
-
-static int infer_heads(const struct safetensors *s, const char *prefix,
-                       const struct checkpoint_hints *hints, struct config *c)
-{
-    static const int known[][2] = {{384, 6}, {768, 12}, {1024, 16}, {1152, 16}, {1408, 16}};
-    const struct st_tensor *q = find_block(s, prefix, 0, "attn.q_norm.weight");
-    c->qk_norm = q != NULL;
-    c->heads = 0;
-    if (is_matrix(q, 1))
-        c->heads = (int)(c->hidden / q->shape[0]);
-    for (int i = 0; i < 5 && !c->heads; i++)
-        if (known[i][0] == c->hidden)
-            c->heads = known[i][1];
-    if (hints && hints->heads > 0)
-        c->heads = hints->heads;
-    if (!c->heads)
-        return fail(ERR_INPUT, "the number of heads cannot be told from the file (hidden %d is no "
-                               "preset's): give --heads", c->hidden);
-    return 0;
-}
-
-static int infer_config(const struct safetensors *s, const char *prefix,
-                        const struct checkpoint_hints *hints, struct config *c)
-{
-    const struct st_tensor *patch = find(s, prefix, "x_embedder.proj.weight");
-    const struct st_tensor *pos = find(s, "", "pos_embed"), *labels, *head;
-    if (!pos)
-        pos = find(s, prefix, "pos_embed");
-    labels = find(s, prefix, "y_embedder.embedding_table.weight");
-    head = find(s, prefix, "final_layer.linear.weight");
-    if (!is_matrix(patch, 4) || !is_matrix(pos, 3) || !is_matrix(labels, 2) || !is_matrix(head, 2))
-        return fail(ERR_INPUT, "not a DiT: x_embedder.proj.weight, pos_embed, "
-                               "y_embedder.embedding_table.weight or final_layer.linear.weight is missing "
-                               "or has another rank");
-    *c = (struct config){.hidden = (int)patch->shape[0],
-                         .channels = (int)patch->shape[1],
-                         .patch = (int)patch->shape[2],
-                         .size = (int)lround(sqrt((double)pos->shape[1])) * (int)patch->shape[2],
-                         .classes = (int)labels->shape[0] - 1,
-                         .balance = 0.01f,
-                         .class_dropout = 0.1f};
-    while (c->layers < 1024 && find_block(s, prefix, c->layers, "adaLN_modulation.1.weight"))
-        c->layers++;
-    c->learn_sigma = head->shape[0] == 2 * (int64_t)c->channels * c->patch * c->patch;
-    TRY(infer_heads(s, prefix, hints, c));
-    TRY(infer_moe(s, prefix, c));
-    c->topk = c->experts < 2 ? 1 : 2;
-    if (hints && hints->topk > 0)
-        c->topk = hints->topk;
-    return config_check(c);
-}
+#include "model/infer.h"
+#include "model/weights_file.h"
 
 // ---- opening -------------------------------------------------------------------------------------------
 
@@ -133,17 +19,31 @@ static int parse_metadata(const char *key, const char *text, json_t **out)
     return 0;
 }
 
-static int read_config(struct checkpoint *c, const char *prefix, const struct checkpoint_hints *hints)
+// A file that says what it is may not be told otherwise.
+static int check_hints(const struct config *c, const struct config_hints *hints)
+{
+    if (hints->heads > 0 && hints->heads != c->heads)
+        return fail(ERR_INPUT, "--heads %d: its configuration says %d", hints->heads, c->heads);
+    if (hints->topk > 0 && hints->topk != c->topk)
+        return fail(ERR_INPUT, "--topk %d: its configuration says %d", hints->topk, c->topk);
+    if (hints->diffusion >= 0 && hints->diffusion != (int)c->diffusion)
+        return fail(ERR_INPUT, "--diffusion %s: its configuration says %s",
+                    diffusion_name((enum diffusion)hints->diffusion), diffusion_name(c->diffusion));
+    return 0;
+}
+
+static int read_config(struct checkpoint *c, const struct config_hints *hints)
 {
     const char *text = safetensors_metadata(c->file, "ditmoe.config");
     if (!text)
-        return infer_config(c->file, prefix, hints, &c->config);
+        return config_infer(c->file, c->has_model || !c->has_ema ? "" : "ema.", hints, &c->config,
+                            &c->sources);
     json_t *json;
     TRY(parse_metadata("ditmoe.config", text, &json));
     int code = config_from_json(json, &c->config);
     json_decref(json);
     c->has_config = code >= 0;
-    return code;
+    return code < 0 ? code : check_hints(&c->config, hints);
 }
 
 static int read_run(struct checkpoint *c)
@@ -187,11 +87,11 @@ static int expect_all(const struct safetensors *s, const struct params *p, const
     return 0;
 }
 
-static int check_tensors(struct checkpoint *c, bool has_model)
+static int check_tensors(struct checkpoint *c)
 {
     struct params p;
     TRY(params_new(&c->config, &p));
-    int code = has_model ? expect_all(c->file, &p, "") : 0;
+    int code = c->has_model || !c->has_ema ? expect_all(c->file, &p, "") : 0;
     if (code >= 0 && c->has_ema)
         code = expect_all(c->file, &p, "ema.");
     if (code >= 0 && c->has_moments) {
@@ -203,21 +103,20 @@ static int check_tensors(struct checkpoint *c, bool has_model)
     return code;
 }
 
-int checkpoint_open(const char *path, const struct checkpoint_hints *hints, struct checkpoint *out)
+int checkpoint_open(const char *path, const struct config_hints *hints, struct checkpoint *out)
 {
+    const char *probe = "final_layer.linear.weight", *ema = "ema.final_layer.linear.weight";
     *out = (struct checkpoint){0};
     snprintf(out->path, sizeof out->path, "%s", path);
-    TRY(torch_file_is(path) ? torch_file_open(path, &out->file)
-                            : safetensors_open(path, &out->file));
-    const char *probe = "final_layer.linear.weight";
-    bool has_model = find(out->file, "", probe) != NULL;
-    out->has_ema = find(out->file, "ema.", probe) != NULL;
-    out->has_moments = find(out->file, "adam.m.", probe) != NULL;
-    int code = read_config(out, has_model || !out->has_ema ? "" : "ema.", hints);
+    TRY(weights_file_open(path, &out->file));
+    out->has_model = safetensors_find(out->file, probe) != NULL;
+    out->has_ema = safetensors_find(out->file, ema) != NULL;
+    out->has_moments = safetensors_find(out->file, "adam.m.final_layer.linear.weight") != NULL;
+    int code = read_config(out, hints ? hints : &NO_HINTS);
     if (code >= 0)
         code = read_run(out);
     if (code >= 0)
-        code = check_tensors(out, has_model || !out->has_ema);
+        code = check_tensors(out);
     if (code < 0) {
         if (!strstr(error_message(), path))
             fail_in(code, "%s", path);
@@ -243,23 +142,29 @@ static int check_finite(const struct checkpoint *c, const char *name, const floa
     return 0;
 }
 
-static int load_param(const struct checkpoint *c, struct dit *d, struct weights *to,
-                      const struct param *p, const char *prefix)
+int checkpoint_tensor(const struct checkpoint *c, const struct param *p, const char *prefix,
+                      const struct st_tensor **out)
 {
     char name[128];
     snprintf(name, sizeof name, "%s%s", prefix, p->name);
-    const struct st_tensor *t = safetensors_find(c->file, name);
-    if (!t && p->frozen) // one copy, under whichever prefix
-        t = safetensors_find(c->file, p->name);
-    if (!t)
-        return fail(ERR_INPUT, "%s: %s is missing", c->path, name);
+    *out = safetensors_find(c->file, name);
+    if (!*out && p->frozen) // one copy, under whichever prefix
+        *out = safetensors_find(c->file, p->name);
+    return *out ? 0 : fail(ERR_INPUT, "%s: %s is missing", c->path, name);
+}
+
+static int load_param(const struct checkpoint *c, struct dit *d, struct weights *to,
+                      const struct param *p, const char *prefix)
+{
+    const struct st_tensor *t;
+    TRY(checkpoint_tensor(c, p, prefix, &t));
     const int64_t count = param_count(p);
     float *host = malloc((size_t)count * sizeof *host);
     if (!host)
-        return fail(ERR_NOMEM, "no host memory for %s", name);
+        return fail(ERR_NOMEM, "no host memory for %s", t->name);
     int code = safetensors_read_f32(c->file, t, host, 0, count);
     if (code >= 0)
-        code = check_finite(c, name, host, count);
+        code = check_finite(c, t->name, host, count);
     if (code >= 0)
         code = param_write(&d->ctx, to, p, host);
     free(host);
@@ -275,14 +180,21 @@ static int load_all(const struct checkpoint *c, struct dit *d, struct weights *t
     return 0;
 }
 
-int checkpoint_load(const struct checkpoint *c, struct dit *d, enum weights_choice which)
+int checkpoint_prefix(const struct checkpoint *c, enum weights_choice which, const char **prefix)
 {
-    bool model = safetensors_find(c->file, "final_layer.linear.weight") != NULL;
     if (which == WEIGHTS_EMA && !c->has_ema)
         return fail(ERR_INPUT, "%s holds no EMA weights; use --weights model", c->path);
-    if (which == WEIGHTS_MODEL && !model)
+    if (which == WEIGHTS_MODEL && !c->has_model)
         return fail(ERR_INPUT, "%s holds EMA weights only; use --weights ema", c->path);
-    return load_all(c, d, &d->w, which != WEIGHTS_MODEL && c->has_ema ? "ema." : "", true);
+    *prefix = which != WEIGHTS_MODEL && c->has_ema ? "ema." : "";
+    return 0;
+}
+
+int checkpoint_load(const struct checkpoint *c, struct dit *d, enum weights_choice which)
+{
+    const char *prefix = "";
+    TRY(checkpoint_prefix(c, which, &prefix));
+    return load_all(c, d, &d->w, prefix, true);
 }
 
 int checkpoint_load_training(const struct checkpoint *c, struct dit *d)

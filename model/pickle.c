@@ -10,12 +10,13 @@ enum { CHUNK = 1 << 16 };
 struct chunk {
     struct chunk *next;
     size_t used, size;
-    _Alignas(16) char bytes[];
+    _Alignas(8) char bytes[];
 };
 
 struct pickle {
     const uint8_t *data;
     size_t size, at;
+    size_t spent; // bytes of memory
     struct chunk *chunks;
     struct pickle_value **stack; // NULL: a mark
     size_t depth, stack_room;
@@ -30,8 +31,24 @@ typedef struct pickle_value value;
 
 // ---- globals ------------------------------------------------------------------------------------
 
-enum meaning { G_TENSOR, G_PARAMETER, G_ORDERED, G_OTHER, G_STORAGE };
+enum meaning {
+    G_TENSOR,    // _rebuild_tensor_v2(storage, offset, sizes, strides, ...)
+    G_PARAMETER, // _rebuild_parameter(tensor, ...)
+    G_TYPED,     // _rebuild_from_type_v2(function, type, arguments, state)
+    G_ORDERED,   // an empty dict
+    G_FIRST,     // what its first argument is: torch.Size of a tuple, an enum of a number
+    G_OTHER,     // of no use here
+    G_STORAGE,
+};
 
+#define OTHER(module, name)         \
+    {                               \
+        module, name, G_OTHER, 0, 0 \
+    }
+#define STORAGE(name, dtype, element)            \
+    {                                            \
+        "torch", name, G_STORAGE, dtype, element \
+    }
 static const struct {
     const char *module, *name;
     enum meaning meaning;
@@ -40,26 +57,53 @@ static const struct {
 } globals[] = {
     {"torch._utils", "_rebuild_tensor_v2", G_TENSOR, 0, 0},
     {"torch._utils", "_rebuild_parameter", G_PARAMETER, 0, 0},
+    {"torch._tensor", "_rebuild_from_type_v2", G_TYPED, 0, 0},
     {"collections", "OrderedDict", G_ORDERED, 0, 0},
-    {"argparse", "Namespace", G_OTHER, 0, 0},
-    {"torch", "Size", G_OTHER, 0, 0},
-    {"numpy.core.multiarray", "scalar", G_OTHER, 0, 0},
-    {"numpy._core.multiarray", "scalar", G_OTHER, 0, 0},
-    {"numpy", "dtype", G_OTHER, 0, 0},
-    {"_codecs", "encode", G_OTHER, 0, 0},
-    {"torch", "FloatStorage", G_STORAGE, ST_F32, 4},
-    {"torch", "HalfStorage", G_STORAGE, ST_F16, 2},
-    {"torch", "BFloat16Storage", G_STORAGE, ST_BF16, 2},
-    {"torch", "DoubleStorage", G_STORAGE, ST_F64, 8},
-    {"torch", "IntStorage", G_STORAGE, ST_I32, 4},
-    {"torch", "LongStorage", G_STORAGE, ST_I64, 8},
-    {"torch", "ByteStorage", G_STORAGE, ST_U8, 1},
-    {"torch", "CharStorage", G_STORAGE, -1, 1},
-    {"torch", "ShortStorage", G_STORAGE, -1, 2},
-    {"torch", "BoolStorage", G_STORAGE, -1, 1},
-    {"torch", "ComplexFloatStorage", G_STORAGE, -1, 8},
-    {"torch", "ComplexDoubleStorage", G_STORAGE, -1, 16},
+    {"collections", "defaultdict", G_ORDERED, 0, 0},
+    {"torch", "Size", G_FIRST, 0, 0},
+    {"deepspeed.runtime.zero.config", "ZeroStageEnum", G_FIRST, 0, 0},
+    OTHER("deepspeed.runtime.fp16.loss_scaler", "LossScaler"),
+    OTHER("deepspeed.runtime.fp16.loss_scaler", "DynamicLossScaler"),
+    OTHER("deepspeed.utils.tensor_fragment", "fragment_address"),
+    OTHER("argparse", "Namespace"),
+    OTHER("pathlib", "PosixPath"),
+    OTHER("__builtin__", "set"),
+    OTHER("__builtin__", "dict"),
+    OTHER("__builtin__", "list"),
+    OTHER("__builtin__", "int"),
+    OTHER("__builtin__", "bytearray"),
+    OTHER("builtins", "set"),
+    OTHER("numpy.core.multiarray", "scalar"),
+    OTHER("numpy._core.multiarray", "scalar"),
+    OTHER("numpy.core.multiarray", "_reconstruct"),
+    OTHER("numpy._core.multiarray", "_reconstruct"),
+    OTHER("numpy", "ndarray"),
+    OTHER("numpy", "dtype"),
+    OTHER("_codecs", "encode"),
+    OTHER("torch", "Tensor"),
+    OTHER("torch.nn.parameter", "Parameter"),
+    OTHER("torch", "device"),
+    OTHER("torch", "float32"),
+    OTHER("torch", "float16"),
+    OTHER("torch", "bfloat16"),
+    OTHER("torch", "float64"),
+    OTHER("torch", "int64"),
+    OTHER("torch", "int32"),
+    STORAGE("FloatStorage", ST_F32, 4),
+    STORAGE("HalfStorage", ST_F16, 2),
+    STORAGE("BFloat16Storage", ST_BF16, 2),
+    STORAGE("DoubleStorage", ST_F64, 8),
+    STORAGE("IntStorage", ST_I32, 4),
+    STORAGE("LongStorage", ST_I64, 8),
+    STORAGE("ByteStorage", ST_U8, 1),
+    STORAGE("CharStorage", -1, 1),
+    STORAGE("ShortStorage", -1, 2),
+    STORAGE("BoolStorage", -1, 1),
+    STORAGE("ComplexFloatStorage", -1, 8),
+    STORAGE("ComplexDoubleStorage", -1, 16),
 };
+#undef OTHER
+#undef STORAGE
 
 static bool is_text(const char *s, size_t length, const char *want)
 {
@@ -73,29 +117,41 @@ static int bad(const struct pickle *p, const char *what)
     return fail(ERR_INPUT, "pickle byte %zu: %s", p->at, what);
 }
 
-static void *take(struct pickle *p, size_t bytes)
+// Every allocation is counted here first.
+static int spend(struct pickle *p, size_t bytes)
 {
-    bytes = (bytes + 15) & ~(size_t)15;
+    p->spent += bytes;
+    if (p->spent > PICKLE_SLACK + PICKLE_FACTOR * p->size)
+        return bad(p, "wants more memory than values of tensors do");
+    return 0;
+}
+
+static int take(struct pickle *p, size_t bytes, void **out)
+{
+    *out = NULL;
+    bytes = (bytes + 7) & ~(size_t)7;
     struct chunk *c = p->chunks;
     if (!c || c->size - c->used < bytes) {
         const size_t size = bytes > CHUNK ? bytes : CHUNK;
+        TRY(spend(p, size));
         c = malloc(sizeof *c + size);
         if (!c)
-            return NULL;
+            return fail(ERR_NOMEM, "out of memory for a pickle");
         *c = (struct chunk){.next = p->chunks, .size = size};
         p->chunks = c;
     }
-    void *at = c->bytes + c->used;
+    *out = c->bytes + c->used;
     c->used += bytes;
-    return at;
+    return 0;
 }
 
 // Room for one more pointer in a growing array of them.
-static int grow(value ***list, size_t count, size_t *room)
+static int grow(struct pickle *p, value ***list, size_t count, size_t *room)
 {
     if (count < *room)
         return 0;
     const size_t wider = *room ? 2 * *room : 256;
+    TRY(spend(p, (wider - *room) * sizeof **list));
     value **new = realloc(*list, wider * sizeof *new);
     if (!new)
         return fail(ERR_NOMEM, "out of memory for a pickle");
@@ -106,27 +162,23 @@ static int grow(value ***list, size_t count, size_t *room)
 
 static int push(struct pickle *p, value *v)
 {
-    TRY(grow(&p->stack, p->depth, &p->stack_room));
+    TRY(grow(p, &p->stack, p->depth, &p->stack_room));
     p->stack[p->depth++] = v;
     return 0;
 }
 
-static value *make(struct pickle *p, enum pickle_kind kind)
-{
-    value *v = take(p, sizeof *v);
-    if (v)
-        *v = (value){.kind = kind};
-    return v;
-}
-
 static int push_value(struct pickle *p, value v)
 {
-    value *new = make(p, v.kind);
-    if (!new)
-        return fail(ERR_NOMEM, "out of memory for a pickle");
-    *new = v;
+    void *new;
+    TRY(take(p, sizeof(value), &new));
+    *(value *)new = v;
     return push(p, new);
 }
+
+// Values without contents are never changed: one of each does for all.
+static value none = {.kind = PICKLE_NONE}, other = {.kind = PICKLE_OTHER},
+             nothing = {.kind = PICKLE_TUPLE},
+             truth[2] = {{.kind = PICKLE_INT, .i = 0}, {.kind = PICKLE_INT, .i = 1}};
 
 static int pop(struct pickle *p, value **out)
 {
@@ -163,18 +215,18 @@ static int find_mark(struct pickle *p, size_t *mark, size_t *count)
 static int append(struct pickle *p, value *list, value *const *items, size_t count)
 {
     if (count > list->room - list->count) {
-        size_t room = 2 * (list->count + count);
-        value **wider = take(p, room * sizeof *wider);
-        if (!wider)
-            return fail(ERR_NOMEM, "out of memory for a pickle");
+        // a tuple has all its items at once
+        const size_t all = list->count + count, room = list->kind == PICKLE_TUPLE ? all : 2 * all;
+        void *wider;
+        TRY(take(p, room * sizeof *list->items, &wider));
         if (list->count)
-            memcpy(wider, list->items, list->count * sizeof *wider);
+            memcpy(wider, list->items, list->count * sizeof *list->items);
         list->items = wider;
-        list->room = room;
+        list->room = (uint32_t)room;
     }
     if (count)
         memcpy(list->items + list->count, items, count * sizeof *items);
-    list->count += count;
+    list->count += (uint32_t)count;
     return 0;
 }
 
@@ -201,7 +253,7 @@ static int read_text(struct pickle *p, int length_bytes)
     TRY(need(p, length));
     value v = {.kind = PICKLE_TEXT};
     v.text = (const char *)p->data + p->at;
-    v.length = (size_t)length;
+    v.count = (uint32_t)length;
     p->at += (size_t)length;
     return push_value(p, v);
 }
@@ -221,7 +273,7 @@ static int read_long(struct pickle *p)
     TRY(need(p, length));
     if (length > 8) {
         p->at += length;
-        return push_value(p, (value){.kind = PICKLE_OTHER});
+        return push(p, &other);
     }
     if (length && p->data[p->at + length - 1] & 0x80)
         n = UINT64_MAX;
@@ -273,7 +325,7 @@ static int push_global(struct pickle *p, const char *module, size_t module_lengt
     for (size_t i = 0; i < sizeof globals / sizeof *globals; i++)
         if (is_text(module, module_length, globals[i].module) &&
             is_text(name, length, globals[i].name))
-            return push_value(p, (value){.kind = PICKLE_GLOBAL, .global = (int)i});
+            return push_value(p, (value){.kind = PICKLE_GLOBAL, .global = (uint8_t)i});
     char shown_module[64], shown_name[64];
     show(shown_module, sizeof shown_module, module, module_length);
     show(shown_name, sizeof shown_name, name, length);
@@ -298,7 +350,7 @@ static int op_stack_global(struct pickle *p)
     TRY(pop(p, &module));
     if (name->kind != PICKLE_TEXT || module->kind != PICKLE_TEXT)
         return bad(p, "names a global by something that is no text");
-    return push_global(p, module->text, module->length, name->text, name->length);
+    return push_global(p, module->text, module->count, name->text, name->count);
 }
 
 // ('storage', type, key, device, elements), as the only kind of persistent id.
@@ -307,21 +359,23 @@ static int op_persistent(struct pickle *p)
     value *id;
     TRY(pop(p, &id));
     value *const *f = id->kind == PICKLE_TUPLE && id->count >= 5 ? id->items : NULL;
-    if (!f || f[0]->kind != PICKLE_TEXT || !is_text(f[0]->text, f[0]->length, "storage") ||
+    if (!f || f[0]->kind != PICKLE_TEXT || !is_text(f[0]->text, f[0]->count, "storage") ||
         f[1]->kind != PICKLE_GLOBAL || globals[f[1]->global].meaning != G_STORAGE ||
         f[2]->kind != PICKLE_TEXT || f[4]->kind != PICKLE_INT || f[4]->i < 0)
         return bad(p, "has a persistent id that is no tensor storage");
     if (id->count > 5 && f[5]->kind != PICKLE_NONE)
         return bad(p, "has a storage that is a view of another, which is not supported");
     const int dtype = globals[f[1]->global].dtype;
-    value v = {.kind = PICKLE_STORAGE};
-    v.storage = (struct pickle_storage){.dtype = dtype < 0 ? ST_U8 : (enum st_dtype)dtype,
-                                        .other = dtype < 0 ? globals[f[1]->global].name : NULL,
-                                        .count = f[4]->i,
-                                        .element = globals[f[1]->global].element};
-    v.key = f[2];
-    TRY(push_value(p, v));
-    TRY(grow(&p->storages, p->storage_count, &p->storage_room));
+    void *at;
+    TRY(take(p, sizeof(struct pickle_storage), &at));
+    struct pickle_storage *storage = at;
+    *storage = (struct pickle_storage){.dtype = dtype < 0 ? ST_U8 : (enum st_dtype)dtype,
+                                       .other = dtype < 0 ? globals[f[1]->global].name : NULL,
+                                       .count = f[4]->i,
+                                       .element = globals[f[1]->global].element,
+                                       .key = f[2]};
+    TRY(push_value(p, (value){.kind = PICKLE_STORAGE, .storage = storage}));
+    TRY(grow(p, &p->storages, p->storage_count, &p->storage_room));
     p->storages[p->storage_count++] = p->stack[p->depth - 1];
     return 0;
 }
@@ -332,17 +386,25 @@ static int push_tensor(struct pickle *p, const value *args)
     if (args->count < 4 || f[0]->kind != PICKLE_STORAGE || f[1]->kind != PICKLE_INT ||
         f[2]->kind != PICKLE_TUPLE || f[3]->kind != PICKLE_TUPLE)
         return bad(p, "has a tensor that is not storage, offset, sizes and strides");
-    value v = {.kind = PICKLE_TENSOR};
-    v.items = args->items;
-    v.count = 4;
-    return push_value(p, v);
+    return push_value(p, (value){.kind = PICKLE_TENSOR, .items = args->items, .count = 4});
 }
 
-static int push_ordered(struct pickle *p, const value *args)
+static bool makes_tensor(const value *v)
 {
-    if (args->count)
-        return bad(p, "has an OrderedDict with arguments, which torch.save does not write");
-    return push_value(p, (value){.kind = PICKLE_DICT});
+    return v->kind == PICKLE_GLOBAL && globals[v->global].meaning == G_TENSOR;
+}
+
+// A Parameter with attributes of its own: the tensor in it.
+static int push_typed(struct pickle *p, const value *args)
+{
+    if (args->count < 3 || !makes_tensor(args->items[0]) || args->items[2]->kind != PICKLE_TUPLE)
+        return bad(p, "has an object with a type that is no tensor");
+    return push_tensor(p, args->items[2]);
+}
+
+static int push_first(struct pickle *p, const value *args, const char *what)
+{
+    return args->count ? push(p, args->items[0]) : bad(p, what);
 }
 
 static int op_reduce(struct pickle *p)
@@ -356,13 +418,15 @@ static int op_reduce(struct pickle *p)
     case G_TENSOR:
         return push_tensor(p, args);
     case G_PARAMETER:
-        if (!args->count || args->items[0]->kind != PICKLE_TENSOR)
-            return bad(p, "has a parameter without a tensor");
-        return push(p, args->items[0]);
+        return push_first(p, args, "has a parameter without a tensor");
+    case G_TYPED:
+        return push_typed(p, args);
     case G_ORDERED:
-        return push_ordered(p, args);
+        return push_value(p, (value){.kind = PICKLE_DICT});
+    case G_FIRST:
+        return push_first(p, args, "has a size or a number without a value");
     case G_OTHER:
-        return push_value(p, (value){.kind = PICKLE_OTHER});
+        return push(p, &other);
     case G_STORAGE:
         break;
     }
@@ -389,6 +453,8 @@ static int make_tuple(struct pickle *p, size_t count)
     for (size_t i = 0; i < count; i++)
         if (!p->stack[p->depth - 1 - i])
             return bad(p, "takes from an empty stack");
+    if (!count)
+        return push(p, &nothing);
     value v = {.kind = PICKLE_TUPLE};
     TRY(append(p, &v, p->stack + p->depth - count, count));
     p->depth -= count;
@@ -437,7 +503,7 @@ static int memo_put(struct pickle *p, uint64_t index)
     if (index > p->size)
         return bad(p, "has a memo index larger than itself");
     while (p->memo_count <= index) {
-        TRY(grow(&p->memo, p->memo_count, &p->memo_room));
+        TRY(grow(p, &p->memo, p->memo_count, &p->memo_room));
         p->memo[p->memo_count++] = NULL;
     }
     p->memo[index] = p->stack[p->depth - 1];
@@ -469,6 +535,12 @@ static int op_proto(struct pickle *p)
     return version >= 2 && version <= 5 ? 0 : bad(p, "is of an unknown protocol");
 }
 
+static int op_pop(struct pickle *p)
+{
+    value *dropped;
+    return pop(p, &dropped);
+}
+
 static int op_frame(struct pickle *p)
 {
     uint64_t length;
@@ -480,10 +552,10 @@ static int step_value(struct pickle *p, uint8_t op)
 {
     switch (op) {
     case 'N':
-        return push_value(p, (value){.kind = PICKLE_NONE});
+        return push(p, &none);
     case 0x88:
     case 0x89:
-        return push_value(p, (value){.kind = PICKLE_INT, .i = op == 0x88});
+        return push(p, &truth[op == 0x88]);
     case 'J':
         return read_int(p, 4);
     case 'K':
@@ -515,7 +587,7 @@ static int step_container(struct pickle *p, uint8_t op)
     case ']':
         return push_value(p, (value){.kind = PICKLE_LIST});
     case ')':
-        return push_value(p, (value){.kind = PICKLE_TUPLE});
+        return push(p, &nothing);
     case '(':
         return push(p, NULL);
     case 't':
@@ -554,6 +626,8 @@ static int step(struct pickle *p, uint8_t op)
         return op_reduce(p);
     case 'b':
         return op_build(p);
+    case '0':
+        return op_pop(p);
     case 'q':
         return op_put(p, 1);
     case 'r':
@@ -625,14 +699,22 @@ const struct pickle_value *const *pickle_storages(const struct pickle *p, size_t
     return (const struct pickle_value *const *)p->storages;
 }
 
+const struct pickle_value *pickle_entry(const struct pickle_value *dict, size_t i,
+                                        const struct pickle_value **key)
+{
+    *key = dict->items[2 * i];
+    return (*key)->kind == PICKLE_TEXT ? dict->items[2 * i + 1] : NULL;
+}
+
 const struct pickle_value *pickle_get(const struct pickle_value *dict, const char *key)
 {
+    const struct pickle_value *k;
     if (!dict || dict->kind != PICKLE_DICT)
         return NULL;
-    for (size_t i = dict->count; i >= 2; i -= 2) {
-        const value *k = dict->items[i - 2];
-        if (k->kind == PICKLE_TEXT && is_text(k->text, k->length, key))
-            return dict->items[i - 1];
+    for (size_t i = dict->count / 2; i-- > 0;) {
+        const struct pickle_value *v = pickle_entry(dict, i, &k);
+        if (v && is_text(k->text, k->count, key))
+            return v;
     }
     return NULL;
 }

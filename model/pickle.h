@@ -1,7 +1,8 @@
 // Python pickles as torch.save writes them, read without executing anything. The reader knows the
 // opcodes and the few globals that tensors, OrderedDicts, numpy scalars and argparse.Namespace
-// need; any other is ERR_INPUT naming it. There is no recursion, and memory is at most
-// proportional to the pickle: a value costs at least one byte of it.
+// need, DeepSpeed's among them; any other is ERR_INPUT naming it. There is no recursion, and memory is
+// at most PICKLE_SLACK and PICKLE_FACTOR times the pickle's size: those of real models take 3 times
+// it, and one that takes more is refused.
 #ifndef DITMOE_PICKLE_H
 #define DITMOE_PICKLE_H
 
@@ -9,6 +10,8 @@
 #include <stdint.h>
 
 #include "model/safetensors.h"
+
+enum { PICKLE_FACTOR = 8, PICKLE_SLACK = 1 << 20 };
 
 enum pickle_kind {
     PICKLE_NONE,
@@ -29,26 +32,21 @@ struct pickle_storage {
     const char *other; // type name where it is none of st_dtype, else NULL
     int64_t count;     // elements
     size_t element;    // bytes of one
+    const struct pickle_value *key;
 };
 
+// Small, as a pickle of many values is a matter of memory.
 struct pickle_value {
-    enum pickle_kind kind;
-    int global; // PICKLE_GLOBAL: which
+    uint8_t kind;   // enum pickle_kind
+    uint8_t global; // PICKLE_GLOBAL: which
+    uint32_t count; // TUPLE, LIST, DICT, TENSOR: items; TEXT: bytes
+    uint32_t room;
     union {
         int64_t i;
         double f;
-        struct {
-            const char *text; // in the pickle, not ended by 0
-            size_t length;
-        };
-        struct {
-            struct pickle_value **items; // TENSOR: storage, offset, sizes, strides
-            size_t count, room;
-        };
-        struct {
-            struct pickle_storage storage;
-            const struct pickle_value *key;
-        };
+        const char *text;            // in the pickle, not ended by 0
+        struct pickle_value **items; // TENSOR: storage, offset, sizes, strides
+        const struct pickle_storage *storage;
     };
 };
 
@@ -65,5 +63,9 @@ const struct pickle_value *const *pickle_storages(const struct pickle *p, size_t
 
 // The value of a text key (the last one given), or NULL; NULL too when `dict` is no dict.
 const struct pickle_value *pickle_get(const struct pickle_value *dict, const char *key);
+
+// The i-th pair of a dict that has a text for a key; NULL where it has not. *key: that text.
+const struct pickle_value *pickle_entry(const struct pickle_value *dict, size_t i,
+                                        const struct pickle_value **key);
 
 #endif

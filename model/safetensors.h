@@ -32,6 +32,11 @@ const char *st_dtype_name(enum st_dtype dtype); // "F32", as in the file
 
 enum { ST_DIMS = 8 };
 
+struct st_piece {
+    const void *data;
+    int64_t count; // elements
+};
+
 struct st_tensor {
     const char *name;
     enum st_dtype dtype;
@@ -41,10 +46,13 @@ struct st_tensor {
     uint64_t bytes;   // count * st_dtype_size()
     uint64_t offset;  // from the start of the data
     const void *data; // in the mapped file; may be unaligned: copy, do not cast
-    // Of other formats only (model/torch_file.h): elements not row-major from `data` on but `stride`
-    // elements apart, and the name of a type that cannot be read (then bytes is 0).
+    // Of other formats only: elements not row-major from `data` on but `stride` elements apart; or in
+    // pieces, one after the other, of several files (then data is NULL); and the name of a type that
+    // cannot be read (then bytes is 0).
     bool strided;
     int64_t stride[ST_DIMS];
+    const struct st_piece *pieces;
+    int piece_count;
     const char *other;
 };
 
@@ -60,6 +68,7 @@ const struct st_tensor *safetensors_at(const struct safetensors *s,
                                        int i); // in the order of the data
 const struct st_tensor *safetensors_find(const struct safetensors *s, const char *name); // or NULL
 const char *safetensors_path(const struct safetensors *s);
+const char *safetensors_format(const struct safetensors *s); // "safetensors", "PyTorch, zip", ...
 
 // The value of a metadata key, or NULL when the file has none.
 const char *safetensors_metadata(const struct safetensors *s, const char *key);
@@ -76,10 +85,36 @@ int safetensors_read_f32(const struct safetensors *s, const struct st_tensor *t,
 int safetensors_read_i64(const struct safetensors *s, const struct st_tensor *t, int64_t *dst,
                          int64_t first, int64_t count);
 
+// The same elements as they are in the file, st_dtype_size() bytes each.
+int safetensors_read_raw(const struct safetensors *s, const struct st_tensor *t, void *dst,
+                         int64_t first, int64_t count);
+
+// ---- tensors of other readers (model/weights_file.h) --------------------------------------------
+
 // Gives tensors that another reader found in a mapped file the face above. Takes over the mapping,
 // `tensors` and `names` (malloc'ed; the tensors' names point into it), also when it fails.
-int safetensors_adopt(const char *path, const void *map, size_t size, struct st_tensor *tensors,
-                      int count, char *names, struct safetensors **out);
+int safetensors_adopt(const char *path, const char *format, const void *map, size_t size,
+                      struct st_tensor *tensors, int count, char *names, struct safetensors **out);
+
+// Files that are open together.
+struct st_files {
+    struct safetensors **list;
+    int count;
+};
+void st_files_close(struct st_files *f); // also of a zeroed struct
+
+// The same for tensors that lie in several files: `tensors` may point into those files, their names
+// too or into `names`, their pieces into `pieces` (both malloc'ed or NULL). Takes over everything,
+// also when it fails. Metadata is that of the first file that has the key.
+struct st_joined {
+    struct st_files files;
+    struct st_tensor *tensors;
+    int count;
+    char *names;
+    struct st_piece *pieces;
+};
+int safetensors_join(const char *path, const char *format, struct st_joined *joined,
+                     struct safetensors **out);
 
 // ---- writing ------------------------------------------------------------------------------------
 

@@ -26,12 +26,10 @@ struct region { // the bytes of one storage
 
 struct torch_file {
     struct mapped_file file;
+    const char *format;
     struct pickle *pickle;
     struct region *regions; // [count], by key
     size_t count;
-    struct st_tensor *tensors;
-    int tensor_count;
-    char *names;
 };
 
 static uint64_t number(const uint8_t *at, int bytes)
@@ -168,17 +166,17 @@ static int check_system(const struct torch_file *f, size_t *at)
 
 static int by_storage_key(const void *a, const void *b)
 {
-    const struct pickle_value *const x = (*(const struct pickle_value *const *)a)->key;
-    const struct pickle_value *const y = (*(const struct pickle_value *const *)b)->key;
-    return by_key(&(struct region){.key = x->text, .length = x->length},
-                  &(struct region){.key = y->text, .length = y->length});
+    const struct pickle_value *const x = (*(const struct pickle_value *const *)a)->storage->key;
+    const struct pickle_value *const y = (*(const struct pickle_value *const *)b)->storage->key;
+    return by_key(&(struct region){.key = x->text, .length = x->count},
+                  &(struct region){.key = y->text, .length = y->count});
 }
 
 static int place_storage(struct torch_file *f, const struct pickle_value **known, size_t count,
                          const struct pickle_value *key, size_t *at)
 {
-    struct pickle_value probe = {.kind = PICKLE_STORAGE}, *want = &probe;
-    probe.key = key;
+    const struct pickle_storage at_key = {.key = key};
+    const struct pickle_value probe = {.kind = PICKLE_STORAGE, .storage = &at_key}, *want = &probe;
     const struct pickle_value **found = NULL;
     if (key->kind == PICKLE_TEXT && count)
         found = bsearch(&want, known, count, sizeof *known, by_storage_key);
@@ -188,9 +186,10 @@ static int place_storage(struct torch_file *f, const struct pickle_value **known
         return bad_file("it is cut short before a storage");
     uint64_t bytes = number(f->file.data + *at, 8);
     *at += 8;
-    if (__builtin_mul_overflow(bytes, (*found)->storage.element, &bytes) || bytes > f->file.size - *at)
+    if (__builtin_mul_overflow(bytes, (*found)->storage->element, &bytes) ||
+        bytes > f->file.size - *at)
         return bad_file("it is cut short within a storage");
-    f->regions[f->count++] = (struct region){key->text, key->length, *at, bytes};
+    f->regions[f->count++] = (struct region){key->text, key->count, *at, bytes};
     *at += (size_t)bytes;
     return 0;
 }
@@ -272,11 +271,14 @@ static int check_view(struct st_tensor *t, int64_t offset, int64_t stored, int64
     return 0;
 }
 
-static int read_tensor(const struct torch_file *f, const struct pickle_value *v,
-                       struct st_tensor *t)
+int torch_file_tensor(const struct torch_file *f, const struct pickle_value *v, const char *name,
+                      struct st_tensor *t)
 {
-    const struct pickle_value *storage = v->items[0], *offset = v->items[1];
-    const struct pickle_storage *s = &storage->storage;
+    *t = (struct st_tensor){.name = name};
+    if (!v || v->kind != PICKLE_TENSOR)
+        return bad_view(name, "it is no tensor");
+    const struct pickle_value *offset = v->items[1];
+    const struct pickle_storage *s = v->items[0]->storage;
     if (v->items[2]->count != v->items[3]->count)
         return bad_view(t->name, "has other numbers of sizes and strides");
     TRY(read_lengths(v->items[2], t->name, t->shape));
@@ -284,7 +286,7 @@ static int read_tensor(const struct torch_file *f, const struct pickle_value *v,
     t->ndim = (int)v->items[2]->count;
     t->dtype = s->dtype;
     t->other = s->other;
-    const struct region *r = find_region(f, storage->key->text, storage->key->length);
+    const struct region *r = find_region(f, s->key->text, s->key->count);
     if (!r)
         return bad_view(t->name, "its storage is not in the file");
     int64_t last;
@@ -299,71 +301,102 @@ static int read_tensor(const struct torch_file *f, const struct pickle_value *v,
     return 0;
 }
 
-static bool is_weight(const struct pickle_value *dict, size_t i)
+// The tensor of the i-th pair of a dict, or NULL.
+static const struct pickle_value *weight_at(const struct pickle_value *dict, size_t i,
+                                            const struct pickle_value **key)
 {
-    return dict->items[i]->kind == PICKLE_TEXT && dict->items[i + 1]->kind == PICKLE_TENSOR;
+    const struct pickle_value *v = pickle_entry(dict, i, key);
+    return v && v->kind == PICKLE_TENSOR ? v : NULL;
+}
+
+static size_t pairs(const struct pickle_value *dict)
+{
+    return dict && dict->kind == PICKLE_DICT ? dict->count / 2 : 0;
+}
+
+int torch_name_check(const struct pickle_value *key)
+{
+    if (!key->count || key->count > NAME_MAX_BYTES || memchr(key->text, 0, key->count))
+        return fail(ERR_INPUT, "a tensor's name is empty, longer than %d bytes or no text",
+                    NAME_MAX_BYTES);
+    return 0;
+}
+
+const char *torch_name_copy(const char *prefix, const struct pickle_value *key, char **names)
+{
+    const size_t length = strlen(prefix);
+    char *name = *names;
+    memcpy(name, prefix, length);
+    memcpy(name + length, key->text, key->count);
+    name[length + key->count] = 0;
+    *names += length + key->count + 1;
+    return name;
 }
 
 // How many tensors a dict has, and the bytes of their names with `prefix` and a 0 each.
 static int measure(const struct pickle_value *dict, size_t prefix, int *count, size_t *bytes)
 {
-    for (size_t i = 0; dict && dict->kind == PICKLE_DICT && i < dict->count; i += 2) {
-        if (!is_weight(dict, i))
+    const struct pickle_value *key;
+    for (size_t i = 0; i < pairs(dict); i++) {
+        if (!weight_at(dict, i, &key))
             continue;
-        const struct pickle_value *key = dict->items[i];
-        if (!key->length || key->length > NAME_MAX_BYTES || memchr(key->text, 0, key->length))
-            return fail(ERR_INPUT, "a tensor's name is empty, longer than %d bytes or no text",
-                        NAME_MAX_BYTES);
+        TRY(torch_name_check(key));
         if (*count == TENSORS_MAX)
             return fail(ERR_INPUT, "it holds more than %d tensors", TENSORS_MAX);
         *count += 1;
-        *bytes += prefix + key->length + 1;
+        *bytes += prefix + key->count + 1;
     }
     return 0;
 }
 
-static int read_tensors(struct torch_file *f, const struct pickle_value *dict, const char *prefix,
-                        char **names)
+// What a file's dict has chosen for it.
+struct chosen {
+    struct st_tensor *tensors;
+    int count;
+    char *names;
+};
+
+static int read_tensors(const struct torch_file *f, const struct pickle_value *dict,
+                        const char *prefix, char **names, struct chosen *c)
 {
-    const size_t length = strlen(prefix);
-    for (size_t i = 0; dict && dict->kind == PICKLE_DICT && i < dict->count; i += 2) {
-        if (!is_weight(dict, i))
-            continue;
-        const struct pickle_value *key = dict->items[i];
-        struct st_tensor *t = &f->tensors[f->tensor_count];
-        t->name = *names;
-        memcpy(*names, prefix, length);
-        memcpy(*names + length, key->text, key->length);
-        *names += length + key->length + 1; // calloc left the 0
-        TRY(read_tensor(f, dict->items[i + 1], t));
-        f->tensor_count++;
+    const struct pickle_value *key;
+    for (size_t i = 0; i < pairs(dict); i++) {
+        const struct pickle_value *v = weight_at(dict, i, &key);
+        if (v)
+            TRY(torch_file_tensor(f, v, torch_name_copy(prefix, key, names),
+                                  &c->tensors[c->count++]));
     }
     return 0;
 }
 
-static int choose_tensors(struct torch_file *f)
+// 'ema' and 'model' of training scripts, 'module' of DeepSpeed, 'state_dict' of Lightning, else the
+// dict itself.
+static int choose_tensors(const struct torch_file *f, struct chosen *c)
 {
-    const struct pickle_value *root = pickle_root(f->pickle);
+    static const char *const keys[] = {"model", "module", "state_dict"};
+    const struct pickle_value *root = pickle_root(f->pickle), *model = NULL;
     if (root->kind != PICKLE_DICT)
         return fail(ERR_INPUT, "it holds no dict of tensors (a whole pickled model is not read)");
-    const struct pickle_value *model = pickle_get(root, "model"), *ema = pickle_get(root, "ema");
+    const struct pickle_value *ema = pickle_get(root, "ema");
     int count = 0;
     size_t bytes = 1;
     TRY(measure(ema, 4, &count, &bytes));
-    TRY(measure(model, 0, &count, &bytes));
+    for (int i = 0, before = count; i < 3 && count == before; i++) {
+        model = pickle_get(root, keys[i]);
+        TRY(measure(model, 0, &count, &bytes));
+    }
     if (!count) {
-        ema = NULL;
         model = root;
         TRY(measure(model, 0, &count, &bytes));
     }
     if (!count)
         return fail(ERR_INPUT, "it holds no tensors: neither in 'ema' or 'model' nor directly");
-    f->tensors = calloc((size_t)count, sizeof *f->tensors);
-    char *names = f->names = calloc(bytes, 1);
-    if (!f->tensors || !f->names)
+    c->tensors = calloc((size_t)count, sizeof *c->tensors);
+    char *names = c->names = malloc(bytes);
+    if (!c->tensors || !c->names)
         return fail(ERR_NOMEM, "out of memory for %d tensors", count);
-    TRY(read_tensors(f, ema, "ema.", &names));
-    return read_tensors(f, model, "", &names);
+    TRY(read_tensors(f, ema, "ema.", &names, c));
+    return read_tensors(f, model, "", &names, c);
 }
 
 // ---- open ---------------------------------------------------------------------------------------
@@ -393,9 +426,11 @@ static int read_file(const char *path, struct torch_file *f)
         return code == ERR_INPUT ? fail_in(code, "not a whole PyTorch file") : code;
     switch (begins_as(f->file.data, f->file.size)) {
     case 'z':
+        f->format = "PyTorch";
         TRY(read_zip(f));
         break;
     case 'o':
+        f->format = "PyTorch, as before 1.6";
         TRY(read_old(f));
         break;
     default:
@@ -403,20 +438,60 @@ static int read_file(const char *path, struct torch_file *f)
     }
     if (f->count)
         qsort(f->regions, f->count, sizeof *f->regions, by_key);
-    return choose_tensors(f);
+    return 0;
+}
+
+int torch_file_parse(const char *path, struct torch_file **out)
+{
+    *out = NULL;
+    struct torch_file *f = calloc(1, sizeof *f);
+    if (!f)
+        return fail(ERR_NOMEM, "%s: out of memory", path);
+    int code = read_file(path, f);
+    if (code < 0) {
+        torch_file_close(f);
+        return fail_in(code, "%s", path);
+    }
+    *out = f;
+    return 0;
+}
+
+void torch_file_close(struct torch_file *f)
+{
+    if (!f)
+        return;
+    pickle_free(f->pickle);
+    free(f->regions);
+    mapped_file_close(&f->file);
+    free(f);
+}
+
+const struct pickle_value *torch_file_root(const struct torch_file *f)
+{
+    return pickle_root(f->pickle);
+}
+
+int torch_file_finish(struct torch_file *f, const char *path, struct st_tensor *tensors, int count,
+                      char *names, struct safetensors **out)
+{
+    const struct mapped_file file = f->file;
+    const char *format = f->format;
+    f->file = (struct mapped_file){0};
+    torch_file_close(f);
+    return safetensors_adopt(path, format, file.data, file.size, tensors, count, names, out);
 }
 
 int torch_file_open(const char *path, struct safetensors **out)
 {
-    struct torch_file f = {0};
+    struct torch_file *f;
+    struct chosen c = {0};
     *out = NULL;
-    int code = read_file(path, &f);
-    pickle_free(f.pickle);
-    free(f.regions);
+    TRY(torch_file_parse(path, &f));
+    int code = choose_tensors(f, &c);
     if (code >= 0)
-        return safetensors_adopt(path, f.file.data, f.file.size, f.tensors, f.tensor_count, f.names, out);
-    mapped_file_close(&f.file);
-    free(f.tensors);
-    free(f.names);
+        return torch_file_finish(f, path, c.tensors, c.count, c.names, out);
+    torch_file_close(f);
+    free(c.tensors);
+    free(c.names);
     return fail_in(code, "%s", path);
 }

@@ -332,6 +332,17 @@ check "eval prints JSON" grep -q '"share"' out
 works "eval draws by itself" "$ditmoe" eval --knn --data data --ckpt whole --per-class 1 --steps 2
 works "info of a run" "$ditmoe" info whole
 check "says what is inside" grep -q "model, EMA, Adam moments" out
+interop=$root/tests/interop
+works "info of DeepSpeed's directory" "$ditmoe" info "$interop/zero2" --heads 2
+check "says how it was written" grep -q "DeepSpeed, ZeRO 2 of 3 ranks" out
+check "and what is assumed" grep -q "2 heads (given), 2 active experts (assumed), DDPM (assumed)" out
+works "info of a file that is no DiT" "$ditmoe" info "$root/tests/torch/small.pt" --json
+check "says so" grep -q "no_model.*not a DiT" out
+fails 1 "heads that no shape tells" "give --heads" "$ditmoe" info "$interop/sharded"
+fails 1 "a hint against the file's configuration" "heads 4: its configuration says 2" "$ditmoe" info whole --heads 4
+works "sample from shards" "$ditmoe" sample --ckpt "$interop/sharded" --heads 2 --diffusion rf --steps 2 --classes 0 --latents no.safetensors
+check "says what it took" grep -q "2 heads (given), 2 active experts (assumed), rectified flow (given)" err
+rm -f no.safetensors
 works "devices --json" "$ditmoe" devices --json
 small=("${tiny[@]}" --size 32 --channels 1 --classes 10 --rounds 1)
 works "bench step" "$ditmoe" bench step "${small[@]}" --batch 2,3 --json

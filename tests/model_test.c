@@ -474,7 +474,7 @@ static int config_is_inferred(void) // from a file without our metadata
         for (int k = 0; k < n; k++)
             OK(safetensors_write(w, safetensors_at(known.file, k)->data, safetensors_at(known.file, k)->bytes));
         OK(safetensors_commit(w));
-        struct checkpoint_hints hints = {known.config.heads, known.config.topk};
+        struct config_hints hints = {known.config.heads, known.config.topk, DIFFUSION_RF};
         OK(checkpoint_open(bare, &hints, &guessed));
         CHECK(!guessed.has_config, "the copy still has metadata");
         struct config c = known.config; // what no tensor shows

@@ -176,7 +176,7 @@ static int expect_golden(const char *file, const char *model, bool ema)
     snprintf(path, sizeof path, "%s/golden/%s/model.safetensors", TEST_DATA, model);
     struct checkpoint known, read;
     OK(checkpoint_open(path, NULL, &known));
-    struct checkpoint_hints hints = {known.config.heads, known.config.topk};
+    struct config_hints hints = {known.config.heads, known.config.topk, DIFFUSION_RF};
     OK(checkpoint_open(fixture(file), &hints, &read));
     CHECK(read.has_ema == ema && !read.has_config, "EMA: %d", read.has_ema);
     CHECK(config_equal(&known.config, &read.config), "the configuration is inferred wrongly");
@@ -326,19 +326,20 @@ static int test_names(void)
     enum { TIMES = 200000, LONG = 600 };
     static const char tensor[] =
         "ctorch._utils\n_rebuild_tensor_v2\n(" STORAGE("K\4") "K\0(K\1t(K\1t\x89}tRq\1";
-    static char object[4096 + 4 * TIMES] = "\x80\2}(X";
+    static char object[4096 + 5 * TIMES] = "\x80\2}X";
     for (int length = 1; length <= LONG; length += LONG - 1) {
-        size_t n = 5;
+        size_t n = 4;
         memcpy(object + n, (const char[]){(char)length, (char)(length >> 8), 0, 0}, 4);
         memset(object + n + 4, 'n', (size_t)length);
         n += 4 + (size_t)length;
         memcpy(object + n, "q\0", 2);
         memcpy(object + n + 2, tensor, sizeof tensor - 1);
         n += 2 + sizeof tensor - 1;
-        for (int i = 0; i < TIMES; i++, n += 4)
-            memcpy(object + n, "h\0h\1", 4);
-        memcpy(object + n, "u.", 2);
-        CHECK(put_old(object, n + 2) == 0, "cannot write");
+        memcpy(object + n, "00", 2), n += 2;
+        for (int i = 0; i < TIMES; i++, n += 5)
+            memcpy(object + n, "h\0h\1s", 5);
+        object[n] = '.';
+        CHECK(put_old(object, n + 1) == 0, "cannot write");
         struct safetensors *s;
         CHECK(torch_file_open(scratch(), &s) == ERR_INPUT && one_line(scratch()), "it opens");
         CHECK(strstr(error_message(), length == 1 ? "more than 131072 tensors" : "longer than 512"),
@@ -394,19 +395,32 @@ static int test_pickles(void)
     return PASSED;
 }
 
-// A million tuples, each within the next: nothing may recurse into them.
+// Tuples, each within the next: nothing may recurse into them. And each costs memory, which is bounded
+// by the pickle's size.
 static int test_deep(void)
 {
-    enum { DEPTH = 1000000 };
-    uint8_t *data = malloc(DEPTH + 4);
-    memcpy(data, "\x80\2N", 3);
-    memset(data + 3, 0x85, DEPTH);
-    data[DEPTH + 3] = '.';
-    struct pickle *p;
-    size_t used;
-    OK(pickle_read(data, DEPTH + 4, &p, &used));
-    CHECK(used == DEPTH + 4 && pickle_root(p)->kind == PICKLE_TUPLE, "%zu bytes", used);
-    pickle_free(p);
+    enum { MOST = 4000000 };
+    static const struct {
+        const char *op;
+        int count;
+        bool opens;
+    } rows[] = {{"\x85", 30000, true},  {"\x85", 1000000, false}, {"]", 30000, true},
+                {"]", MOST, false},      {"}", MOST, false},        {"(", MOST, false},
+                {"N", MOST, false},       {"K\1", MOST / 2, false}, {"\x94", 30000, true},
+                {"\x94", MOST, false}};
+    uint8_t *data = malloc(MOST + 8);
+    for (size_t r = 0; r < sizeof rows / sizeof *rows; r++) {
+        struct pickle *p;
+        size_t n = 3, used;
+        memcpy(data, "\x80\2N", 3);
+        for (int i = 0; i < rows[r].count; i++, n += strlen(rows[r].op))
+            memcpy(data + n, rows[r].op, strlen(rows[r].op));
+        memcpy(data + n, "(.", 2);
+        int code = pickle_read(data, n + 2, &p, &used);
+        CHECK(code == ERR_INPUT, "row %zu opens", r);
+        CHECK(rows[r].opens == !strstr(error_message(), "more memory"), "row %zu: %s", r,
+              error_message());
+    }
     free(data);
     return PASSED;
 }

@@ -94,7 +94,7 @@ static int read_samples(const struct safetensors *file, struct judged *out)
 static int draw_judged(const struct eval_settings *o, struct judged *out)
 {
     struct checkpoint *file = NULL;
-    TRY(draw_open(&o->draw, &file));
+    TRY(ckpt_open(&o->draw.from, &file));
     const struct config *c = &file->config;
     int code = c->channels == 1 || c->channels == 3
                    ? 0
@@ -111,7 +111,7 @@ static int draw_judged(const struct eval_settings *o, struct judged *out)
                 (double)draw_cfg(&o->draw, c), (unsigned long long)o->draw.seed);
         code = draw_samples(&o->draw, file, out->count, out->labels, NULL, out->images);
     }
-    draw_close(file);
+    ckpt_close(file);
     return code;
 }
 
@@ -247,6 +247,7 @@ int cmd_eval(int argc, char **argv)
     struct eval_settings o = {0};
     const struct option_group groups[] = {
         {"judge", eval_options, &o},
+        {"the model", ckpt_option_list, &o.draw.from},
         {"drawing", draw_option_list, &o.draw},
         {"device", device_option_list, &o.draw.device},
         {0},
@@ -265,7 +266,7 @@ int cmd_eval(int argc, char **argv)
         return status;
     if (!o.data)
         return usage_error("eval", "--data PATH is needed");
-    if (!o.draw.ckpt && !o.samples)
+    if (!o.draw.from.ckpt && !o.samples)
         return usage_error("eval", "--ckpt FILE or --samples FILE is needed");
     struct judged samples = {0}, real = {0};
     struct dataset *data = NULL;

@@ -7,20 +7,19 @@
 #include <string.h>
 
 #include "model/train.h"
-#include "tools/command.h"
+#include "tools/ckpt.h"
 
 static const char *const loss_choices[] = {"none", "rf", NULL};
 
 struct forward_options {
-    const char *ckpt, *input, *output;
-    int weights, loss, heads, topk;
+    struct ckpt_options from;
+    const char *input, *output;
+    int loss;
     struct device_options device;
 };
 
 #define AT(member) offsetof(struct forward_options, member)
 static const struct option_spec forward_options[] = {
-    {"ckpt", 'c', OPTION_STRING, "FILE", NULL, "checkpoint, or a run's directory: its newest",
-     AT(ckpt), 0, 0, NULL},
     {"input", 'i', OPTION_STRING, "FILE", NULL,
      "safetensors file with x [N,C,H,W], t [N], y [N] (the null class is the number after the "
      "last), "
@@ -33,13 +32,6 @@ static const struct option_spec forward_options[] = {
      AT(output), 0, 0, NULL},
     {"loss", 0, OPTION_CHOICE, "WHICH", "none", "none or rf: rectified flow", AT(loss), 0, 0,
      loss_choices},
-    {"weights", 0, OPTION_CHOICE, "WHICH", "auto",
-     "ema, model, or auto: the averaged weights (EMA) where the file has them", AT(weights), 0, 0,
-     weights_choices},
-    {"heads", 0, OPTION_INT, "N", "0", "for a file without a configuration: attention heads",
-     AT(heads), 0, 1024, NULL},
-    {"topk", 0, OPTION_INT, "N", "0", "for a file without a configuration: active experts",
-     AT(topk), 0, 64, NULL},
     {0},
 };
 #undef AT
@@ -240,7 +232,7 @@ static int run_forward(const struct forward_options *o, const struct session *s,
         return code;
     TRY_OUT(dit_layout(d));
     TRY_OUT(dit_commit(d));
-    TRY_OUT(checkpoint_load(file, d, (enum weights_choice)o->weights));
+    TRY_OUT(checkpoint_load(file, d, (enum weights_choice)o->from.weights));
     TRY_OUT(tensor_write(&d->ctx, &d->input, in->x));
     TRY_OUT(tensor_write(&d->ctx, &d->t, in->t));
     TRY_OUT(tensor_write(&d->ctx, &d->labels, in->y));
@@ -261,7 +253,7 @@ static int run_loss(const struct forward_options *o, const struct session *s,
     int code = trainer_new(s->dev, s->stream, &file->config, &options, &t);
     if (code >= 0) {
         TRY_OUT(trainer_commit(t));
-        TRY_OUT(checkpoint_load(file, t->dit, (enum weights_choice)o->weights));
+        TRY_OUT(checkpoint_load(file, t->dit, (enum weights_choice)o->from.weights));
         TRY_OUT(trainer_loss(t, in->x, in->t, in->y, in->noise, &loss));
         code = write_output(o->output, t->dit, true, loss);
     }
@@ -286,19 +278,10 @@ static int run_pass(const struct forward_options *o, const struct checkpoint *fi
 
 static int forward_run(const struct forward_options *o)
 {
-    char path[4096];
-    struct checkpoint_hints hints = {o->heads, o->topk};
-    struct checkpoint *file = calloc(1, sizeof *file);
-    if (!file)
-        return fail(ERR_NOMEM, "out of memory");
-    int code = checkpoint_path(o->ckpt, path, sizeof path);
-    if (code >= 0)
-        code = checkpoint_open(path, &hints, file);
-    if (code >= 0) {
-        code = run_pass(o, file);
-        checkpoint_close(file);
-    }
-    free(file);
+    struct checkpoint *file;
+    TRY(ckpt_open(&o->from, &file));
+    int code = run_pass(o, file);
+    ckpt_close(file);
     return code;
 }
 
@@ -306,6 +289,7 @@ int cmd_forward(int argc, char **argv)
 {
     struct forward_options o = {0};
     const struct option_group groups[] = {
+        {"the model", ckpt_option_list, &o.from},
         {"pass", forward_options, &o},
         {"device", device_option_list, &o.device},
         {0},
@@ -325,9 +309,9 @@ int cmd_forward(int argc, char **argv)
     int status;
     if (!options_parse(&command, argc, argv, NULL, &status))
         return status;
-    if (!o.ckpt || !o.input || !o.output)
+    if (!o.from.ckpt || !o.input || !o.output)
         return usage_error("forward", "--%s FILE is needed",
-                           !o.ckpt    ? "ckpt"
+                           !o.from.ckpt ? "ckpt"
                            : !o.input ? "input"
                                       : "output");
     return forward_run(&o) < 0 ? report_failure("forward") : 0;

@@ -4,18 +4,27 @@
 #include <string.h>
 #include <sys/stat.h>
 
-#include "tools/command.h"
+#include "model/weights_file.h"
+#include "tools/ckpt.h"
+#include "tools/progress.h"
 
 struct info_options {
     int json;
+    int diffusion; // as in struct ckpt_options
     struct model_options model;
 };
 
+static const char *const diffusion_choices[] = {"auto", "rf", "ddpm", NULL};
+
+#define AT(member) offsetof(struct info_options, member)
 static const struct option_spec output_options[] = {
-    {"json", 0, OPTION_FLAG, NULL, "no", "print JSON", offsetof(struct info_options, json), 0, 0,
-     NULL},
+    {"json", 0, OPTION_FLAG, NULL, "no", "print JSON", AT(json), 0, 0, NULL},
+    {"diffusion", 0, OPTION_CHOICE, "WHAT", "auto",
+     "of a file without a configuration: rf, ddpm, or auto, as published", AT(diffusion), 0, 0,
+     diffusion_choices},
     {0},
 };
+#undef AT
 
 // 199307552 -> "199,307,552"
 static const char *with_commas(int64_t n, char out[32])
@@ -43,14 +52,99 @@ static bool is_file(const char *name)
 {
     struct stat s;
     const char *dot = strrchr(name, '.');
-    return stat(name, &s) == 0 || (dot && !strcmp(dot, ".safetensors"));
+    return stat(name, &s) == 0 || (dot && (!strcmp(dot, ".safetensors") || !strcmp(dot, ".pt")));
 }
+
+// ---- a file's tensors ---------------------------------------------------------------------------
+
+enum { TOP = 5 };
+
+struct census {
+    int count;
+    uint64_t bytes;
+    int of_type[ST_DTYPES], others;
+    const struct st_tensor *top[TOP]; // the largest, first
+};
+
+static void rank(struct census *c, const struct st_tensor *t)
+{
+    for (int i = 0; i < TOP; i++)
+        if (!c->top[i] || t->bytes > c->top[i]->bytes) {
+            memmove(&c->top[i + 1], &c->top[i], (size_t)(TOP - 1 - i) * sizeof *c->top);
+            c->top[i] = t;
+            return;
+        }
+}
+
+static struct census take_census(const struct safetensors *s)
+{
+    struct census c = {.count = safetensors_count(s)};
+    for (int i = 0; i < c.count; i++) {
+        const struct st_tensor *t = safetensors_at(s, i);
+        c.bytes += t->bytes;
+        if (t->other)
+            c.others++;
+        else
+            c.of_type[t->dtype]++;
+        rank(&c, t);
+    }
+    return c;
+}
+
+static void shape_text(const struct st_tensor *t, char out[160])
+{
+    int n = snprintf(out, 160, "[");
+    for (int i = 0; i < t->ndim; i++)
+        n += snprintf(out + n, (size_t)(160 - n), "%s%lld", i ? "," : "", (long long)t->shape[i]);
+    snprintf(out + n, (size_t)(160 - n), "]");
+}
+
+static void print_census(const struct safetensors *s)
+{
+    const struct census c = take_census(s);
+    char size[32], shape[160];
+    printf("%-18s %s\n", "format", safetensors_format(s));
+    printf("%-18s %d, %s:", "tensors", c.count, format_bytes((double)c.bytes, size));
+    for (int i = 0; i < ST_DTYPES; i++)
+        if (c.of_type[i])
+            printf(" %d %s", c.of_type[i], st_dtype_name((enum st_dtype)i));
+    printf(c.others ? " %d of other types\n" : "\n", c.others);
+    for (int i = 0; i < TOP && c.top[i]; i++) {
+        shape_text(c.top[i], shape);
+        printf("%-18s %s %s %s\n", i ? "" : "largest", c.top[i]->name, shape,
+               c.top[i]->other ? c.top[i]->other : st_dtype_name(c.top[i]->dtype));
+    }
+}
+
+static json_t *census_json(const struct safetensors *s)
+{
+    const struct census c = take_census(s);
+    json_t *types = json_object(), *top = json_array();
+    for (int i = 0; i < ST_DTYPES; i++)
+        if (c.of_type[i])
+            json_object_set_new(types, st_dtype_name((enum st_dtype)i), json_integer(c.of_type[i]));
+    for (int i = 0; i < TOP && c.top[i]; i++) {
+        json_t *shape = json_array();
+        for (int k = 0; k < c.top[i]->ndim; k++)
+            json_array_append_new(shape, json_integer(c.top[i]->shape[k]));
+        json_array_append_new(top, json_pack("{s:s, s:o, s:I}", "name", c.top[i]->name, "shape",
+                                             shape, "bytes", (json_int_t)c.top[i]->bytes));
+    }
+    return json_pack("{s:s, s:i, s:I, s:o, s:o}", "format", safetensors_format(s), "tensors",
+                     c.count, "bytes", (json_int_t)c.bytes, "types", types, "largest", top);
+}
+
+// ---- the model ----------------------------------------------------------------------------------
 
 static void print_weights(const struct checkpoint *file)
 {
-    printf("%-18s model%s%s%s\n", "weights", file->has_ema ? ", EMA" : "",
-           file->has_moments ? ", Adam moments" : "",
-           file->has_config ? "" : " (no configuration: it was inferred from the shapes)");
+    char assumed[200];
+    const bool model = file->has_model, ema = file->has_ema;
+    printf("%-18s %s%s%s%s\n", "weights", model ? "model" : "", model && ema ? ", " : "",
+           ema ? "EMA" : "", file->has_moments ? ", Adam moments" : "");
+    printf("%-18s %s%s\n", "configuration",
+           file->has_config ? "in the file" : "inferred from the tensors; ",
+           file->has_config ? "" : ckpt_assumed(file, assumed));
     if (file->has_run)
         printf("%-18s step %lld (%d applied, %d skipped), batch %d x %d, seed %llu\n", "training",
                (long long)file->run.step, file->run.applied, file->run.skipped, file->run.batch,
@@ -89,8 +183,10 @@ static void print_text(const char *name, const struct config *c, const struct ch
     printf("%-18s %s\n", "active per token", with_commas(n.active, a));
     printf("%-18s %s (the paper's way), %s with attention's products\n", "GMAC an image",
            giga(n.macs, a), giga(n.macs + n.macs_attention, b));
-    if (file)
+    if (file) {
         print_weights(file);
+        print_census(file->file);
+    }
 }
 
 static void print_json(const char *name, const struct config *c, const struct checkpoint *file)
@@ -101,8 +197,16 @@ static void print_json(const char *name, const struct config *c, const struct ch
                   "parameters", (json_int_t)n.total, "active", (json_int_t)n.active, "macs", n.macs,
                   "macs_with_attention", n.macs + n.macs_attention);
     if (file) {
+        const struct config_sources *from = &file->sources;
+        json_object_set_new(json, "file", census_json(file->file));
+        json_object_set_new(json, "model", json_boolean(file->has_model));
         json_object_set_new(json, "ema", json_boolean(file->has_ema));
         json_object_set_new(json, "moments", json_boolean(file->has_moments));
+        json_object_set_new(
+            json, "from",
+            json_pack("{s:s, s:s, s:s, s:s}", "config", config_source_name(from->others), "heads",
+                      config_source_name(from->heads), "topk", config_source_name(from->topk),
+                      "diffusion", config_source_name(from->diffusion)));
         if (file->has_run)
             json_object_set_new(json, "step", json_integer(file->run.step));
     }
@@ -111,19 +215,45 @@ static void print_json(const char *name, const struct config *c, const struct ch
     json_decref(json);
 }
 
+// A file whose tensors are no DiT's is told about all the same.
+static int info_other(const struct info_options *o, const char *path)
+{
+    char why[600];
+    struct safetensors *s;
+    snprintf(why, sizeof why, "%s", error_message());
+    if (weights_file_open(path, &s) < 0)
+        return fail(ERR_INPUT, "%s", why);
+    if (o->json) {
+        json_t *json =
+            json_pack("{s:s, s:o, s:s}", "name", path, "file", census_json(s), "no_model", why);
+        json_dumpf(json, stdout, JSON_INDENT(2));
+        printf("\n");
+        json_decref(json);
+    } else {
+        printf("%s\n", path);
+        print_census(s);
+        printf("%-18s none that is known: %s\n", "model", why);
+    }
+    safetensors_close(s);
+    return 0;
+}
+
 static int info_file(const struct info_options *o, const char *name)
 {
-    struct checkpoint_hints hints = {o->model.heads, o->model.topk};
+    const struct config_hints hints = {o->model.heads, o->model.topk, o->diffusion - 1};
     struct checkpoint *file = calloc(1, sizeof *file);
     char path[4096];
     if (!file)
         return fail(ERR_NOMEM, "out of memory");
     int code = checkpoint_path(name, path, sizeof path);
-    if (code >= 0)
-        code = checkpoint_open(path, &hints, file);
     if (code >= 0) {
-        (o->json ? print_json : print_text)(path, &file->config, file);
-        checkpoint_close(file);
+        code = checkpoint_open(path, &hints, file);
+        if (code >= 0) {
+            (o->json ? print_json : print_text)(path, &file->config, file);
+            checkpoint_close(file);
+        } else if (strstr(error_message(), "not a DiT")) {
+            code = info_other(o, path);
+        }
     }
     free(file);
     return code;
@@ -135,7 +265,8 @@ int cmd_info(int argc, char **argv)
     model_options_init(&o.model);
     const struct option_group groups[] = {
         {"output", output_options, &o},
-        {"changes to a preset", model_option_list, &o.model},
+        {"changes to a preset; --heads and --topk of a file without a configuration",
+         model_option_list, &o.model},
         {"images (presets: 256 x 256 as 32 x 32 latents of 4 channels, 1000 classes)",
          image_option_list, &o.model},
         {0},
@@ -147,7 +278,8 @@ int cmd_info(int argc, char **argv)
         .about =
             "Prints the configuration of a preset (S/2-8E2A: size S, patch 2, 8 experts, 2 active; "
             "sizes S, B, L, XL, G), of a checkpoint or of a run's newest checkpoint: parameters in "
-            "all and active per token, multiply-accumulates an image.",
+            "all and active per token, multiply-accumulates an image; and of a file what is in it "
+            "and where its configuration is from.",
         .example = "ditmoe info XL/2-8E2A",
         .groups = groups,
         .positional_min = 1,

@@ -224,7 +224,7 @@ static void fill_texts(const struct sample_settings *o, const struct checkpoint 
 {
     const struct draw_options *d = &o->draw;
     const char *slash = strrchr(file->path, '/'), *name = slash ? slash + 1 : file->path;
-    bool ema = d->weights == WEIGHTS_EMA || (d->weights == WEIGHTS_AUTO && file->has_ema);
+    bool ema = d->from.weights == WEIGHTS_EMA || (d->from.weights == WEIGHTS_AUTO && file->has_ema);
     snprintf(t->seed, sizeof t->seed, "%llu", (unsigned long long)d->seed);
     snprintf(t->steps, sizeof t->steps, "%d", d->steps);
     snprintf(t->cfg, sizeof t->cfg, "%g", (double)draw_cfg(d, &file->config));
@@ -343,6 +343,7 @@ int cmd_sample(int argc, char **argv)
     struct sample_settings o = {0};
     const struct option_group groups[] = {
         {"what to draw", sample_options, &o},
+        {"the model", ckpt_option_list, &o.draw.from},
         {"how", draw_option_list, &o.draw},
         {"the way from noise to image", sampler_options, &o},
         {"what is written (at least one)", output_options, &o},
@@ -362,7 +363,7 @@ int cmd_sample(int argc, char **argv)
     int status;
     if (!options_parse(&command, argc, argv, NULL, &status))
         return status;
-    if (!o.draw.ckpt)
+    if (!o.draw.from.ckpt)
         return usage_error("sample", "--ckpt FILE is needed");
     o.draw.cfg_channels = o.guided ? 3 : 0;
     o.draw.interval = options_given("cfg-from") || options_given("cfg-to");
@@ -372,11 +373,11 @@ int cmd_sample(int argc, char **argv)
     if (!o.out && !o.images && !o.latents)
         return usage_error("sample", "nothing to write: give --out, --images or --latents");
     struct checkpoint *file = NULL;
-    if (draw_open(&o.draw, &file) < 0)
+    if (ckpt_open(&o.draw.from, &file) < 0)
         return report_failure("sample");
     struct request q = {0};
     status = sample_run(&o, file, &q);
     free(q.list), free(q.classes), free(q.noise), free(q.latents), free(q.labels);
-    draw_close(file);
+    ckpt_close(file);
     return status;
 }

@@ -213,7 +213,9 @@ int checkpoint_path(const char *path, char *out, size_t size)
         }
     }
     closedir(dir);
-    return newest >= 0 ? 0 : fail(ERR_IO, "%s: no checkpoint (step-*.safetensors) in it", path);
+    if (newest < 0)
+        snprintf(out, size, "%s", path);
+    return 0;
 }
 
 // ---- stopping -----------------------------------------------------------------------------------

@@ -56,7 +56,8 @@ const char *model_title(const char *preset, const struct config *c, char out[160
 
 // ---- checkpoints --------------------------------------------------------------------------------
 
-// A file stays itself; for a run's directory its newest checkpoint. ERR_IO when there is none.
+// A file stays itself, and so does a directory without step-*.safetensors (others keep weights in
+// directories too); for a run's directory its newest checkpoint. ERR_IO when there is neither.
 int checkpoint_path(const char *path, char *out, size_t size);
 
 // "ema", "model" or NULL as --weights has it.

@@ -7,11 +7,6 @@
 
 #define AT(member) offsetof(struct draw_options, member)
 const struct option_spec draw_option_list[] = {
-    {"ckpt", 'c', OPTION_STRING, "FILE", NULL, "checkpoint, or a run's directory: its newest",
-     AT(ckpt), 0, 0, NULL},
-    {"weights", 0, OPTION_CHOICE, "WHICH", "auto",
-     "ema, model, or auto: the averaged weights (EMA) where the file has them", AT(weights), 0, 0,
-     weights_choices},
     {"steps", 'n', OPTION_INT, "N", "50", "steps from noise to image, equal in t", AT(steps), 1, 100000,
      NULL},
     {"cfg", 0, OPTION_FLOAT, "S", "2", "guidance scale; 1: no guidance, half the time", AT(cfg), 0,
@@ -20,36 +15,9 @@ const struct option_spec draw_option_list[] = {
      NULL},
     {"batch", 'b', OPTION_INT, "N", "16", "images at a time; does not change them", AT(batch), 1,
      65536, NULL},
-    {"heads", 0, OPTION_INT, "N", "0", "for a file without a configuration: attention heads",
-     AT(heads), 0, 1024, NULL},
-    {"topk", 0, OPTION_INT, "N", "0", "for a file without a configuration: active experts",
-     AT(topk), 0, 64, NULL},
     {0},
 };
 #undef AT
-
-int draw_open(const struct draw_options *o, struct checkpoint **out)
-{
-    char path[4096];
-    TRY(checkpoint_path(o->ckpt, path, sizeof path));
-    struct checkpoint *c = calloc(1, sizeof *c);
-    if (!c)
-        return fail(ERR_NOMEM, "out of memory");
-    const struct checkpoint_hints hints = {o->heads, o->topk};
-    int code = checkpoint_open(path, &hints, c);
-    if (code < 0)
-        free(c);
-    else
-        *out = c;
-    return code;
-}
-
-void draw_close(struct checkpoint *c)
-{
-    if (c)
-        checkpoint_close(c);
-    free(c);
-}
 
 float draw_cfg(const struct draw_options *o, const struct config *c)
 {
@@ -84,7 +52,7 @@ int draw_samples(const struct draw_options *o, const struct checkpoint *file, in
     stop_on_signals();
     int code = sampler_new(session.dev, session.stream, &file->config, batch, &options, &sampler);
     if (code >= 0)
-        code = checkpoint_load(file, sampler->dit, (enum weights_choice)o->weights);
+        code = checkpoint_load(file, sampler->dit, (enum weights_choice)o->from.weights);
     if (code >= 0) {
         progress_start(&progress, "step", 0, (int64_t)((count + batch - 1) / batch) * o->steps, 0);
         code = sampler_run(sampler, count, classes, noise, latents, show, &progress);

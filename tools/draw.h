@@ -3,13 +3,11 @@
 #define DITMOE_DRAW_H
 
 #include "model/sampler.h"
-#include "tools/command.h"
+#include "tools/ckpt.h"
 
 struct draw_options {
-    const char *ckpt;
-    int weights; // enum weights_choice
+    struct ckpt_options from;
     int steps, batch;
-    int heads, topk; // of a file without a configuration; 0: guessed
     float cfg;
     int sampler;      // enum sampler_kind
     int cfg_channels; // 0: all
@@ -19,10 +17,6 @@ struct draw_options {
     struct device_options device;
 };
 extern const struct option_spec draw_option_list[];
-
-// Opens options.ckpt, a file or a run's directory. The caller frees *out with draw_close().
-int draw_open(const struct draw_options *o, struct checkpoint **out);
-void draw_close(struct checkpoint *c); // NULL is allowed
 
 // The guidance scale: as asked, or 1 where none was asked for and the model has no null class.
 float draw_cfg(const struct draw_options *o, const struct config *c);

@@ -1,0 +1,35 @@
+// What the readers of tensor files share: not for others.
+#ifndef DITMOE_SAFETENSORS_INTERNAL_H
+#define DITMOE_SAFETENSORS_INTERNAL_H
+
+#include <jansson.h>
+
+#include "model/safetensors.h"
+
+struct safetensors {
+    char *path;
+    char format[64];
+    const uint8_t *map; // the whole file
+    size_t size;
+    const uint8_t *data;
+    uint64_t data_size;
+    json_t *header;                   // owns the tensors' names and the metadata
+    struct st_tensor *tensors;        // [count], by offset
+    const struct st_tensor **by_name; // [count]
+    int count;
+    char *names;             // adopted
+    struct st_files files;   // of a set of files: opened for it, closed with it
+    struct st_piece *pieces; // adopted
+};
+
+// A name from a file for a message: short, without control characters.
+struct st_shown {
+    char text[96];
+};
+struct st_shown st_shown(const char *name);
+int st_bad_tensor(const struct safetensors *s, const char *name, const char *what);
+
+int st_by_offset(const void *a, const void *b); // of struct st_tensor
+int st_index_names(struct safetensors *s);      // fills by_name
+
+#endif

@@ -1,0 +1,259 @@
+// Files of other tools (tests/interop/make_interop.py): shards with an index, DeepSpeed's directories,
+// configurations inferred from shapes.
+#include "tests/test.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "model/checkpoint.h"
+#include "model/weights_file.h"
+
+// ---- helpers ------------------------------------------------------------------------------------
+
+static const char *fixture(const char *name)
+{
+    static char paths[4][512];
+    static int next;
+    char *path = paths[next++ % 4];
+    snprintf(path, sizeof paths[0], "%s/interop/%s", TEST_DATA, name);
+    return path;
+}
+
+static const char *scratch(const char *name)
+{
+    static char path[512];
+    snprintf(path, sizeof path, "%s/%s", test_directory(), name);
+    return path;
+}
+
+static int put_text(const char *path, const char *text)
+{
+    FILE *f = fopen(path, "wb");
+    if (!f)
+        return -1;
+    fputs(text, f);
+    return fclose(f);
+}
+
+static int one_line(const char *path)
+{
+    const char *m = error_message();
+    return *m && !strchr(m, '\n') && strstr(m, path) == m;
+}
+
+// Every tensor of `known` is in `read`, within `tolerance` of its largest value.
+static int same_numbers(struct safetensors *known, struct safetensors *read, double tolerance)
+{
+    static float a[1 << 16], b[1 << 16];
+    CHECK(safetensors_count(known) == safetensors_count(read), "%d tensors of %d",
+          safetensors_count(read), safetensors_count(known));
+    for (int i = 0; i < safetensors_count(known); i++) {
+        const struct st_tensor *t = safetensors_at(known, i), *u;
+        OK(safetensors_expect(read, t->name, -1, t->ndim, t->shape, &u));
+        OK(safetensors_read_f32(known, t, a, 0, t->count));
+        OK(safetensors_read_f32(read, u, b, 0, u->count));
+        double error = 0, most = 0;
+        for (int64_t k = 0; k < t->count; k++) {
+            error = fmax(error, fabs((double)a[k] - (double)b[k]));
+            most = fmax(most, fabs((double)a[k]));
+        }
+        CHECK(error <= tolerance * most, "%s is off by %g", t->name, error);
+        // any range of it reads the same
+        const int64_t first = t->count / 3, n = t->count - first - t->count / 5;
+        OK(safetensors_read_f32(read, u, a, first, n));
+        CHECK(!memcmp(a, b + first, (size_t)n * sizeof *a), "%s: a range", t->name);
+    }
+    return PASSED;
+}
+
+// `inexact`: a tensor that the file holds in 16 bits only.
+static int compare(const char *name, const char *format, const char *inexact)
+{
+    struct safetensors *known, *read;
+    OK(weights_file_open(fixture("tiny.safetensors"), &known));
+    OK(weights_file_open(fixture(name), &read));
+    CHECK(!strcmp(safetensors_format(read), format), "%s is '%s'", name, safetensors_format(read));
+    CHECK(same_numbers(known, read, inexact ? 4e-3 : 0) == PASSED, "%s", name);
+    for (int i = 0; i < safetensors_count(read); i++) {
+        const struct st_tensor *t = safetensors_at(read, i);
+        const bool half = t->dtype == ST_F16 || t->dtype == ST_BF16;
+        CHECK(half == (inexact && !strcmp(t->name, inexact)), "%s: %s is %s", name, t->name,
+              st_dtype_name(t->dtype));
+    }
+    safetensors_close(known), safetensors_close(read);
+    return PASSED;
+}
+
+// ---- what opens ---------------------------------------------------------------------------------
+
+static int test_shards(void)
+{
+    static const char *const names[][2] = {
+        {"sharded", "safetensors in 4 files"},
+        {"sharded/model.safetensors.index.json", "safetensors in 4 files"},
+        {"consolidated", "PyTorch in 4 files"},
+        {"consolidated/pytorch_model.bin.index.json", "PyTorch in 4 files"}};
+    for (int i = 0; i < 4; i++)
+        CHECK(compare(names[i][0], names[i][1], NULL) == PASSED, "%s", names[i][0]);
+    return PASSED;
+}
+
+// f32 from the optimizer's parts; what is frozen as training has it.
+static int test_deepspeed(void)
+{
+    CHECK(compare("zero2", "DeepSpeed, ZeRO 2 of 3 ranks", "pos_embed") == PASSED, "ZeRO 2");
+    CHECK(compare("zero2/global_step7", "DeepSpeed, ZeRO 2 of 3 ranks", "pos_embed") == PASSED,
+          "a step");
+    return compare("zero1", "DeepSpeed, ZeRO 1 of 2 ranks", "pos_embed");
+}
+
+static int test_model_states_alone(void)
+{
+    struct safetensors *known, *read;
+    OK(weights_file_open(fixture("tiny.safetensors"), &known));
+    OK(weights_file_open(fixture("zero1/global_step7/mp_rank_00_model_states.pt"), &read));
+    CHECK(same_numbers(known, read, 4e-3) == PASSED, "module");
+    safetensors_close(known), safetensors_close(read);
+    return PASSED;
+}
+
+// ---- what does not ------------------------------------------------------------------------------
+
+static int test_bad_indexes(void)
+{
+    static const char *const rows[][2] = {
+        {"{\"weight_map\": {\"a\": \"../interop_test.c\"}}", "no name of a file beside it"},
+        {"{\"weight_map\": {\"a\": \"/etc/passwd\"}}", "no name of a file beside it"},
+        {"{\"weight_map\": {\"a\": \"\"}}", "no name of a file beside it"},
+        {"{\"weight_map\": {\"a\": 3}}", "other than names"},
+        {"{\"weight_map\": {\"a\": \"none.safetensors\"}}", "No such file"},
+        {"{\"weight_map\": {\"a\": \"x.index.json\"}}", "not a whole safetensors file"},
+        {"{\"weight_map\": {}}", "no weight_map"},
+        {"{}", "no weight_map"},
+        {"[1]", "no weight_map"},
+        {"{", "not JSON"},
+        {"", "empty"},
+    };
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+        const char *path = scratch("x.index.json");
+        struct safetensors *s;
+        CHECK(put_text(path, rows[i][0]) == 0, "cannot write");
+        CHECK(weights_file_open(path, &s) < 0 && !s, "row %zu opens", i);
+        CHECK(one_line(path) && strstr(error_message(), rows[i][1]), "row %zu: %s", i,
+              error_message());
+    }
+    return PASSED;
+}
+
+static int test_missing_tensor(void)
+{
+    const char *path = scratch("y.index.json");
+    char text[1200];
+    struct safetensors *s;
+    snprintf(text, sizeof text, "cp %s %s", fixture("tiny.safetensors"), test_directory());
+    CHECK(system(text) == 0, "cannot copy");
+    CHECK(put_text(path, "{\"weight_map\": {\"absent\": \"tiny.safetensors\"}}") == 0,
+          "cannot write");
+    CHECK(weights_file_open(path, &s) == ERR_INPUT && strstr(error_message(), "is not there"), "%s",
+          error_message());
+    return PASSED;
+}
+
+// A copy of a DeepSpeed directory with something done to it by a shell command.
+static int damaged(const char *what, const char *command, const char *says)
+{
+    char text[4096], path[600];
+    struct safetensors *s;
+    snprintf(path, sizeof path, "%s/ds", test_directory());
+    snprintf(text, sizeof text, "rm -rf %s && cp -r %s %s && chmod -R u+w %s && cd %s && %s", path,
+             fixture("zero2"), path, path, path, command);
+    CHECK(system(text) == 0, "%s: %s", what, command);
+    CHECK(weights_file_open(path, &s) < 0 && !s, "%s: opens", what);
+    CHECK(one_line(path) && strstr(error_message(), says), "%s: %s", what, error_message());
+    return PASSED;
+}
+
+static int test_bad_deepspeed(void)
+{
+    static const char *const rows[][3] = {
+        {"a rank is missing", "rm */zero_pp_rank_2*", "2 optimizer files"},
+        {"the first rank is missing",
+         "mv */zero_pp_rank_2* keep && mv */zero_pp_rank_1* keep && "
+         "mv keep global_step7/zero_pp_rank_0_mp_rank_00_optim_states.pt",
+         "1 optimizer files"},
+        {"no step", "rm -r global_step7", "No such file"},
+        {"another step", "echo global_step8 >latest", "No such file"},
+        {"a way out", "echo ../zero2/global_step7 >latest", "names no directory"},
+        {"up", "echo .. >latest", "names no directory"},
+        {"nothing named", "echo >latest", "names no directory"},
+        {"a rank is cut", "truncate -s 9000 */zero_pp_rank_1*", "not a whole PyTorch file"},
+        {"a rank is another's", "cp */mp_rank_00_model_states.pt */zero_pp_rank_1*",
+         "rank 1 has no part"},
+        {"ZeRO 3",
+         "cp */mp_rank_00_model_states.pt global_step7/zero_pp_rank_0_mp_rank_00_model_states.pt",
+         "zero_to_fp32.py"},
+        {"model parallel",
+         "cp */mp_rank_00_model_states.pt global_step7/mp_rank_01_model_states.pt", "mp_rank_01"},
+    };
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++)
+        CHECK(damaged(rows[i][0], rows[i][1], rows[i][2]) == PASSED, "%s", rows[i][0]);
+    return PASSED;
+}
+
+static int test_bad_directories(void)
+{
+    struct safetensors *s;
+    char path[600];
+    snprintf(path, sizeof path, "%s/empty", test_directory());
+    CHECK(mkdir(path, 0777) == 0, "mkdir");
+    CHECK(weights_file_open(path, &s) == ERR_IO && one_line(path) &&
+              strstr(error_message(), "no checkpoint in it"),
+          "%s", error_message());
+    CHECK(weights_file_open(fixture("nowhere"), &s) == ERR_IO && one_line(fixture("nowhere")), "%s",
+          error_message());
+    return PASSED;
+}
+
+// ---- configurations -----------------------------------------------------------------------------
+
+static int test_inferred(void)
+{
+    struct checkpoint c;
+    CHECK(checkpoint_open(fixture("tiny.safetensors"), NULL, &c) == ERR_INPUT &&
+              strstr(error_message(), "give --heads"),
+          "%s", error_message());
+    struct config_hints hints = {.heads = 2, .topk = 0, .diffusion = -1};
+    OK(checkpoint_open(fixture("tiny.safetensors"), &hints, &c));
+    const struct config *g = &c.config;
+    CHECK(g->layers == 2 && g->hidden == 8 && g->experts == 3 && g->shared == 1 && g->patch == 2 &&
+              g->size == 4 && g->classes == 3 && g->channels == 4 && g->learn_sigma &&
+              !g->qk_norm && g->moe == MOE_ALL && g->topk == 2 && g->heads == 2,
+          "shapes");
+    CHECK(g->diffusion == DIFFUSION_DDPM && c.sources.diffusion == SOURCE_HABIT &&
+              c.sources.heads == SOURCE_GIVEN && c.sources.topk == SOURCE_HABIT,
+          "where it is from");
+    checkpoint_close(&c);
+    hints = (struct config_hints){.heads = 4, .topk = 1, .diffusion = DIFFUSION_RF};
+    OK(checkpoint_open(fixture("zero2"), &hints, &c));
+    CHECK(c.config.heads == 4 && c.config.topk == 1 && c.config.diffusion == DIFFUSION_RF &&
+              c.sources.topk == SOURCE_GIVEN && c.sources.diffusion == SOURCE_GIVEN,
+          "what is given goes before");
+    checkpoint_close(&c);
+    OK(checkpoint_open(fixture("dense.pt"), &hints, &c));
+    CHECK(c.config.moe == MOE_NONE && c.config.hidden == 16 && c.config.size == 8, "a plain DiT");
+    checkpoint_close(&c);
+    return PASSED;
+}
+
+const struct test interop_tests[] = {{"shards", test_shards},
+                                     {"deepspeed", test_deepspeed},
+                                     {"model_states_alone", test_model_states_alone},
+                                     {"bad_indexes", test_bad_indexes},
+                                     {"missing_tensor", test_missing_tensor},
+                                     {"bad_deepspeed", test_bad_deepspeed},
+                                     {"bad_directories", test_bad_directories},
+                                     {"inferred", test_inferred},
+                                     {0}};
