@@ -8,8 +8,8 @@
 #include <string.h>
 #include <sys/stat.h>
 
-#include "model/torch_file.h"
 #include "model/vae_net.h"
+#include "model/weights_file.h"
 
 static const struct st_tensor *find(const struct vae_file *f, const char *prefix, const char *name)
 {
@@ -226,8 +226,7 @@ int vae_file_open(const char *path, struct vae_file *out)
         TRY(find_file(path, out->path, sizeof out->path));
     else if ((size_t)snprintf(out->path, sizeof out->path, "%s", path) >= sizeof out->path)
         return fail(ERR_INPUT, "%.64s...: path too long", path);
-    TRY(torch_file_is(out->path) ? torch_file_open(out->path, &out->file)
-                                 : safetensors_open(out->path, &out->file));
+    TRY(weights_file_open(out->path, &out->file));
     const int code = open_parts(out, directory ? path : NULL);
     if (code < 0)
         vae_file_close(out);

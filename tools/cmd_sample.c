@@ -6,11 +6,13 @@
 #include <string.h>
 #include <sys/stat.h>
 
+#include "tools/decoder.h"
 #include "tools/draw.h"
 #include "tools/grid.h"
 
 struct sample_settings {
     struct draw_options draw;
+    struct vae_settings vae;
     const char *classes, *names, *out, *images, *latents, *noise;
     int per_class;
     int guided; // index into channel_choices
@@ -67,6 +69,7 @@ struct request {
     float *noise;       // [count,C,S,S] or NULL
     float *latents;     // [count,C,S,S]
     char (*labels)[96]; // [list_count]
+    struct pictures pictures; // of the latents; without an autoencoder these themselves
 };
 
 // ---- classes ------------------------------------------------------------------------------------
@@ -249,8 +252,7 @@ static void fill_texts(const struct sample_settings *o, const struct checkpoint 
     memcpy(t->list, list, sizeof list);
 }
 
-static int write_grid(const struct sample_settings *o, const struct config *c,
-                      const struct request *q, const struct texts *t)
+static int write_grid(const struct sample_settings *o, const struct request *q, const struct texts *t)
 {
     bool labelled = q->list_count > 1;
     int columns = labelled ? o->per_class : (int)ceil(sqrt(q->count));
@@ -259,10 +261,10 @@ static int write_grid(const struct sample_settings *o, const struct config *c,
         return fail(ERR_NOMEM, "out of memory");
     for (int i = 0; i < q->list_count; i++)
         labels[i] = q->labels[i];
-    struct grid grid = {.latents = q->latents,
+    struct grid grid = {.latents = q->pictures.values,
                         .count = q->count,
-                        .channels = c->channels,
-                        .size = c->size,
+                        .channels = q->pictures.channels,
+                        .size = q->pictures.width,
                         .rows = (q->count + columns - 1) / columns,
                         .columns = columns,
                         .labels = labelled ? labels : NULL};
@@ -271,8 +273,7 @@ static int write_grid(const struct sample_settings *o, const struct config *c,
     return code;
 }
 
-static int write_images(const struct sample_settings *o, const struct config *c,
-                        const struct request *q, struct texts *t)
+static int write_images(const struct sample_settings *o, const struct request *q, struct texts *t)
 {
     char path[4200];
     if (mkdir(o->images, 0777) != 0 && errno != EEXIST)
@@ -281,8 +282,10 @@ static int write_images(const struct sample_settings *o, const struct config *c,
         struct image image = {0};
         snprintf(t->classes, sizeof t->classes, "%d", q->classes[i]);
         snprintf(path, sizeof path, "%s/%05d-class-%d.png", o->images, i, q->classes[i]);
-        int code = image_from_floats(q->latents + image_elements(c) * (size_t)i, c->size, c->size,
-                                     c->channels, &image);
+        const struct pictures *p = &q->pictures;
+        const size_t each = (size_t)p->channels * (size_t)p->height * (size_t)p->width;
+        int code = image_from_floats(p->values + each * (size_t)i, p->width, p->height, p->channels,
+                                     &image);
         if (code >= 0)
             code = image_write_png(path, &image, t->list, TEXTS);
         image_free(&image);
@@ -301,11 +304,11 @@ static int write_results(const struct sample_settings *o, const struct checkpoin
         printf("%s\n", o->latents);
     }
     if (o->out) {
-        TRY(write_grid(o, &file->config, q, &texts));
+        TRY(write_grid(o, q, &texts));
         printf("%s\n", o->out);
     }
     if (o->images) {
-        TRY(write_images(o, &file->config, q, &texts));
+        TRY(write_images(o, q, &texts));
         printf("%s\n", o->images);
     }
     return 0;
@@ -313,14 +316,23 @@ static int write_results(const struct sample_settings *o, const struct checkpoin
 
 // ---- the command --------------------------------------------------------------------------------
 
+static int make_pictures(const struct sample_settings *o, const struct config *c, struct request *q)
+{
+    if (o->vae.vae)
+        return pictures_decode(&o->vae, &o->draw.device, q->latents, q->count, c->channels, c->size,
+                               c->size, &q->pictures);
+    q->pictures = (struct pictures){q->latents, q->count, c->channels, c->size, c->size};
+    return 0;
+}
+
 static int sample_run(const struct sample_settings *o, const struct checkpoint *file,
                       struct request *q)
 {
     const struct config *c = &file->config;
-    if ((o->out || o->images) && c->channels != 1 && c->channels != 3)
+    if ((o->out || o->images) && !o->vae.vae && c->channels != 1 && c->channels != 3)
         return usage_error("sample",
-                           "this model makes latents of %d channels, and there is no decoder here "
-                           "that makes images of them: use --latents FILE",
+                           "this model makes latents of %d channels: give the autoencoder that "
+                           "makes images of them with --vae FILE, or use --latents FILE",
                            c->channels);
     int status = parse_classes(o->classes, c->classes, q);
     if (status)
@@ -333,7 +345,7 @@ static int sample_run(const struct sample_settings *o, const struct checkpoint *
             sampler_names[o->draw.sampler], (double)draw_cfg(&o->draw, c), guidance,
             (unsigned long long)o->draw.seed);
     if (draw_samples(&o->draw, file, q->count, q->classes, q->noise, q->latents) < 0 ||
-        write_results(o, file, q) < 0)
+        ((o->out || o->images) && make_pictures(o, c, q) < 0) || write_results(o, file, q) < 0)
         return report_failure("sample");
     return 0;
 }
@@ -346,6 +358,7 @@ int cmd_sample(int argc, char **argv)
         {"the model", ckpt_option_list, &o.draw.from},
         {"how", draw_option_list, &o.draw},
         {"the way from noise to image", sampler_options, &o},
+        {"the autoencoder", vae_option_list, &o.vae},
         {"what is written (at least one)", output_options, &o},
         {"device", device_option_list, &o.draw.device},
         {0},
@@ -377,6 +390,8 @@ int cmd_sample(int argc, char **argv)
         return report_failure("sample");
     struct request q = {0};
     status = sample_run(&o, file, &q);
+    if (q.pictures.values != q.latents)
+        free(q.pictures.values);
     free(q.list), free(q.classes), free(q.noise), free(q.latents), free(q.labels);
     ckpt_close(file);
     return status;
