@@ -1,6 +1,6 @@
 // The optimiser's pass over all parameters: gradient norm, then AdamW and EMA, one launch for each slab
 // of memory that holds parameters of one kind.
-#include "model/train.h"
+#include "model/train_ranks.h"
 
 // Parameters that one pass of the optimiser goes through.
 struct span {
@@ -82,6 +82,10 @@ static int judge(struct trainer *t)
     struct context *c = &t->dit->ctx;
     const struct tensor *g;
     const int n = plan_slabs(t->dit->plan, PLAN_GRADIENTS, &g);
+    if (t->reduction) {
+        TRY(reduction_finish(t));
+        return op_adamw_control(c, &t->control, &t->counts, &t->mean, &t->options.adamw);
+    }
     for (int i = 0; i < n; i++)
         TRY(op_norm2(c, &t->control, &g[i], i > 0));
     return op_adamw_control(c, &t->control, &t->counts, &t->losses, &t->options.adamw);
@@ -103,7 +107,7 @@ int trainer_update_block(void *trainer, int layer)
     struct context *c = &d->ctx;
     for (int i = 0; i < d->params.count; i++) {
         const struct param *p = &d->params.list[i];
-        if (p->block != layer || p->frozen || p->start > 0)
+        if (p->block != layer || p->frozen || p->start != 0)
             continue;
         struct tensor *w = param_tensor(&d->w, p), *g = param_tensor(&d->g, p);
         TRY(op_norm2(c, &t->control, g, true));

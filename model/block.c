@@ -83,10 +83,12 @@ static int plan_moe_half(struct dit *d, int l, struct block_act *a)
     ACTIVATION(d, l, "router.weight", F32, 2, 5, 3, &a->weight, M, K);
     ACTIVATION(d, l, "router.slot", I32, 2, 5, 4, &a->slot, M, K);
     ACTIVATION(d, l, "router.token", I32, 2, 3, d->lean ? 2 : NEVER, &a->token, R);
-    ACTIVATION(d, l, "experts.rows", act, 3, 3, d->lean ? NEVER : 2, &a->rows, R, D);
-    if (d->options.train || !op_swiglu_fuses(&d->ctx, F))
+    ACTIVATION(d, l, "experts.rows", act, d->moe ? 2 : 3, 3, d->lean || d->moe ? NEVER : 2, &a->rows,
+               R, D); // those that travel are made before the shared expert works
+    if (!d->moe && (d->options.train || !op_swiglu_fuses(&d->ctx, F)))
         ACTIVATION(d, l, "experts.gu", act, 3, 3, 2, &a->gu, R, 2 * F);
-    ACTIVATION(d, l, "experts.hidden", act, 3, 4, rebuilds(d, F) ? NEVER : 1, &a->hidden, R, F);
+    if (!d->moe)
+        ACTIVATION(d, l, "experts.hidden", act, 3, 4, rebuilds(d, F) ? NEVER : 1, &a->hidden, R, F);
     ACTIVATION(d, l, "experts.y", act, 4, 5, 4, &a->y, R, D);
     if (c->shared) {
         if (d->options.train || !op_swiglu_fuses(&d->ctx, Fs))
@@ -139,11 +141,11 @@ static int plan_moe_gradients(struct dit *d, int l)
     const int64_t R = M * K, F = MLP_RATIO * D, Fs = D * c->shared;
     SCRATCH("router.dweight", F32, 0, 3, &s->dweight, M, K);
     SCRATCH("router.dlogits", F32, 3, 4, &s->dlogits, M, c->experts);
-    if (!op_swiglu_fuses(&d->ctx, F))
+    if (!d->moe && !op_swiglu_fuses(&d->ctx, F))
         SCRATCH("experts.dhidden", act, 1, 2, &s->dhidden, R, F);
-    if (d->lean)
+    if (!d->moe && d->lean)
         SCRATCH("experts.rows again", act, 2, 2, &s->rows, R, D);
-    if (rebuilds(d, F))
+    if (!d->moe && rebuilds(d, F))
         SCRATCH("experts.hidden again", act, 1, 1, &s->hidden, R, F);
     if (!c->shared)
         return 0;
@@ -190,6 +192,8 @@ int block_plan(struct dit *d, int layer)
         TRY(plan_mlp_half(d, layer, a));
     if (moe)
         TRY(plan_route(d, layer));
+    if (moe && d->moe)
+        TRY(moe_exchange_plan(d, layer));
     return d->options.train ? plan_gradients(d, layer) : 0;
 }
 

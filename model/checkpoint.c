@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "model/collect.h"
 #include "model/infer.h"
 #include "model/weights_file.h"
 
@@ -174,9 +175,11 @@ static int load_param(const struct checkpoint *c, struct dit *d, struct weights 
 static int load_all(const struct checkpoint *c, struct dit *d, struct weights *to, const char *prefix,
                     bool frozen)
 {
-    for (int i = 0; i < d->params.count; i++)
-        if (frozen || !d->params.list[i].frozen)
-            TRY(load_param(c, d, to, &d->params.list[i], prefix));
+    for (int i = 0; i < d->params.count; i++) {
+        const struct param *p = &d->params.list[i];
+        if ((frozen || !p->frozen) && p->start != PARAM_ELSEWHERE)
+            TRY(load_param(c, d, to, p, prefix));
+    }
     return 0;
 }
 
@@ -227,6 +230,7 @@ static int declare_part(struct safetensors_writer *w, const struct dit *d, const
     return 0;
 }
 
+// w NULL: on a rank that does not write, but has parameters for the one that does.
 static int write_part(struct safetensors_writer *w, struct dit *d, const struct part *part)
 {
     for (int i = 0; i < d->params.count; i++) {
@@ -237,8 +241,8 @@ static int write_part(struct safetensors_writer *w, struct dit *d, const struct 
         float *host = malloc(bytes);
         if (!host)
             return fail(ERR_NOMEM, "no host memory to save %s", p->name);
-        int code = param_read(&d->ctx, part->from, p, host);
-        if (code >= 0)
+        int code = collect_param(d, part->from, p, host);
+        if (code >= 0 && w)
             code = safetensors_write(w, host, bytes);
         free(host);
         TRY(code);
@@ -292,6 +296,11 @@ int checkpoint_save(const char *path, struct dit *d, const struct run_state *run
         parts[count++] = (struct part){"adam.v.", &d->v};
     }
     struct safetensors_writer *w;
+    if (!collect_writes(d)) {
+        for (int i = 0; i < count; i++)
+            TRY(write_part(NULL, d, &parts[i]));
+        return 0;
+    }
     TRY(safetensors_create(path, &w));
     int code = save_parts(w, d, run, parts, count);
     if (code < 0) {

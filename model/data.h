@@ -65,6 +65,10 @@ struct batch {
 // `cursor`: samples consumed before. `threads` 0: chosen. The dataset must outlive the loader.
 int loader_start(const struct dataset *d, int batch, uint64_t seed, uint64_t cursor, bool flip,
                  int threads, struct loader **out);
+// The same for one of several ranks: of each batch only samples first..first+count-1 are read and given
+// (count 0: none); positions and the cursor are the whole batch's.
+int loader_start_part(const struct dataset *d, int batch, int first, int count, uint64_t seed,
+                      uint64_t cursor, bool flip, int threads, struct loader **out);
 // The next batch, valid until the next call. What went wrong in a thread is returned here, when its
 // batch is due.
 int loader_next(struct loader *l, struct batch *out);

@@ -121,7 +121,8 @@ static int plan_model(struct dit *d)
         TRY(block_plan(d, l));
     TRY(final_plan(d));
     d->ctx.dry = true; // operations check shapes and ask for scratch
-    TRY(condition_forward(d));
+    if (d->options.batch > 0)
+        TRY(condition_forward(d));
     TRY(dit_forward(d));
     return d->options.train ? dit_backward(d) : 0;
 }
@@ -130,7 +131,7 @@ int dit_new(struct device *dev, struct stream *stream, const struct config *c,
             const struct dit_options *options, struct dit **out)
 {
     TRY(config_check(c));
-    if (options->batch < 1)
+    if (options->batch < (options->ranks ? 0 : 1))
         return fail(ERR_INPUT, "batch %d: must be 1 or more", options->batch);
     BUG_IF((options->pack || options->ahead) && options->train);
     struct dit *d = calloc(1, sizeof *d);
@@ -148,10 +149,14 @@ int dit_new(struct device *dev, struct stream *stream, const struct config *c,
     d->acts = calloc(L, sizeof *d->acts);
     d->routes = calloc(L, sizeof *d->routes);
     d->grads = calloc(L, sizeof *d->grads);
+    const struct dit_ranks *r = options->ranks;
     int code = 0;
     if (!d->x || !d->x_low || !d->acts || !d->routes || !d->grads)
         code = fail(ERR_NOMEM, "no host memory for a model of %d layers", c->layers);
-    if (code < 0 || (code = params_new(c, &d->params)) < 0 || (code = plan_new(dev, &d->plan)) < 0 ||
+    if (code < 0 ||
+        (code = params_new_part(c, r ? r->placement : NULL, r ? exchange_rank(r->exchange) : 0,
+                                &d->params)) < 0 ||
+        (code = moe_exchange_new(d)) < 0 || (code = plan_new(dev, &d->plan)) < 0 ||
         (code = plan_model(d)) < 0) {
         dit_free(d);
         return code;
@@ -186,6 +191,7 @@ void dit_free(struct dit *d)
     weights_free(&d->w), weights_free(&d->g), weights_free(&d->m), weights_free(&d->v);
     weights_free(&d->ema), weights_free(&d->low);
     params_free(&d->params);
+    moe_exchange_free(d->moe);
     free(d->x), free(d->x_low), free(d->acts), free(d->routes), free(d->grads), free(d->packed);
     free(d);
 }
@@ -208,12 +214,14 @@ static bool is_product(const struct param *p)
     return p->ndim > 1 && !labels;
 }
 
-// Zeroes the gradients of one block, or of the rest (-1), that products do not write.
+// Zeroes the gradients of one block, or of the rest (-1), that products do not write. (A rank without
+// images has products of experts only.)
 static int zero_gradients(struct dit *d, int block)
 {
     for (int i = 0; i < d->params.count; i++) {
         const struct param *p = &d->params.list[i];
-        if (p->block == block && !p->frozen && !is_product(p) && p->start == 0) // once a tensor
+        const bool written = is_product(p) && (d->options.batch > 0 || p->expert != NO_EXPERT);
+        if (p->block == block && !p->frozen && !written && p->start == 0) // once a tensor
             TRY(tensor_zero(&d->ctx, param_tensor(&d->g, p)));
     }
     return 0;
@@ -250,8 +258,11 @@ int dit_init(struct dit *d, uint64_t seed)
         return fail(ERR_NOMEM, "no host memory for a parameter of %lld floats", (long long)largest);
     int code = 0;
     for (int i = 0; i < d->params.count && code >= 0; i++) {
-        param_init(&d->params, &d->params.list[i], seed, host);
-        code = param_write(&d->ctx, &d->w, &d->params.list[i], host);
+        const struct param *p = &d->params.list[i];
+        if (p->start == PARAM_ELSEWHERE)
+            continue;
+        param_init(&d->params, p, seed, host);
+        code = param_write(&d->ctx, &d->w, p, host);
     }
     free(host);
     TRY(code);
@@ -264,8 +275,39 @@ int dit_init(struct dit *d, uint64_t seed)
 
 // ---- the two passes --------------------------------------------------------------------------------------
 
+static int block_ready(struct dit *d, int layer)
+{
+    return d->options.block_ready && !d->ctx.dry ? d->options.block_ready(d->options.user, layer) : 0;
+}
+
+// A rank without images has only experts to care for.
+static int serve_forward(struct dit *d)
+{
+    for (int l = 0; l < d->config.layers; l++)
+        if (config_is_moe(&d->config, l))
+            TRY(moe_forward(d, l));
+    return 0;
+}
+
+static int serve_backward(struct dit *d)
+{
+    for (int l = d->config.layers - 1; l >= 0; l--) {
+        const bool moe = config_is_moe(&d->config, l);
+        if (moe && d->options.recompute)
+            TRY(moe_forward(d, l));
+        if (moe)
+            TRY(moe_backward(d, l));
+        TRY(block_ready(d, l));
+    }
+    TRY(block_ready(d, -1));
+    d->ctx.fresh_gradients = false;
+    return 0;
+}
+
 int dit_forward(struct dit *d)
 {
+    if (d->options.batch == 0)
+        return serve_forward(d);
     if (!d->options.ahead)
         TRY(condition_forward(d));
     TRY(embed_forward(d));
@@ -281,7 +323,7 @@ int dit_forward(struct dit *d)
 int dit_condition(struct dit *d)
 {
     BUG_IF(!d->options.ahead);
-    return condition_forward(d);
+    return d->options.batch > 0 ? condition_forward(d) : 0;
 }
 
 int dit_use_step(struct dit *d, int at)
@@ -294,6 +336,8 @@ int dit_use_step(struct dit *d, int at)
 
 int dit_backward(struct dit *d)
 {
+    if (d->options.batch == 0)
+        return serve_backward(d);
     TRY(final_backward(d));
     for (int l = d->config.layers - 1; l >= 0; l--) {
         profile_layer(&d->ctx, l);
@@ -302,9 +346,11 @@ int dit_backward(struct dit *d)
         TRY(block_backward(d, l));
         if (d->options.block_done && !d->ctx.dry)
             TRY(d->options.block_done(d->options.user, l));
+        TRY(block_ready(d, l));
     }
     profile_layer(&d->ctx, -1);
     TRY(embed_backward(d));
+    TRY(block_ready(d, -1));
     d->ctx.fresh_gradients = false;
     return 0;
 }
@@ -321,6 +367,10 @@ int dit_read_load(struct dit *d, int layer, int32_t *load)
     const int E = d->config.experts;
     int32_t offsets[513];
     BUG_IF(E > 512);
+    if (d->moe) {
+        moe_exchange_load(d, layer, load);
+        return 0;
+    }
     TRY(tensor_read(&d->ctx, &d->routes[layer].offsets, offsets));
     for (int e = 0; e < E; e++)
         load[e] = offsets[e + 1] - offsets[e];

@@ -9,6 +9,7 @@
 #ifndef DITMOE_DIT_H
 #define DITMOE_DIT_H
 
+#include "model/moe_exchange.h"
 #include "model/params.h"
 #include "runtime/ops.h"
 
@@ -74,7 +75,11 @@ struct dit_options {
     // A block's gradients live only until this is called, at the end of its backward pass (NULL: all
     // gradients stay). They must then start from zero by themselves, so: one backward pass a step.
     int (*block_done)(void *user, int layer);
+    // Not NULL: called when the gradients of a block are complete (on the stream), and for the rest, -1.
+    int (*block_ready)(void *user, int layer);
     void *user;
+    const struct dit_ranks *ranks; // the model is spread over these (moe_exchange.h); NULL: one rank.
+                                   // `batch` is this rank's, and may then be 0
     uint64_t limit; // bytes of device memory to plan with; 0: what the device has
 };
 
@@ -103,6 +108,7 @@ struct dit {
     struct block_act *acts;      // [L], or [1] shared by all blocks with recompute
     struct block_route *routes;  // [L]
     struct block_grad *grads;    // [L]
+    struct moe_exchange *moe;    // where other ranks have experts of this model; or NULL
     struct packed *packed;       // of the weights, or NULL
     int packed_count;
     struct final_act final;

@@ -28,7 +28,7 @@ struct slot {
 
 struct loader {
     const struct dataset *data;
-    int batch;
+    int batch, first, count; // of each batch, the samples first.. that are wanted here
     uint64_t seed, start;
     bool flip;
     size_t image_floats;
@@ -52,7 +52,10 @@ struct loader {
 static int make_sample(struct loader *l, struct slot *slot, uint64_t offset)
 {
     uint64_t position = l->start + offset;
-    size_t at = (size_t)(offset % (uint64_t)l->batch);
+    int number = (int)(offset % (uint64_t)l->batch);
+    if (number < l->first || number >= l->first + l->count)
+        return 0; // another rank's
+    size_t at = (size_t)(number - l->first);
     int64_t i = data_order(l->data->count, l->seed, position);
     bool flip = l->flip && (rng_u32(l->seed, rng_stream(RNG_FLIP, position), 0) & 1);
     slot->index[at] = i;
@@ -120,7 +123,7 @@ static int choose_threads(int wanted)
 
 static int make_slots(struct loader *l)
 {
-    size_t batch = (size_t)l->batch;
+    size_t batch = (size_t)l->count + 1;
     for (int i = 0; i < SLOTS; i++) {
         struct slot *s = &l->slots[i];
         s->images = calloc(batch * l->image_floats, sizeof *s->images);
@@ -150,6 +153,12 @@ static int start_threads(struct loader *l, int wanted)
 int loader_start(const struct dataset *d, int batch, uint64_t seed, uint64_t cursor, bool flip,
                  int threads, struct loader **out)
 {
+    return loader_start_part(d, batch, 0, batch, seed, cursor, flip, threads, out);
+}
+
+int loader_start_part(const struct dataset *d, int batch, int first, int count, uint64_t seed,
+                      uint64_t cursor, bool flip, int threads, struct loader **out)
+{
     *out = NULL;
     if (batch < 1)
         return fail(ERR_INPUT, "batch %d: must be at least 1", batch);
@@ -158,6 +167,8 @@ int loader_start(const struct dataset *d, int batch, uint64_t seed, uint64_t cur
         return fail(ERR_NOMEM, "%s: out of memory", d->path);
     l->data = d;
     l->batch = batch;
+    l->first = first;
+    l->count = count;
     l->seed = seed;
     l->start = cursor;
     l->flip = flip;

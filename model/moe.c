@@ -29,12 +29,30 @@ static int shared_forward(struct dit *d, int layer)
     return op_linear(c, &a->shared, &a->shared_hidden, &w->shared_down, NULL);
 }
 
+// The experts are spread over ranks; while rows travel, the device computes the shared expert. A rank
+// without images has no rows, but may have experts.
+static int spread_forward(struct dit *d, int layer)
+{
+    struct block_act *a = dit_act(d, layer);
+    const bool any = d->options.batch > 0;
+    if (any) {
+        TRY(router_forward(d, layer));
+        TRY(op_dispatch_fwd(&d->ctx, &a->rows, &a->h2, &a->token));
+    }
+    TRY(moe_exchange_send(d, layer));
+    if (any && d->config.shared > 0)
+        TRY(shared_forward(d, layer));
+    return moe_exchange_forward(d, layer);
+}
+
 int moe_forward(struct dit *d, int layer)
 {
     struct context *c = &d->ctx;
     struct block_act *a = dit_act(d, layer);
     const struct block_weights *w = &d->w.blocks[layer];
     const struct tensor *offsets = &d->routes[layer].offsets;
+    if (d->moe)
+        return spread_forward(d, layer);
     TRY(router_forward(d, layer));
     if (d->config.shared > 0)
         TRY(shared_forward(d, layer));
@@ -78,22 +96,36 @@ static int shared_backward(struct dit *d, int layer)
     return op_linear_dx(c, &s->dh, &a->shared_gu, &w->shared_gu, false);
 }
 
-int moe_backward(struct dit *d, int layer)
+// The router's gradient comes from the gate weights and from the balance loss, which is of all ranks'
+// tokens.
+static int router_backward(struct dit *d, int layer)
 {
     struct context *c = &d->ctx;
     struct block_act *a = dit_act(d, layer);
     struct block_route *r = &d->routes[layer];
     struct block_grad *s = &d->grads[layer];
-    const bool shared = d->config.shared > 0;
-    TRY(op_combine_bwd(c, &a->y, &s->dweight, &a->out, &a->y, &a->slot, &a->weight));
-    TRY(experts_backward(d, layer));
-    if (shared)
-        TRY(shared_backward(d, layer));
-    // the router's gradient comes from the gate weights and from the balance loss
+    const double share = (double)r->index.shape[0] / (double)moe_all_tokens(d);
     TRY(op_router_bwd(c, &s->dlogits, &s->dweight, &a->probs, &r->index, &r->fraction,
-                      d->config.balance * d->balance_scale, d->config.renormalise));
+                      d->config.balance * d->balance_scale * (float)share, d->config.renormalise));
     TRY(op_router_dw(c, &d->g.blocks[layer].gate_w, &s->dlogits, dit_kept(&a->h2, &s->h2)));
-    return shared ? 0 : op_linear_dx(c, &s->dh, &s->dlogits, &d->w.blocks[layer].gate_w, false);
+    return d->config.shared > 0
+               ? 0
+               : op_linear_dx(c, &s->dh, &s->dlogits, &d->w.blocks[layer].gate_w, false);
+}
+
+int moe_backward(struct dit *d, int layer)
+{
+    struct block_act *a = dit_act(d, layer);
+    const bool any = d->options.batch > 0;
+    if (any)
+        TRY(op_combine_bwd(&d->ctx, &a->y, &d->grads[layer].dweight, &a->out, &a->y, &a->slot,
+                           &a->weight));
+    TRY(d->moe ? moe_exchange_send_back(d, layer) : experts_backward(d, layer));
+    if (any && d->config.shared > 0)
+        TRY(shared_backward(d, layer));
+    if (any)
+        TRY(router_backward(d, layer));
+    return d->moe ? moe_exchange_backward(d, layer) : 0;
 }
 
 int mlp_forward(struct dit *d, int layer)

@@ -22,6 +22,8 @@ struct group {
 
 struct builder {
     const struct config *config;
+    const struct placement *place; // NULL: one rank has everything
+    int rank;
     struct param *list;
     struct group *groups;
     int count, group_count;
@@ -41,7 +43,12 @@ static void add_group(struct builder *b, int block, size_t member, bool frozen, 
 static void add_param(struct builder *b, int block, size_t member, const char *name, enum init init,
                       int ndim, const int64_t *shape)
 {
-    struct param p = {.ndim = ndim, .init = init, .block = block, .member = member, .start = b->next};
+    struct param p = {.ndim = ndim,
+                      .init = init,
+                      .block = block,
+                      .member = member,
+                      .start = b->next,
+                      .expert = NO_EXPERT};
     p.frozen = init == INIT_POSITION;
     snprintf(p.name, sizeof p.name, "%s", name);
     for (int i = 0; i < ndim; i++)
@@ -139,27 +146,45 @@ static void add_attention(struct builder *b, int l)
     BLOCK(b, l, k_norm_b, INIT_ZERO, "attn.k_norm.bias", hd, 0);
 }
 
+static bool held_here(const struct builder *b, int l, int e)
+{
+    return !b->place || placement_holds(b->place, b->rank, l, e, NULL);
+}
+
+// A slice that belongs to expert e; one that another rank holds takes no room.
+static void add_expert_slice(struct builder *b, int l, int e, size_t member, const char *what,
+                             int64_t rows, int64_t columns)
+{
+    char suffix[48];
+    const int64_t next = b->next;
+    snprintf(suffix, sizeof suffix, "moe.experts.%d.%s.weight", e, what);
+    add_slice(b, l, member, INIT_XAVIER, suffix, rows, columns);
+    if (b->list)
+        b->list[b->count - 1].expert = e;
+    if (held_here(b, l, e))
+        return;
+    b->next = next;
+    if (b->list)
+        b->list[b->count - 1].start = PARAM_ELSEWHERE;
+}
+
 static void add_moe(struct builder *b, int l)
 {
     const struct config *c = b->config;
     const int64_t D = c->hidden, F = MLP_RATIO * D, Fs = D * c->shared;
+    const int held = b->place ? placement_list(b->place, b->rank, l, NULL) : c->experts;
     const size_t gu = offsetof(struct block_weights, experts_gu);
     const size_t down = offsetof(struct block_weights, experts_down);
-    char suffix[48];
 
     BLOCK(b, l, gate_w, INIT_KAIMING, "moe.gate.weight", c->experts, D);
-    add_group(b, l, gu, false, 3, c->experts, 2 * F, D);
+    add_group(b, l, gu, false, 3, held, 2 * F, D);
     for (int e = 0; e < c->experts; e++) {
-        snprintf(suffix, sizeof suffix, "moe.experts.%d.gate_proj.weight", e);
-        add_slice(b, l, gu, INIT_XAVIER, suffix, F, D);
-        snprintf(suffix, sizeof suffix, "moe.experts.%d.up_proj.weight", e);
-        add_slice(b, l, gu, INIT_XAVIER, suffix, F, D);
+        add_expert_slice(b, l, e, gu, "gate_proj", F, D);
+        add_expert_slice(b, l, e, gu, "up_proj", F, D);
     }
-    add_group(b, l, down, false, 3, c->experts, D, F);
-    for (int e = 0; e < c->experts; e++) {
-        snprintf(suffix, sizeof suffix, "moe.experts.%d.down_proj.weight", e);
-        add_slice(b, l, down, INIT_XAVIER, suffix, D, F);
-    }
+    add_group(b, l, down, false, 3, held, D, F);
+    for (int e = 0; e < c->experts; e++)
+        add_expert_slice(b, l, e, down, "down_proj", D, F);
     if (!c->shared)
         return;
     const size_t shared_gu = offsetof(struct block_weights, shared_gu);
@@ -196,7 +221,13 @@ static void walk(struct builder *b)
 
 int params_new(const struct config *c, struct params *out)
 {
-    struct builder b = {.config = c};
+    return params_new_part(c, NULL, 0, out);
+}
+
+int params_new_part(const struct config *c, const struct placement *place, int rank,
+                    struct params *out)
+{
+    struct builder b = {.config = c, .place = place, .rank = rank};
     walk(&b); // counts
     *out = (struct params){.config = *c, .count = b.count, .group_count = b.group_count};
     out->list = calloc((size_t)b.count, sizeof *out->list);
@@ -205,7 +236,8 @@ int params_new(const struct config *c, struct params *out)
         params_free(out);
         return fail(ERR_NOMEM, "no host memory for a table of %d parameters", b.count);
     }
-    b = (struct builder){.config = c, .list = out->list, .groups = out->groups};
+    b = (struct builder){
+        .config = c, .place = place, .rank = rank, .list = out->list, .groups = out->groups};
     walk(&b);
     return 0;
 }

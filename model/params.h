@@ -8,6 +8,7 @@
 #define DITMOE_PARAMS_H
 
 #include "model/config.h"
+#include "runtime/placement.h"
 #include "runtime/plan.h"
 
 struct block_weights {
@@ -42,6 +43,8 @@ enum init {
 
 struct group;
 
+enum { NO_EXPERT = -1, PARAM_ELSEWHERE = -1 };
+
 struct param {
     char name[72]; // published name: "blocks.0.moe.experts.3.gate_proj.weight"
     int ndim;
@@ -50,7 +53,8 @@ struct param {
     bool frozen;     // no gradient, moments or EMA of its own (pos_embed)
     int block;       // -1: in struct weights, else in blocks[block]
     size_t member;   // offset of the device tensor in that struct
-    int64_t start;   // first element within it
+    int64_t start;   // first element within it; PARAM_ELSEWHERE: another rank holds it
+    int expert;      // that it belongs to, or NO_EXPERT
 };
 
 struct params {
@@ -62,6 +66,10 @@ struct params {
 };
 
 int params_new(const struct config *c, struct params *out);
+// The same table where a rank holds only some of the experts: their tensors are [held,...], in
+// ascending order of expert, and the others are PARAM_ELSEWHERE. place NULL: all.
+int params_new_part(const struct config *c, const struct placement *place, int rank,
+                    struct params *out);
 void params_free(struct params *p);
 int64_t param_count(const struct param *p); // elements
 const struct param *params_find(const struct params *p, const char *name);

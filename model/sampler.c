@@ -12,6 +12,8 @@ static int passes_ahead(const struct device *dev, const struct config *c, int ro
 {
     const int64_t most_rows = 1024, most_bytes = 256 << 20;
     const int64_t row = config_modulations(c) * (int64_t)dtype_size(dev->act);
+    if (rows == 0)
+        return 1;
     int64_t ahead = most_rows / rows;
     if (ahead * rows * row > most_bytes)
         ahead = most_bytes / (rows * row);
@@ -19,13 +21,24 @@ static int passes_ahead(const struct device *dev, const struct config *c, int ro
     return ahead > 1 ? (int)ahead : 1;
 }
 
+// This rank's images of `batch`.
+static int share(const struct sample_options *o, int batch)
+{
+    if (!o->ranks)
+        return batch;
+    const struct placement *p = o->ranks->placement;
+    BUG_IF(p->batch != batch || o->ranks->copies != (o->cfg != 1 ? 2 : 1));
+    return p->share[exchange_rank(o->ranks->exchange)];
+}
+
 struct dit_options sampler_model(const struct device *dev, const struct config *c, int batch,
                                  const struct sample_options *o)
 {
-    const int rows = o->cfg != 1 ? 2 * batch : batch;
+    const int rows = (o->cfg != 1 ? 2 : 1) * share(o, batch);
     const int64_t passes = (int64_t)o->steps * schedule_passes(o->kind);
     return (struct dit_options){.batch = rows,
                                 .limit = o->limit,
+                                .ranks = o->ranks,
                                 .pack = o->pack,
                                 .ahead = passes_ahead(dev, c, rows, passes)};
 }
@@ -63,19 +76,28 @@ static int write_updates(struct sampler *s)
     return tensor_write(&s->dit->ctx, &s->updates, s->coefficients);
 }
 
+static size_t image_floats(const struct sampler *s)
+{
+    const struct config *c = &s->dit->config;
+    return (size_t)c->channels * (size_t)c->size * (size_t)c->size;
+}
+
 static int plan_sampler(struct sampler *s, struct device *dev, struct stream *stream,
                         const struct config *c)
 {
-    const struct dit_options d = sampler_model(dev, c, s->batch, &s->options);
+    const struct dit_options d = sampler_model(dev, c, s->all, &s->options);
     TRY(dit_new(dev, stream, c, &d, &s->dit));
     TRY(plan_tensors(s, c));
     TRY(dit_layout(s->dit));
     TRY(dit_commit(s->dit));
     const size_t conditions = (size_t)d.batch * (size_t)d.ahead;
-    s->labels = calloc(conditions, sizeof *s->labels);
-    s->times = calloc(conditions, sizeof *s->times);
+    s->labels = calloc(conditions + 1, sizeof *s->labels);
+    s->times = calloc(conditions + 1, sizeof *s->times);
     s->coefficients = malloc(tensor_bytes(&s->updates));
-    s->host = malloc(tensor_bytes(&s->z));
+    s->host = malloc(image_floats(s) * (size_t)s->all * sizeof *s->host);
+    s->first = moe_first_image(s->dit);
+    if (d.ranks)
+        TRY(transfers_new(d.ranks->exchange, &s->transfers));
     if (!s->labels || !s->times || !s->coefficients || !s->host)
         return fail(ERR_NOMEM, "no host memory for a batch of %d", s->batch);
     return write_updates(s);
@@ -96,7 +118,8 @@ int sampler_new(struct device *dev, struct stream *stream, const struct config *
     if (!s)
         return fail(ERR_NOMEM, "no host memory for a sampler");
     s->options = *o;
-    s->batch = batch;
+    s->all = batch;
+    s->batch = share(o, batch);
     s->passes = o->steps * schedule_passes(o->kind);
     int code = plan_sampler(s, dev, stream, c);
     if (code < 0) {
@@ -113,6 +136,7 @@ void sampler_free(struct sampler *s)
         return;
     if (s->dit)
         recording_reset(&s->dit->ctx, &s->pass);
+    transfers_free(s->transfers);
     dit_free(s->dit);
     free(s->labels), free(s->times), free(s->coefficients), free(s->host);
     free(s);
@@ -126,6 +150,8 @@ static int device_pass(void *user)
     struct context *c = &d->ctx;
     const int channels = d->config.channels, most = s->options.cfg_channels;
     const size_t bytes = tensor_bytes(&s->z);
+    if (s->batch == 0)
+        return dit_forward(d); // of other ranks' images
     for (size_t at = 0; at < tensor_bytes(&d->input); at += bytes) // both halves start from z
         TRY(c->dev->api->copy(c->stream, d->input.mem, at, s->z.mem, 0, bytes));
     TRY(dit_forward(d));
@@ -150,23 +176,29 @@ static int run_pass(struct sampler *s, int pass)
     struct context *c = &s->dit->ctx;
     const int ahead = s->dit->options.ahead;
     const size_t bytes = tensor_bytes(&s->update);
+    if (s->batch == 0)
+        return device_pass(s);
     if (pass % ahead == 0)
         TRY(condition_ahead(s, pass));
     TRY(dit_use_step(s->dit, pass % ahead));
     TRY(c->dev->api->copy(c->stream, s->update.mem, 0, s->updates.mem, (size_t)pass * bytes,
                           bytes));
+    if (s->options.ranks) // the host takes part: nothing to record
+        return device_pass(s);
     return recording_run(c, &s->pass, device_pass, s);
 }
 
-// Images first..first+count-1; the rest of the batch is filled with copies of the last image.
+// This rank's of the images first..first+count-1; the rest of the batch is filled with copies of the
+// last image.
 static int start_batch(struct sampler *s, int first, int count, const int32_t *classes,
                        const float *noise)
 {
     struct dit *d = s->dit;
-    const size_t image = (size_t)tensor_count(&s->z) / (size_t)s->batch;
-    const size_t rows = (size_t)d->options.batch;
+    const size_t image = image_floats(s), rows = (size_t)d->options.batch;
+    if (s->batch == 0)
+        return 0;
     for (int n = 0; n < s->batch; n++) {
-        const int i = first + (n < count ? n : count - 1);
+        const int i = first + (s->first + n < count ? s->first + n : count - 1);
         s->labels[n] = classes[i];
         if (d->options.batch > s->batch)
             s->labels[s->batch + n] = d->config.classes;
@@ -182,15 +214,40 @@ static int start_batch(struct sampler *s, int first, int count, const int32_t *c
     return tensor_write(&d->ctx, &s->z, s->host);
 }
 
+// The batch's images, of all ranks, into rank 0's s->host.
+static int collect_images(struct sampler *s)
+{
+    const struct dit_ranks *ranks = s->options.ranks;
+    const size_t image = image_floats(s) * sizeof *s->host;
+    if (s->batch > 0)
+        TRY(tensor_read(&s->dit->ctx, &s->z, s->host));
+    if (!ranks)
+        return 0;
+    exchange_doing(ranks->exchange, "bringing images together", -1);
+    if (exchange_rank(ranks->exchange) > 0) {
+        if (s->batch > 0)
+            TRY(exchange_send(s->transfers, s->host, (size_t)s->batch * image, 0, 0));
+        return exchange_wait(s->transfers);
+    }
+    unsigned char *at = (unsigned char *)s->host + (size_t)s->batch * image;
+    for (int r = 1; r < ranks->placement->ranks; r++) {
+        const size_t bytes = (size_t)ranks->placement->share[r] * image;
+        if (bytes > 0)
+            TRY(exchange_receive(s->transfers, at, bytes, r, 0));
+        at += bytes;
+    }
+    return exchange_wait(s->transfers);
+}
+
 int sampler_run(struct sampler *s, int count, const int32_t *classes, const float *noise,
                 float *latents, sample_progress progress, void *user)
 {
     struct dit *d = s->dit;
-    const size_t image = (size_t)tensor_count(&s->z) / (size_t)s->batch;
-    const int batches = (count + s->batch - 1) / s->batch;
+    const size_t image = image_floats(s);
+    const int batches = (count + s->all - 1) / s->all;
     const int steps = s->options.steps, each = schedule_passes(s->options.kind);
-    for (int first = 0, done = 0; first < count; first += s->batch) {
-        const int now = count - first < s->batch ? count - first : s->batch;
+    for (int first = 0, done = 0; first < count; first += s->all) {
+        const int now = count - first < s->all ? count - first : s->all;
         TRY(start_batch(s, first, now, classes, noise));
         for (int pass = 0; pass < s->passes; pass++) {
             TRY(run_pass(s, pass));
@@ -199,7 +256,7 @@ int sampler_run(struct sampler *s, int count, const int32_t *classes, const floa
                 TRY(progress(user, ++done, steps * batches));
             }
         }
-        TRY(tensor_read(&d->ctx, &s->z, s->host));
+        TRY(collect_images(s));
         memcpy(latents + (size_t)first * image, s->host, (size_t)now * image * sizeof *latents);
     }
     return 0;

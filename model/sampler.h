@@ -17,13 +17,15 @@ struct sample_options {
     float cfg_from, cfg_to;
     uint64_t seed;
     uint64_t limit;   // device memory to plan with, bytes; 0: all
+    const struct dit_ranks *ranks; // that share each batch (copies: 2 with guidance); NULL: one rank
     bool pack;        // faster steps for the weights' memory once more (where there is that much)
 };
 
 struct sampler {
     struct dit *dit;        // planned for 2*batch images with guidance, else batch
     struct sample_options options;
-    int batch;              // images at a time
+    int all;                // images at a time, on all ranks
+    int batch, first;       // of these, this rank's: how many, and the number of its first
     int passes;             // of the network through one batch: one or two a step
     struct tensor z, kept;  // [batch,C,S,S]; kept: by samplers that keep an image
     struct tensor updates;  // [passes,FLOW_STEP_COUNT] coefficients of every pass
@@ -31,8 +33,9 @@ struct sampler {
     int32_t *labels;        // of the rows of options.ahead passes, and their times
     float *times;
     float *coefficients;    // [passes,FLOW_STEP_COUNT] as in updates
+    struct transfers *transfers; // with ranks
     struct recording pass;  // the device's work on a pass, the same for all
-    float *host;            // [batch,C,S,S]
+    float *host;            // [all,C,S,S]
 };
 
 // Called after each step of each batch; NULL: no one looks. Return < 0 to stop.
@@ -47,7 +50,7 @@ int sampler_new(struct device *dev, struct stream *stream, const struct config *
                 const struct sample_options *o, struct sampler **out);
 void sampler_free(struct sampler *s);
 
-// Draws `count` images of the given classes into latents [count,C,S,S]. noise [count,C,S,S] is the
+// Draws `count` images of the given classes (with ranks: on all of them together, into rank 0's) into latents [count,C,S,S]. noise [count,C,S,S] is the
 // start, or NULL: image i starts from normals (seed, RNG_SAMPLE stream i), the same on every device
 // and whatever the batch size.
 int sampler_run(struct sampler *s, int count, const int32_t *classes, const float *noise,

@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "model/train_ranks.h"
 #include "runtime/rng.h"
 
 int flow_time_parse(const char *name, enum flow_time *out)
@@ -61,7 +62,7 @@ static void drop_labels(const struct trainer *t, int64_t micro, const int32_t *l
     const struct config *c = &t->dit->config;
     const uint64_t stream = rng_stream(RNG_DROP, (uint64_t)micro);
     for (int n = 0; n < t->options.batch; n++) {
-        bool drop = rng_uniform(t->options.seed, stream, (uint64_t)n) < c->class_dropout;
+        bool drop = rng_uniform(t->options.seed, stream, (uint64_t)(t->first + n)) < c->class_dropout;
         out[n] = drop ? c->classes : labels[n];
     }
 }
@@ -100,17 +101,23 @@ int trainer_new(struct device *dev, struct stream *stream, const struct config *
     if (o->early && (o->accumulate > 1 || o->adamw.clip > 0))
         return fail(ERR_INPUT, "early updates know neither all gradients' norm nor more than one "
                                "micro-batch: leave out clipping and accumulation");
+    if (o->early && o->ranks)
+        return fail(ERR_INPUT, "early updates are for one rank: gradients of others join them at "
+                               "the end of the backward pass");
     struct trainer *t = calloc(1, sizeof *t);
     if (!t)
         return fail(ERR_NOMEM, "no host memory for a trainer");
     t->options = *o;
+    t->all = o->ranks ? o->ranks->placement->batch : o->batch;
     const struct dit_options d = {.batch = o->batch, .train = true, .optimiser = true, .ema = true,
-                                  .recompute = o->recompute, .limit = o->limit,
+                                  .recompute = o->recompute, .limit = o->limit, .ranks = o->ranks,
+                                  .block_ready = o->ranks ? reduction_block : NULL,
                                   .block_done = o->early ? trainer_update_block : NULL, .user = t};
     int code = dit_new(dev, stream, c, &d, &t->dit);
     if (code >= 0) {
-        t->t_host = calloc((size_t)o->batch, sizeof *t->t_host);
-        t->y_host = calloc((size_t)o->batch, sizeof *t->y_host);
+        t->first = moe_first_image(t->dit);
+        t->t_host = calloc((size_t)t->all, sizeof *t->t_host);
+        t->y_host = calloc((size_t)o->batch + 1, sizeof *t->y_host);
         t->entropy = calloc((size_t)c->layers, sizeof *t->entropy);
         t->passes = calloc((size_t)o->accumulate, sizeof *t->passes);
         if (!t->t_host || !t->y_host || !t->entropy || !t->passes)
@@ -120,6 +127,8 @@ int trainer_new(struct device *dev, struct stream *stream, const struct config *
         t->dit->balance_scale = 1.0f / (float)o->accumulate;
     if (code >= 0)
         code = plan_trainer(t);
+    if (code >= 0)
+        code = reduction_new(t);
     if (code >= 0)
         code = plan_optimiser(t);
     if (code < 0) {
@@ -144,6 +153,7 @@ void trainer_free(struct trainer *t)
         return;
     for (int i = 0; t->passes && i < t->options.accumulate; i++)
         recording_reset(&t->dit->ctx, &t->passes[i]);
+    reduction_free(t->reduction);
     dit_free(t->dit);
     free(t->t_host), free(t->y_host), free(t->entropy), free(t->passes);
     free(t);
@@ -151,17 +161,26 @@ void trainer_free(struct trainer *t)
 
 // ---- the step ------------------------------------------------------------------------------------------
 
-// x_t from what is on the device, the loss, and its gradients (added; from zero in a step's first).
-static int flow_pass(struct trainer *t)
+// x_t from what is on the device, and the loss.
+static int loss_pass(struct trainer *t)
 {
     struct dit *d = t->dit;
     struct context *c = &d->ctx;
-    const float scale = 1.0f / (float)((int64_t)t->options.batch * t->options.accumulate);
+    const float scale = 1.0f / (float)((int64_t)t->all * t->options.accumulate);
+    const size_t bytes = tensor_bytes(&t->loss);
+    if (t->options.batch == 0)
+        return dit_forward(d); // of other ranks' images
     TRY(op_flow_mix(c, &d->input, &t->images, &t->noise, &d->t));
     TRY(dit_forward(d));
     TRY(op_flow_loss(c, &t->loss, &d->doutput, &d->output, &t->images, &t->noise, scale));
-    const size_t bytes = tensor_bytes(&t->loss);
-    TRY(c->dev->api->copy(c->stream, t->losses.mem, (size_t)t->micro * bytes, t->loss.mem, 0, bytes));
+    return c->dev->api->copy(c->stream, t->losses.mem, (size_t)t->micro * bytes, t->loss.mem, 0, bytes);
+}
+
+// The loss, and its gradients (added; from zero in a step's first).
+static int flow_pass(struct trainer *t)
+{
+    struct dit *d = t->dit;
+    TRY(loss_pass(t));
     if (t->options.early)
         TRY(trainer_begin_early(t));
     if (t->micro == 0)
@@ -177,20 +196,32 @@ static int micro_pass(void *user)
     return t->micro + 1 == t->options.accumulate ? trainer_apply(t) : 0;
 }
 
-int trainer_micro(struct trainer *t, const float *images, const int32_t *labels, bool *done)
+// What a micro-batch starts from, on the device. With ranks, the part of what one rank would draw.
+static int write_inputs(struct trainer *t, int64_t micro, const float *images, const int32_t *labels)
 {
     struct dit *d = t->dit;
     struct context *c = &d->ctx;
-    const int A = t->options.accumulate, N = t->options.batch;
-    const int64_t micro = t->step * A + t->micro;
-    *done = false;
-    flow_draw_times(t->options.time, t->options.seed, micro, N, t->t_host);
+    if (t->options.batch == 0)
+        return 0;
+    flow_draw_times(t->options.time, t->options.seed, micro, t->all, t->t_host);
     drop_labels(t, micro, labels, t->y_host);
     TRY(tensor_write(c, &t->images, images));
-    TRY(tensor_write(c, &d->t, t->t_host));
+    TRY(tensor_write(c, &d->t, t->t_host + t->first));
     TRY(tensor_write(c, &d->labels, t->y_host));
-    TRY(op_normal(c, &t->noise, t->options.seed, rng_stream(RNG_NOISE, (uint64_t)micro)));
-    TRY(recording_run(c, &t->passes[t->micro], micro_pass, t));
+    if (t->reduction)
+        return reduction_noise(t, micro);
+    return op_normal(c, &t->noise, t->options.seed, rng_stream(RNG_NOISE, (uint64_t)micro));
+}
+
+int trainer_micro(struct trainer *t, const float *images, const int32_t *labels, bool *done)
+{
+    const int A = t->options.accumulate;
+    *done = false;
+    TRY(write_inputs(t, t->step * A + t->micro, images, labels));
+    if (t->reduction) // the host takes part: nothing to record
+        TRY(micro_pass(t));
+    else
+        TRY(recording_run(&t->dit->ctx, &t->passes[t->micro], micro_pass, t));
     if (++t->micro < A)
         return 0;
     t->micro = 0;
@@ -257,13 +288,15 @@ int trainer_report(struct trainer *t, struct train_report *out)
         double balance, largest;
         if (!config_is_moe(&d->config, l))
             continue;
-        TRY(dit_read_balance(d, l, &balance));
+        balance = 0;
+        if (t->options.batch > 0)
+            TRY(dit_read_balance(d, l, &balance));
         TRY(dit_read_load(d, l, load));
         load_statistics(load, d->config.experts, &t->entropy[out->layers++], &largest);
-        out->balance += balance;
+        out->balance += balance * t->options.batch / t->all;
         out->load_max = largest > out->load_max ? largest : out->load_max;
     }
-    return 0;
+    return reduction_sum(t, &out->balance, 1);
 }
 
 int trainer_counts(struct trainer *t, int32_t *applied, int32_t *skipped)

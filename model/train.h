@@ -21,6 +21,7 @@ struct train_options {
     struct adamw adamw;
     uint64_t seed;
     uint64_t limit; // device memory to plan with, bytes; 0: all
+    const struct dit_ranks *ranks; // `batch` is then this rank's part of each, 0 or more; NULL: one rank
 };
 struct train_options train_defaults(void);
 
@@ -29,9 +30,12 @@ struct trainer {
     struct dit *dit;
     int64_t step;   // steps taken
     int micro;      // micro-batches of the current step done
+    int all, first; // images of a batch on all ranks, and the number of this rank's first
     struct tensor images, noise, loss, losses, control, counts;
     struct tensor rest[4]; // moments, EMA, gradients of the weights that stay f32 (half_weights)
-    float *t_host;  // [N]
+    struct tensor mean; // [1] with ranks: the loss of all images of a step
+    struct reduction *reduction; // with ranks (model/train_ranks.h), else NULL
+    float *t_host;  // [all]
     int32_t *y_host;
     double *entropy; // [L], for reports
     struct recording *passes; // [accumulate] the device's work on each micro-batch of a step
@@ -57,7 +61,7 @@ int trainer_new(struct device *dev, struct stream *stream, const struct config *
 int trainer_commit(struct trainer *t); // allocates; then dit_init or checkpoint_load_training
 void trainer_free(struct trainer *t);
 
-// One micro-batch: images [N,C,S,S] in [-1,1], labels [N]. After `accumulate` calls the optimiser runs
+// One micro-batch: this rank's images [N,C,S,S] in [-1,1], labels [N]. After `accumulate` calls the optimiser runs
 // and the step is complete (*done = true).
 int trainer_micro(struct trainer *t, const float *images, const int32_t *labels, bool *done);
 // Reads the last complete step's scalars; waits for the device.

@@ -111,6 +111,7 @@ int cmd_train(int argc, char **argv)
         {"optimiser", optimiser_options, &o},
         {"what is written", output_options, &o},
         {"device", device_option_list, &o.device},
+        {"several devices (README: mixed devices, cluster)", rank_option_list, &o.ranks},
         {0},
     };
     const struct command command = {
@@ -136,6 +137,9 @@ int cmd_train(int argc, char **argv)
         return usage_error("train", "--beta1 and --beta2 must be below 1");
     if (o.channels == 2)
         return usage_error("train", "--channels 2: must be 1 or 3");
+    status = ranks_launch(o.device.device, "train", argc, argv);
+    if (status)
+        return status;
     struct config config; // sizes that do not go together are told before any file is opened
     struct model_options guess = o.overrides;
     guess.size = o.image_size ? o.image_size : -1;

@@ -11,11 +11,14 @@
 #include <unistd.h>
 
 #include "model/atomic_file.h"
+#include "tools/ranks.h"
 
 int report_failure(const char *name)
 {
     const char *message = error_message();
-    fprintf(stderr, "ditmoe %s: %s\n", name, message[0] ? message : "failed");
+    char who[32];
+    if (ranks_tell(who))
+        fprintf(stderr, "ditmoe %s: %s%s\n", name, who, message[0] ? message : "failed");
     return 1;
 }
 
@@ -42,7 +45,9 @@ static const char *const precision_choices[] = {"f32", "bf16", NULL};
 #define AT(member) offsetof(struct device_options, member)
 const struct option_spec device_option_list[] = {
     {"device", 'd', OPTION_STRING, "KEY", "auto",
-     "device to run on, as 'ditmoe devices' lists them; auto: the best", AT(device), 0, 0, NULL},
+     "device to run on, as 'ditmoe devices' lists them; auto: the best; several, separated by commas: a "
+     "rank on each, under mpirun",
+     AT(device), 0, 0, NULL},
     {"precision", 0, OPTION_CHOICE, "TYPE", "f32",
      "storage of activations: f32 or bf16 (sums are f32 in both)", AT(precision), 0, 0,
      precision_choices},
@@ -56,7 +61,7 @@ int session_open(const struct device_options *o, struct session *out)
 {
     struct device_info info;
     *out = (struct session){0};
-    TRY(devices_find(o->device, &info));
+    TRY(ranks_device(o->device, &info));
     unsigned flags = (o->precision ? OPEN_BF16 : 0u) | (o->portable ? OPEN_PORTABLE : 0u);
     TRY(info.backend->open(&info, flags, &out->dev));
     int code = info.backend->stream_new(out->dev, &out->stream);

@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "tools/command.h"
+#include "tools/ranks.h"
 
 static const struct {
     const char *name, *summary;
@@ -32,6 +33,16 @@ static const char *command_name_at(const void *unused, int i)
     return commands[i].name;
 }
 
+// Alone, or as one of several ranks.
+static int run(int command, int argc, char **argv)
+{
+    const char *name = commands[command].name;
+    int status = ranks_open(name);
+    if (status == 0)
+        status = finish_output(name, commands[command].run(argc, argv));
+    return ranks_close(status);
+}
+
 int main(int argc, char **argv)
 {
     // A limit on file sizes then is an error like a full disk, and not a sudden end.
@@ -50,7 +61,7 @@ int main(int argc, char **argv)
     }
     for (int i = 0; commands[i].name; i++)
         if (!strcmp(argv[1], commands[i].name))
-            return finish_output(argv[1], commands[i].run(argc - 1, argv + 1));
+            return run(i, argc - 1, argv + 1);
     const char *near = nearest_word(argv[1], command_name_at, NULL);
     fprintf(stderr, "ditmoe: unknown command '%s'%s%s%s ('ditmoe --help' lists them)\n", argv[1],
             near ? "; did you mean '" : "", near ? near : "", near ? "'?" : "");

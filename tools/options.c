@@ -8,6 +8,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "tools/ranks.h"
+
 enum { HELP_COLUMN = 30, HELP_WIDTH = 96, GIVEN_MAX = 128 };
 
 static const struct option_spec *given[GIVEN_MAX];
@@ -17,8 +19,11 @@ static char *restored[GIVEN_MAX]; // texts that string options point at until th
 int usage_error(const char *name, const char *format, ...)
 {
     va_list args;
+    char who[32];
+    if (!ranks_tell(who))
+        return 2;
     va_start(args, format);
-    fprintf(stderr, "ditmoe %s: ", name);
+    fprintf(stderr, "ditmoe %s: %s", name, who);
     vfprintf(stderr, format, args);
     fprintf(stderr, "\n");
     va_end(args);

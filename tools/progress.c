@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include "tools/command.h"
+#include "tools/ranks.h"
 
 static const double LINE_SECONDS = 5.0, DRAW_SECONDS = 0.1;
 
@@ -100,7 +101,7 @@ void progress_update(struct progress *p, int64_t done, const char *text)
     bool due = p->terminal    ? now - p->last >= DRAW_SECONDS
                : p->every > 0 ? done % p->every == 0
                               : now - p->last >= LINE_SECONDS;
-    if (!due && !last)
+    if ((!due && !last) || !ranks_first())
         return;
     p->last = now;
     if (p->pace > 0)

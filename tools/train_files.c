@@ -109,7 +109,7 @@ int run_checkpoint_open(const char *dir, struct checkpoint *out)
             code = fail(ERR_INPUT, "%s: no training checkpoint (no moments, EMA or state)", path);
         }
         if (i + 1 < count)
-            fprintf(stderr, "ditmoe train: passed over: %s\n", error_message());
+            say("ditmoe train: passed over: %s\n", error_message());
     }
     free(steps);
     return code;

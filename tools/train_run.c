@@ -16,6 +16,7 @@ struct run {
     struct config config;
     struct dataset *data;
     struct session session;
+    struct rank_plan ranks;
     struct trainer *trainer;
     struct train_samples samples;
     struct loader *loader;
@@ -61,19 +62,21 @@ static int check_resumed(const struct run *r)
         return fail(ERR_INPUT, "--seed %llu: the run in %s has seed %llu",
                     (unsigned long long)o->seed, o->out, (unsigned long long)was->seed);
     if (was->batch != o->batch || was->accumulate != o->accumulate)
-        fprintf(stderr,
-                "note: batch %d x %d was %d x %d; the run goes on, but differs from one that "
-                "never stopped\n",
-                o->batch, o->accumulate, was->batch, was->accumulate);
+        say("note: batch %d x %d was %d x %d; the run goes on, but differs from one that "
+            "never stopped\n",
+            o->batch, o->accumulate, was->batch, was->accumulate);
     return 0;
 }
 
+// Rank 0 has the directory; the others read checkpoints in it.
 static int open_directory(struct run *r)
 {
     const struct train_settings *o = r->o;
     if (!o->out)
         return 0;
-    TRY(run_directory_open(o->out, &r->lock));
+    if (ranks_first())
+        TRY(run_directory_open(o->out, &r->lock));
+    TRY(exchange_barrier(ranks_exchange()));
     if (!o->resume) {
         if (run_directory_has_checkpoint(o->out))
             return fail(ERR_INPUT,
@@ -90,22 +93,35 @@ static int open_directory(struct run *r)
         free(r->from);
         r->from = NULL;
         if (found == 0)
-            fprintf(stderr, "no checkpoint in %s yet: starting from the beginning\n", o->out);
+            say("no checkpoint in %s yet: starting from the beginning\n", o->out);
         return found;
     }
     return check_resumed(r);
 }
 
-static struct train_options trainer_options(const struct train_settings *o, uint64_t limit)
+// Ranks that go on together have found the same data, and the same checkpoint or none.
+static int same_beginning(const struct run *r)
+{
+    static const struct run_state none = {.step = -1};
+    const struct run_state *was = r->from ? &r->from->run : &none;
+    const int64_t state[] = {was->step, was->applied, was->skipped, (int64_t)was->cursor};
+    const int64_t data[] = {r->data ? r->data->count : 0, r->config.size, r->config.classes};
+    TRY(ranks_same(data, sizeof data, "has found other data"));
+    return ranks_same(state, sizeof state, "has found another checkpoint");
+}
+
+static struct train_options trainer_options(const struct train_settings *o,
+                                            const struct rank_plan *ranks, uint64_t limit)
 {
     struct train_options t = train_defaults();
-    t.batch = o->batch;
     t.accumulate = o->accumulate;
     t.recompute = o->recompute != 0;
     t.early = o->early != 0;
     t.time = (enum flow_time)o->time;
     t.seed = o->seed;
     t.limit = limit;
+    t.ranks = ranks_of(ranks);
+    t.batch = ranks_share(ranks, o->batch);
     t.adamw.rate = o->rate;
     t.adamw.beta1 = o->beta1;
     t.adamw.beta2 = o->beta2;
@@ -121,6 +137,27 @@ static bool wants_samples(const struct run *r)
     return r->o->sample_every > 0 && (r->config.channels == 1 || r->config.channels == 3);
 }
 
+// What each rank needs of what it has.
+static int tell_memory(uint64_t need, uint64_t have)
+{
+    char a[32], b[32];
+    const uint64_t mine[2] = {need, have};
+    const int ranks = ranks_count();
+    uint64_t *all = calloc((size_t)ranks, sizeof mine);
+    if (!all)
+        return fail(ERR_NOMEM, "out of memory");
+    int code = exchange_gather(ranks_exchange(), mine, all, sizeof mine);
+    for (int r = 0; r < ranks && code >= 0; r++) {
+        char who[32] = "";
+        if (ranks > 1)
+            snprintf(who, sizeof who, "rank %d: ", r);
+        say("memory  %s%s of %s\n", who, format_bytes((double)all[2 * r], a),
+            format_bytes((double)all[2 * r + 1], b));
+    }
+    free(all);
+    return code;
+}
+
 // Plans training, and sampling beside it, within the limit. The table goes to stdout in a dry run,
 // to stderr when the plan does not fit.
 static int plan_memory(struct run *r)
@@ -130,14 +167,15 @@ static int plan_memory(struct run *r)
     uint64_t limit = o->memory ? o->memory : dev->info.memory, sampling = 0;
     char need[32], have[32];
     if (wants_samples(r))
-        TRY(train_samples_plan(&r->session, &r->config, r->o, UINT64_MAX / 2, &sampling, NULL));
-    struct train_options t = trainer_options(o, limit > sampling ? limit - sampling : 1);
+        TRY(train_samples_plan(&r->session, &r->config, r->o, &r->ranks, UINT64_MAX / 2, &sampling,
+                               NULL));
+    struct train_options t = trainer_options(o, &r->ranks, limit > sampling ? limit - sampling : 1);
     int code = trainer_new(r->session.dev, r->session.stream, &r->config, &t, &r->trainer);
     if (code < 0 && (code != ERR_NOMEM || !r->trainer))
         return code;
     uint64_t total = plan_total(r->trainer->dit->plan) + sampling;
     bool too_much = code < 0;
-    FILE *table = o->dry_run ? stdout : too_much ? stderr : NULL;
+    FILE *table = o->dry_run && ranks_first() ? stdout : too_much ? stderr : NULL;
     format_bytes((double)total, need);
     format_bytes((double)limit, have);
     if (table) {
@@ -154,7 +192,7 @@ static int plan_memory(struct run *r)
                     need, dev->info.key, have, o->recompute ? "" : " or --recompute",
                     o->early ? "" : " or --early-update");
     if (!too_much)
-        fprintf(stderr, "memory  %s of %s\n", need, have);
+        TRY(tell_memory(total, limit));
     return code;
 }
 
@@ -163,16 +201,15 @@ static void print_header(const struct run *r)
     const struct config *c = &r->config;
     struct config_counts n = config_count(c);
     char title[160];
-    fprintf(stderr,
-            "model   %s: %.1f M parameters, %.1f M active, %d tokens of an image %dx%dx%d\n",
+    say("model   %s: %.1f M parameters, %.1f M active, %d tokens of an image %dx%dx%d\n",
             model_title(r->o->model, c, title), 1e-6 * (double)n.total, 1e-6 * (double)n.active,
             config_tokens(c), c->size, c->size, c->channels);
     if (r->data)
-        fprintf(stderr, "data    %s: %lld images, %d classes\n", r->data->path,
+        say( "data    %s: %lld images, %d classes\n", r->data->path,
                 (long long)r->data->count, r->data->classes);
-    fprintf(stderr, "device  %s: %s, %s\n", r->session.dev->info.key, r->session.dev->info.name,
+    say( "device  %s: %s, %s\n", r->session.dev->info.key, r->session.dev->info.name,
             dtype_name(r->session.dev->act));
-    fprintf(stderr, "seed    %llu\n", (unsigned long long)r->o->seed);
+    say( "seed    %llu\n", (unsigned long long)r->o->seed);
 }
 
 static int write_run_json(const struct run *r)
@@ -221,7 +258,8 @@ static int save(struct run *r)
     run_checkpoint_path(r->o->out, t->step, path, sizeof path);
     TRY(checkpoint_save(path, t->dit, &state));
     r->saved = t->step;
-    run_checkpoint_prune(r->o->out, r->o->keep);
+    if (ranks_first())
+        run_checkpoint_prune(r->o->out, r->o->keep);
     return 0;
 }
 
@@ -256,13 +294,15 @@ static int take_step(struct run *r, struct train_report *report)
 {
     double began = now_seconds();
     bool done = false;
+    exchange_step(ranks_exchange(), r->trainer->step);
     while (!done) {
         struct batch batch;
         TRY(loader_next(r->loader, &batch));
         TRY(trainer_micro(r->trainer, batch.images, batch.labels, &done));
     }
     TRY(trainer_report(r->trainer, report));
-    TRY(train_log_row(&r->log, r->trainer->step, report, r->o->batch * r->o->accumulate,
+    if (ranks_first())
+        TRY(train_log_row(&r->log, r->trainer->step, report, r->o->batch * r->o->accumulate,
                       now_seconds() - began));
     r->skipped_in_a_row = report->skipped ? r->skipped_in_a_row + 1 : 0;
     if (r->skipped_in_a_row >= SKIPPED_IN_A_ROW)
@@ -280,6 +320,7 @@ static int take_steps(struct run *r)
     while (t->step < o->steps && !stop_wanted) {
         struct train_report report;
         TRY(take_step(r, &report));
+        TRY(ranks_stop());
         show_progress(r, &report);
         bool last = t->step == o->steps;
         if (o->checkpoint_every && t->step % o->checkpoint_every == 0)
@@ -301,11 +342,11 @@ static void print_summary(const struct run *r)
 {
     char took[32];
     double seconds = now_seconds() - r->began, wait = loader_waited(r->loader);
-    fprintf(stderr, "%s in %s; waited %.1f s (%.1f%%) for data\n", stop_wanted ? "stopped" : "done",
+    say("%s in %s; waited %.1f s (%.1f%%) for data\n", stop_wanted ? "stopped" : "done",
             format_seconds(seconds, took), wait, 100 * wait / (seconds > 0 ? seconds : 1));
     int32_t applied = 0, skipped = 0;
     if (trainer_counts(r->trainer, &applied, &skipped) >= 0 && skipped)
-        fprintf(stderr, "%d steps of %d were skipped: loss or gradients were not finite\n", skipped,
+        say("%d steps of %d were skipped: loss or gradients were not finite\n", skipped,
                 applied + skipped);
 }
 
@@ -316,14 +357,16 @@ static int train(struct run *r)
     TRY(trainer_commit(r->trainer));
     TRY(load_or_init(r));
     if (wants_samples(r))
-        TRY(train_samples_new(&r->session, &r->config, o, &r->samples));
-    TRY(write_run_json(r));
-    TRY(train_log_open(o->out, &r->config, r->trainer->step, &r->log));
+        TRY(train_samples_new(&r->session, &r->config, o, &r->ranks, &r->samples));
+    if (ranks_first()) {
+        TRY(write_run_json(r));
+        TRY(train_log_open(o->out, &r->config, r->trainer->step, &r->log));
+    }
     uint64_t cursor = r->from ? r->from->run.cursor : 0;
-    TRY(loader_start(r->data, o->batch, o->seed, cursor, o->flip != 0, o->threads, &r->loader));
+    TRY(loader_start_part(r->data, o->batch, r->trainer->first, r->trainer->options.batch, o->seed,
+                          cursor, o->flip != 0, o->threads, &r->loader));
     if (r->from)
-        fprintf(stderr, "resume  at step %lld of %lld\n", (long long)r->trainer->step,
-                (long long)o->steps);
+        say("resume  at step %lld of %lld\n", (long long)r->trainer->step, (long long)o->steps);
     stop_on_signals();
     r->began = now_seconds();
     progress_start(&r->progress, "step", r->trainer->step, o->steps, o->log_every);
@@ -334,14 +377,16 @@ static int train(struct run *r)
     TRY(code);
     print_summary(r);
     TRY(train_log_close(&r->log));
-    TRY(train_log_chart(o->out, model_title(o->model, &r->config, title)));
+    if (ranks_first())
+        TRY(train_log_chart(o->out, model_title(o->model, &r->config, title)));
     if (r->trainer->step == o->steps)
         TRY(save_model(r));
     else
-        fprintf(stderr, "stopped at step %lld of %lld; continue with --resume\n",
-                (long long)r->trainer->step, (long long)o->steps);
+        say("stopped at step %lld of %lld; continue with --resume\n", (long long)r->trainer->step,
+            (long long)o->steps);
     run_checkpoint_path(o->out, r->saved, path, sizeof path);
-    printf("%s\n", path);
+    if (ranks_first())
+        printf("%s\n", path);
     return 0;
 }
 
@@ -351,14 +396,17 @@ static int prepare_and_train(struct run *r)
 {
     char path[4200];
     const struct train_settings *o = r->o;
+    TRY(ranks_same_start(r->command));
     TRY(open_data(r));
     if (!o->dry_run)
         TRY(open_directory(r));
+    TRY(same_beginning(r));
+    TRY(ranks_plan(&o->ranks, &r->config, o->batch, 1, &r->ranks));
     if (r->from && r->from->run.step >= o->steps) {
         run_checkpoint_path(o->out, r->from->run.step, path, sizeof path);
-        fprintf(stderr, "all %lld steps are done already (--steps N for more)\n",
-                (long long)o->steps);
-        printf("%s\n", path);
+        say("all %lld steps are done already (--steps N for more)\n", (long long)o->steps);
+        if (ranks_first())
+            printf("%s\n", path);
         return 0;
     }
     TRY(session_open(&o->device, &r->session));
@@ -390,6 +438,7 @@ int train_run(const struct train_settings *o, const struct command *command)
     train_samples_free(&r.samples);
     if (r.trainer)
         trainer_free(r.trainer);
+    ranks_plan_free(&r.ranks);
     session_close(&r.session);
     if (r.from) {
         checkpoint_close(r.from);

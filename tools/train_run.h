@@ -11,11 +11,13 @@
 #include "model/train.h"
 #include "tools/command.h"
 #include "tools/progress.h"
+#include "tools/ranks.h"
 
 struct train_settings {
     const char *model, *data, *out;
     struct model_options overrides;
     struct device_options device;
+    struct rank_options ranks;
     int64_t steps;
     int batch, accumulate;
     float rate, beta1, beta2, decay, clip, ema;
@@ -66,16 +68,18 @@ enum { SAMPLE_ROWS = 10, SAMPLE_COLUMNS = 4, SAMPLE_BATCH = 16 };
 
 struct train_samples {
     struct sampler *sampler;
+    struct rank_plan ranks; // of a batch of samples
     int rows, count;
     int32_t classes[SAMPLE_ROWS * SAMPLE_COLUMNS];
 };
 
 // Bytes that sampling will take on the device, with its table on `table` (NULL: no table).
 int train_samples_plan(const struct session *s, const struct config *c,
-                       const struct train_settings *o, uint64_t limit, uint64_t *bytes,
-                       FILE *table);
+                       const struct train_settings *o, const struct rank_plan *ranks,
+                       uint64_t limit, uint64_t *bytes, FILE *table);
 int train_samples_new(const struct session *s, const struct config *c,
-                      const struct train_settings *o, struct train_samples *out);
+                      const struct train_settings *o, const struct rank_plan *ranks,
+                      struct train_samples *out);
 void train_samples_free(struct train_samples *s);
 // Draws with the trainer's EMA weights and writes DIR/samples/step-XXXXXXXX.png.
 int train_samples_write(struct train_samples *s, struct trainer *t, const struct dataset *d,

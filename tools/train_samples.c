@@ -15,18 +15,30 @@ static int sample_batch(const struct config *c)
 }
 
 static struct sample_options sample_options(const struct config *c, const struct train_settings *o,
-                                            uint64_t limit)
+                                            const struct rank_plan *ranks, uint64_t limit)
 {
     return (struct sample_options){.steps = o->sample_steps,
                                    .cfg = c->class_dropout > 0 ? o->sample_cfg : 1.0f,
                                    .seed = o->seed,
+                                   .ranks = ranks_of(ranks),
                                    .limit = limit};
 }
 
-int train_samples_plan(const struct session *s, const struct config *c,
-                       const struct train_settings *o, uint64_t limit, uint64_t *bytes, FILE *table)
+// The run's placement, for a batch of samples.
+static int plan_ranks(const struct config *c, const struct train_settings *o,
+                      const struct rank_plan *ranks, struct rank_plan *out)
 {
-    const struct sample_options options = sample_options(c, o, limit);
+    const struct sample_options plain = sample_options(c, o, out, 0);
+    return ranks_replan(ranks, sample_batch(c), plain.cfg != 1 ? 2 : 1, out);
+}
+
+int train_samples_plan(const struct session *s, const struct config *c,
+                       const struct train_settings *o, const struct rank_plan *ranks,
+                       uint64_t limit, uint64_t *bytes, FILE *table)
+{
+    struct rank_plan mine = {0};
+    TRY(plan_ranks(c, o, ranks, &mine));
+    const struct sample_options options = sample_options(c, o, &mine, limit);
     const struct dit_options model = sampler_model(s->dev, c, sample_batch(c), &options);
     struct dit *d = NULL;
     int code = dit_new(s->dev, s->stream, c, &model, &d);
@@ -38,15 +50,19 @@ int train_samples_plan(const struct session *s, const struct config *c,
             plan_print(d->plan, table, false);
         dit_free(d);
     }
+    ranks_plan_free(&mine);
     return code;
 }
 
 int train_samples_new(const struct session *s, const struct config *c,
-                      const struct train_settings *o, struct train_samples *out)
+                      const struct train_settings *o, const struct rank_plan *ranks,
+                      struct train_samples *out)
 {
+    *out = (struct train_samples){0};
+    TRY(plan_ranks(c, o, ranks, &out->ranks));
     // memory: train_samples_plan() has been asked
-    const struct sample_options options = sample_options(c, o, UINT64_MAX / 2);
-    *out = (struct train_samples){.rows = c->classes < SAMPLE_ROWS ? c->classes : SAMPLE_ROWS};
+    const struct sample_options options = sample_options(c, o, &out->ranks, UINT64_MAX / 2);
+    out->rows = c->classes < SAMPLE_ROWS ? c->classes : SAMPLE_ROWS;
     out->count = out->rows * SAMPLE_COLUMNS;
     for (int i = 0; i < out->count; i++)
         out->classes[i] = i / SAMPLE_COLUMNS;
@@ -58,6 +74,7 @@ void train_samples_free(struct train_samples *s)
     if (s->sampler)
         sampler_free(s->sampler);
     s->sampler = NULL;
+    ranks_plan_free(&s->ranks);
 }
 
 // The sampler's weights become the trainer's EMA; the fixed position table has only weights.
@@ -75,6 +92,7 @@ static int copy_ema(struct dit *to, struct dit *from)
 static int stop_when_wanted(void *user, int done, int total)
 {
     (void)user, (void)done, (void)total;
+    TRY(ranks_stop());
     return stop_wanted ? fail(ERR_STOPPED, "stopped while sampling") : 0;
 }
 
@@ -117,7 +135,7 @@ int train_samples_write(struct train_samples *s, struct trainer *t, const struct
     int code = copy_ema(s->sampler->dit, t->dit);
     if (code >= 0)
         code = sampler_run(s->sampler, s->count, s->classes, NULL, latents, stop_when_wanted, NULL);
-    if (code >= 0)
+    if (code >= 0 && ranks_first())
         code = write_grid(s, t, d, latents, dir);
     free(latents);
     return code;

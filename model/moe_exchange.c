@@ -1,0 +1,562 @@
+#include "model/moe_exchange.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "model/dit.h"
+
+// What a rank keeps of a layer's received rows, H of them at most. With recompute one set serves
+// all layers.
+struct served {
+    struct tensor rows, gu, hidden, y; // [H,D] [H,2F] [H,F] [H,D]
+};
+
+// A run of rows of one expert, that has come from or goes to `peer`.
+struct segment {
+    int expert, peer;
+    int64_t at, rows;
+};
+
+struct layer {
+    struct tensor offsets;             // [held+1] of the served rows, on the device
+    struct tensor dy, dhidden, hidden; // backward: [H,D] [H,F] [H,F]
+    int held, *experts;                // this rank's experts, ascending
+    int32_t *counts;                   // [ranks,E] rows of each rank for each expert, this pass
+    struct segment *own, *served;      // of a->rows, by expert; of the served rows, by expert and source
+    int own_count, served_count;
+    int64_t rows, room;                // served rows of this pass; H
+    struct moe_traffic traffic;
+};
+
+struct moe_exchange {
+    struct exchange *exchange;
+    const struct placement *place;
+    int rank, ranks, experts;
+    int64_t *tokens; // [ranks]
+    int64_t all_tokens;
+    int first_image;
+    struct layer *layers;
+    struct served *served; // [L], or [1]
+    struct transfers *transfers;
+    unsigned char *out, *in; // host: a->rows and the served rows, laid out as on the device
+    size_t in_bytes;
+    int32_t *numbers;        // host scratch [E+1]
+};
+
+// ---- who has what -------------------------------------------------------------------------------
+
+static int owner_of(const struct moe_exchange *m, int source, int layer, int expert)
+{
+    return *placement_owner(m->place, m->place->group[source], layer, expert);
+}
+
+int64_t moe_all_tokens(const struct dit *d)
+{
+    return d->moe ? d->moe->all_tokens : d->options.batch * (int64_t)config_tokens(&d->config);
+}
+
+int moe_first_image(const struct dit *d)
+{
+    return d->moe ? d->moe->first_image : 0;
+}
+
+// Rows that can come to a rank in a layer at most, and when all experts are used alike.
+static void bounds(const struct moe_exchange *m, int topk, int rank, int layer, int64_t *most,
+                   double *even)
+{
+    *most = 0, *even = 0;
+    for (int s = 0; s < m->ranks; s++) {
+        int held = 0;
+        for (int e = 0; e < m->experts; e++)
+            held += owner_of(m, s, layer, e) == rank;
+        *most += m->tokens[s] * (held < topk ? held : topk);
+        *even += (double)m->tokens[s] * topk * held / m->experts;
+    }
+}
+
+static int64_t room_for(int64_t most, double even, double headroom)
+{
+    return headroom > 0 && headroom * even + 1 < (double)most ? (int64_t)(headroom * even) + 1 : most;
+}
+
+// ---- making it ----------------------------------------------------------------------------------
+
+static int make_layers(struct moe_exchange *m, const struct config *c, double headroom)
+{
+    int64_t most;
+    double even;
+    for (int l = 0; l < c->layers; l++) {
+        struct layer *y = &m->layers[l];
+        if (!config_is_moe(c, l))
+            continue;
+        y->experts = calloc((size_t)m->experts, sizeof *y->experts);
+        y->counts = calloc((size_t)m->ranks * (size_t)m->experts, sizeof *y->counts);
+        if (!y->experts || !y->counts)
+            return fail(ERR_NOMEM, "no host memory for the places of %d experts", m->experts);
+        y->held = placement_list(m->place, m->rank, l, y->experts);
+        y->own = calloc((size_t)m->experts, sizeof *y->own);
+        y->served = calloc((size_t)y->held * (size_t)m->ranks + 1, sizeof *y->served);
+        if (!y->own || !y->served)
+            return fail(ERR_NOMEM, "no host memory for the rows of %d ranks", m->ranks);
+        bounds(m, c->topk, m->rank, l, &most, &even);
+        y->room = room_for(most, even, headroom);
+    }
+    return 0;
+}
+
+static int make(struct moe_exchange *m, struct dit *d, const struct dit_ranks *o)
+{
+    const struct config *c = &d->config;
+    const size_t sets = d->options.recompute ? 1 : (size_t)c->layers;
+    m->exchange = o->exchange;
+    m->place = o->placement;
+    m->rank = exchange_rank(o->exchange);
+    m->ranks = o->placement->ranks;
+    m->experts = c->experts;
+    m->tokens = calloc((size_t)m->ranks, sizeof *m->tokens);
+    m->layers = calloc((size_t)c->layers, sizeof *m->layers);
+    m->served = calloc(sets, sizeof *m->served);
+    m->numbers = calloc((size_t)m->experts + 1, sizeof *m->numbers);
+    if (!m->tokens || !m->layers || !m->served || !m->numbers)
+        return fail(ERR_NOMEM, "no host memory for an exchange of %d layers", c->layers);
+    for (int r = 0; r < m->ranks; r++) {
+        m->tokens[r] = (int64_t)o->placement->share[r] * o->copies * config_tokens(c);
+        m->all_tokens += m->tokens[r];
+        m->first_image += r < m->rank ? o->placement->share[r] : 0;
+    }
+    BUG_IF(o->placement->share[m->rank] * o->copies != d->options.batch);
+    TRY(make_layers(m, c, o->headroom));
+    return transfers_new(m->exchange, &m->transfers);
+}
+
+int moe_exchange_new(struct dit *d)
+{
+    if (!d->options.ranks)
+        return 0;
+    d->moe = calloc(1, sizeof *d->moe);
+    if (!d->moe)
+        return fail(ERR_NOMEM, "no host memory for an exchange");
+    return make(d->moe, d, d->options.ranks);
+}
+
+void moe_exchange_free(struct moe_exchange *m)
+{
+    if (!m)
+        return;
+    for (int l = 0; m->layers && l < m->place->layers; l++)
+        free(m->layers[l].experts), free(m->layers[l].counts), free(m->layers[l].own),
+            free(m->layers[l].served);
+    transfers_free(m->transfers);
+    free(m->tokens), free(m->layers), free(m->served), free(m->out), free(m->in), free(m->numbers);
+    free(m);
+}
+
+// ---- the plan -----------------------------------------------------------------------------------
+
+static struct served *served_of(struct dit *d, int layer)
+{
+    return &d->moe->served[d->options.recompute ? 0 : layer];
+}
+
+static size_t row_bytes(const struct dit *d)
+{
+    return (size_t)d->config.hidden * dtype_size(d->ctx.dev->act);
+}
+
+static int64_t largest_room(const struct moe_exchange *m, const struct dit *d, int layer)
+{
+    int64_t most = 0;
+    for (int l = 0; l < d->config.layers; l++)
+        if ((l == layer || d->options.recompute) && m->layers[l].room > most)
+            most = m->layers[l].room;
+    return most;
+}
+
+// Host memory for rows on their way, both ways: enough for the layer with the most.
+static int grow_staging(struct dit *d, int64_t room)
+{
+    struct moe_exchange *m = d->moe;
+    const size_t row = row_bytes(d), bytes = (size_t)(room + 1) * row;
+    const size_t own = (size_t)(m->tokens[m->rank] * d->config.topk + 1) * row;
+    if (!m->out)
+        m->out = malloc(own);
+    if (bytes > m->in_bytes) {
+        free(m->in);
+        m->in = malloc(bytes);
+        m->in_bytes = bytes;
+    }
+    return m->in && m->out ? 0 : fail(ERR_NOMEM, "no host memory for %zu bytes of rows", bytes + own);
+}
+
+// The shared expert's work comes between sending rows and the experts' work on them, in the backward
+// pass too: what is kept for that, and its scratch, lives through phases 0 to 4 there.
+static int plan_backward(struct dit *d, int layer)
+{
+    struct layer *y = &d->moe->layers[layer];
+    const enum dtype act = d->ctx.dev->act;
+    const int from = time_backward(d, layer, 0), to = time_backward(d, layer, 4);
+    const int64_t H = y->room, D = d->config.hidden, F = MLP_RATIO * D;
+    TRY(PLAN_TENSOR(d->plan, "served.dy", PLAN_ACTIVATIONS, act, from, to, &y->dy, H, D));
+    if (!op_swiglu_fuses(&d->ctx, F))
+        TRY(PLAN_TENSOR(d->plan, "served.dhidden", PLAN_ACTIVATIONS, act, from, to, &y->dhidden, H,
+                        F));
+    if (d->lean && op_swiglu_rebuilds(&d->ctx, F))
+        TRY(PLAN_TENSOR(d->plan, "served.hidden again", PLAN_ACTIVATIONS, act, from, to, &y->hidden,
+                        H, F));
+    return 0;
+}
+
+int moe_exchange_plan(struct dit *d, int layer)
+{
+    struct moe_exchange *m = d->moe;
+    struct served *s = served_of(d, layer);
+    const enum dtype act = d->ctx.dev->act;
+    const int64_t H = largest_room(m, d, layer), D = d->config.hidden, F = MLP_RATIO * D;
+    const bool train = d->options.train;
+    const bool again = d->lean && op_swiglu_rebuilds(&d->ctx, F);
+    TRY(grow_staging(d, H));
+    TRY(PLAN_TENSOR(d->plan, "served.offsets", PLAN_ACTIVATIONS, I32, 0, PLAN_FOREVER,
+                    &m->layers[layer].offsets, m->layers[layer].held + 1));
+    if (train)
+        TRY(plan_backward(d, layer));
+    if (s->rows.ndim)
+        return 0;
+    ACTIVATION(d, layer, "served.rows", act, 3, 3, 4, &s->rows, H, D);
+    if (train || !op_swiglu_fuses(&d->ctx, F))
+        ACTIVATION(d, layer, "served.gu", act, 3, 3, 4, &s->gu, H, 2 * F);
+    ACTIVATION(d, layer, "served.hidden", act, 3, 4, again ? NEVER : 4, &s->hidden, H, F);
+    ACTIVATION(d, layer, "served.y", act, 4, 4, NEVER, &s->y, H, D);
+    return 0;
+}
+
+// ---- counts -------------------------------------------------------------------------------------
+
+// How the rows of this pass lie, here and at their owners.
+static int list_segments(struct moe_exchange *m, int layer)
+{
+    struct layer *y = &m->layers[layer];
+    const int E = m->experts;
+    int64_t at = 0;
+    y->own_count = y->served_count = 0;
+    for (int e = 0; e < E; e++) {
+        const int64_t rows = y->counts[m->rank * E + e];
+        if (rows)
+            y->own[y->own_count++] = (struct segment){e, owner_of(m, m->rank, layer, e), at, rows};
+        at += rows;
+    }
+    y->rows = 0;
+    for (int i = 0; i < y->held; i++) {
+        const int e = y->experts[i];
+        m->numbers[i] = (int32_t)y->rows;
+        for (int s = 0; s < m->ranks; s++) {
+            const int64_t rows = y->counts[s * E + e];
+            if (rows && owner_of(m, s, layer, e) == m->rank) {
+                y->served[y->served_count++] = (struct segment){e, s, y->rows, rows};
+                y->rows += rows;
+            }
+        }
+    }
+    m->numbers[y->held] = (int32_t)y->rows;
+    return 0;
+}
+
+// Every rank knows all counts, so all say the same when the rows of one have no room.
+static int check_room(const struct dit *d, int layer)
+{
+    const struct moe_exchange *m = d->moe;
+    const struct layer *y = &m->layers[layer];
+    const double headroom = d->options.ranks->headroom;
+    for (int r = 0; r < m->ranks && headroom > 0; r++) {
+        int64_t most, rows = 0;
+        double even;
+        bounds(m, d->config.topk, r, layer, &most, &even);
+        for (int s = 0; s < m->ranks; s++)
+            for (int e = 0; e < m->experts; e++)
+                rows += owner_of(m, s, layer, e) == r ? y->counts[s * m->experts + e] : 0;
+        const int64_t room = room_for(most, even, headroom);
+        if (rows > room)
+            return fail(ERR_NOMEM,
+                        "layer %d: %lld rows for the experts of rank %d, which has room for %lld; "
+                        "--headroom %.1f or more is needed (0: room for any)",
+                        layer, (long long)rows, r, (long long)room, (double)rows / even + 0.05);
+    }
+    return 0;
+}
+
+// fraction[E] of the balance loss (op_balance) over all ranks' tokens, in place of this rank's own.
+static int write_fractions(struct dit *d, int layer)
+{
+    struct moe_exchange *m = d->moe;
+    const struct layer *y = &m->layers[layer];
+    struct block_route *r = &d->routes[layer];
+    const int E = m->experts;
+    const double choices = (double)m->all_tokens * d->config.topk;
+    float *fraction = (float *)(void *)m->numbers; // [E], 4 bytes each as well
+    if (!r->fraction.ndim || d->config.balance_per_sequence || d->options.batch == 0)
+        return 0;
+    for (int e = 0; e < E; e++) {
+        double sum = 0;
+        for (int s = 0; s < m->ranks; s++)
+            sum += y->counts[s * E + e];
+        fraction[e] = (float)(sum * E / choices);
+    }
+    return tensor_write(&d->ctx, &r->fraction, fraction);
+}
+
+static int exchange_counts(struct dit *d, int layer)
+{
+    struct moe_exchange *m = d->moe;
+    struct layer *y = &m->layers[layer];
+    const int E = m->experts;
+    int32_t mine[512] = {0};
+    BUG_IF(E > 512);
+    if (d->options.batch > 0) {
+        TRY(tensor_read(&d->ctx, &d->routes[layer].offsets, m->numbers));
+        for (int e = 0; e < E; e++)
+            mine[e] = m->numbers[e + 1] - m->numbers[e];
+    }
+    exchange_doing(m->exchange, "waiting for the counts of rows", layer);
+    TRY(exchange_gather(m->exchange, mine, y->counts, (size_t)E * sizeof *mine));
+    TRY(check_room(d, layer));
+    TRY(write_fractions(d, layer));
+    TRY(list_segments(m, layer));
+    return tensor_write(&d->ctx, &y->offsets, m->numbers);
+}
+
+void moe_exchange_load(const struct dit *d, int layer, int32_t *load)
+{
+    const struct moe_exchange *m = d->moe;
+    for (int e = 0; e < m->experts; e++) {
+        load[e] = 0;
+        for (int s = 0; s < m->ranks; s++)
+            load[e] += m->layers[layer].counts[s * m->experts + e];
+    }
+}
+
+// ---- rows on their way --------------------------------------------------------------------------
+
+// One end of a journey: segments in a device tensor, and the host memory that they pass through.
+struct end {
+    const struct segment *list;
+    int count;
+    struct tensor *rows;
+    unsigned char *host;
+};
+
+static struct end own_end(struct dit *d, int layer, struct tensor *rows)
+{
+    const struct layer *y = &d->moe->layers[layer];
+    return (struct end){y->own, y->own_count, rows, d->moe->out};
+}
+
+static struct end served_end(struct dit *d, int layer, struct tensor *rows)
+{
+    const struct layer *y = &d->moe->layers[layer];
+    return (struct end){y->served, y->served_count, rows, d->moe->in};
+}
+
+// Sends what lies at `from` to other ranks, each segment as soon as it has been read, and expects what
+// comes to `to`.
+static int depart(struct dit *d, const struct end *from, const struct end *to)
+{
+    struct moe_exchange *m = d->moe;
+    struct context *c = &d->ctx;
+    const size_t row = row_bytes(d);
+    for (int i = 0; i < to->count; i++) {
+        const struct segment *s = &to->list[i];
+        if (s->peer != m->rank)
+            TRY(exchange_receive(m->transfers, to->host + (size_t)s->at * row,
+                                 (size_t)s->rows * row, s->peer, s->expert));
+    }
+    for (int i = 0; i < from->count; i++) {
+        const struct segment *s = &from->list[i];
+        const size_t at = (size_t)s->at * row, bytes = (size_t)s->rows * row;
+        if (s->peer == m->rank)
+            continue;
+        TRY(c->dev->api->read(c->stream, from->rows->mem, at, from->host + at, bytes));
+        TRY(exchange_send(m->transfers, from->host + at, bytes, s->peer, s->expert));
+    }
+    return 0;
+}
+
+// Rows that this rank has for its own experts: both ends list them by expert.
+static int copy_own(struct dit *d, const struct end *from, const struct end *to)
+{
+    const struct moe_exchange *m = d->moe;
+    struct context *c = &d->ctx;
+    const size_t row = row_bytes(d);
+    int j = 0;
+    for (int i = 0; i < from->count; i++) {
+        const struct segment *s = &from->list[i];
+        if (s->peer != m->rank)
+            continue;
+        while (to->list[j].peer != m->rank)
+            j++;
+        BUG_IF(to->list[j].expert != s->expert || to->list[j].rows != s->rows);
+        TRY(c->dev->api->copy(c->stream, to->rows->mem, (size_t)to->list[j++].at * row,
+                              from->rows->mem, (size_t)s->at * row, (size_t)s->rows * row));
+    }
+    return 0;
+}
+
+// Waits for what depart() began and puts it on the device, neighbours in one write.
+static int arrive(struct dit *d, int layer, const struct end *from, const struct end *to)
+{
+    struct moe_exchange *m = d->moe;
+    struct context *c = &d->ctx;
+    const size_t row = row_bytes(d);
+    const double before = exchange_figures(m->exchange).waited;
+    TRY(copy_own(d, from, to));
+    TRY(exchange_wait(m->transfers));
+    m->layers[layer].traffic.waited += exchange_figures(m->exchange).waited - before;
+    for (int i = 0; i < to->count;) {
+        if (to->list[i].peer == m->rank) {
+            i++;
+            continue;
+        }
+        const size_t at = (size_t)to->list[i].at * row;
+        size_t bytes = 0;
+        for (; i < to->count && to->list[i].peer != m->rank; i++)
+            bytes += (size_t)to->list[i].rows * row;
+        TRY(c->dev->api->write(c->stream, to->rows->mem, at, to->host + at, bytes));
+    }
+    return 0;
+}
+
+static int64_t remote_rows(const struct moe_exchange *m, const struct segment *list, int count)
+{
+    int64_t rows = 0;
+    for (int i = 0; i < count; i++)
+        rows += list[i].peer != m->rank ? list[i].rows : 0;
+    return rows;
+}
+
+struct moe_traffic moe_exchange_traffic(struct dit *d, int layer, bool reset)
+{
+    struct moe_traffic *t = &d->moe->layers[layer].traffic, was = *t;
+    if (reset)
+        *t = (struct moe_traffic){0};
+    return was;
+}
+
+// ---- the passes ---------------------------------------------------------------------------------
+
+// The first `rows` rows of a tensor that has room for more.
+static struct tensor first_rows(const struct tensor *t, int64_t rows)
+{
+    struct tensor part = *t;
+    part.shape[0] = rows;
+    return part;
+}
+
+static struct tensor *if_planned(struct tensor *t)
+{
+    return t->ndim ? t : NULL;
+}
+
+// Rows of the pass; all there is room for where only memory is planned.
+static int64_t rows_now(const struct dit *d, int layer)
+{
+    const struct layer *y = &d->moe->layers[layer];
+    return d->ctx.dry ? y->room : y->rows;
+}
+
+int moe_exchange_send(struct dit *d, int layer)
+{
+    struct layer *y = &d->moe->layers[layer];
+    if (d->ctx.dry)
+        return 0;
+    TRY(exchange_counts(d, layer));
+    y->traffic.sent += remote_rows(d->moe, y->own, y->own_count);
+    y->traffic.received += remote_rows(d->moe, y->served, y->served_count);
+    const struct end from = own_end(d, layer, &dit_act(d, layer)->rows);
+    const struct end to = served_end(d, layer, &served_of(d, layer)->rows);
+    exchange_doing(d->moe->exchange, "sending rows to the experts", layer);
+    return depart(d, &from, &to);
+}
+
+static int experts_forward(struct dit *d, int layer)
+{
+    struct context *c = &d->ctx;
+    struct served *s = served_of(d, layer);
+    const struct block_weights *w = &d->w.blocks[layer];
+    const struct tensor *offsets = &d->moe->layers[layer].offsets;
+    const int64_t n = rows_now(d, layer);
+    struct tensor rows = first_rows(&s->rows, n), gu = first_rows(&s->gu, n);
+    struct tensor hidden = first_rows(&s->hidden, n), y = first_rows(&s->y, n);
+    if (n == 0)
+        return 0;
+    TRY(op_experts_swiglu(c, &hidden, if_planned(&gu), &rows, &w->experts_gu, offsets));
+    return op_experts(c, &y, &hidden, &w->experts_down, offsets);
+}
+
+int moe_exchange_forward(struct dit *d, int layer)
+{
+    struct block_act *a = dit_act(d, layer);
+    struct served *s = served_of(d, layer);
+    const struct end rows = own_end(d, layer, &a->rows), y = own_end(d, layer, &a->y);
+    const struct end served = served_end(d, layer, &s->rows), done = served_end(d, layer, &s->y);
+    if (d->ctx.dry)
+        return experts_forward(d, layer);
+    exchange_doing(d->moe->exchange, "waiting for rows for its experts", layer);
+    TRY(arrive(d, layer, &rows, &served));
+    TRY(experts_forward(d, layer));
+    exchange_doing(d->moe->exchange, "waiting for the experts' results", layer);
+    TRY(depart(d, &done, &y));
+    return arrive(d, layer, &done, &y);
+}
+
+int moe_exchange_send_back(struct dit *d, int layer)
+{
+    const struct end from = own_end(d, layer, &dit_act(d, layer)->y);
+    const struct end to = served_end(d, layer, &d->moe->layers[layer].dy);
+    if (d->ctx.dry)
+        return 0;
+    exchange_doing(d->moe->exchange, "sending gradients to the experts", layer);
+    return depart(d, &from, &to);
+}
+
+// An expert without rows has a gradient of zero, also where products write gradients.
+static int no_gradients(struct dit *d, int layer)
+{
+    struct block_weights *g = &d->g.blocks[layer];
+    if (d->ctx.dry || !d->ctx.fresh_gradients || d->moe->layers[layer].held == 0)
+        return 0;
+    TRY(tensor_zero(&d->ctx, &g->experts_gu));
+    return tensor_zero(&d->ctx, &g->experts_down);
+}
+
+// dy -> gradients; dy becomes d rows.
+static int experts_backward(struct dit *d, int layer)
+{
+    struct context *c = &d->ctx;
+    struct layer *l = &d->moe->layers[layer];
+    struct served *s = served_of(d, layer);
+    struct block_weights *g = &d->g.blocks[layer];
+    const struct block_weights *w = &d->w.blocks[layer];
+    const int64_t n = rows_now(d, layer);
+    struct tensor dy = first_rows(&l->dy, n), gu = first_rows(&s->gu, n);
+    struct tensor rows = first_rows(&s->rows, n), dhidden = first_rows(&l->dhidden, n);
+    struct tensor again = first_rows(&l->hidden, n), kept = first_rows(&s->hidden, n);
+    if (n == 0)
+        return no_gradients(d, layer);
+    TRY(op_experts_swiglu_dx(c, &gu, if_planned(&dhidden), if_planned(&again), &dy,
+                             &w->experts_down, &l->offsets));
+    TRY(op_experts_dw(c, &g->experts_down, &dy, dit_kept(&kept, &again), &l->offsets));
+    TRY(op_experts_dw(c, &g->experts_gu, &gu, &rows, &l->offsets));
+    return op_experts_dx(c, &dy, &gu, &w->experts_gu, &l->offsets);
+}
+
+int moe_exchange_backward(struct dit *d, int layer)
+{
+    const struct end y = own_end(d, layer, &dit_act(d, layer)->y);
+    const struct end dy = served_end(d, layer, &d->moe->layers[layer].dy);
+    if (d->ctx.dry)
+        return experts_backward(d, layer);
+    exchange_doing(d->moe->exchange, "waiting for gradients of its experts", layer);
+    TRY(arrive(d, layer, &y, &dy));
+    TRY(experts_backward(d, layer));
+    exchange_doing(d->moe->exchange, "waiting for the experts' gradients", layer);
+    TRY(depart(d, &dy, &y));
+    return arrive(d, layer, &dy, &y);
+}

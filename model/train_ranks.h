@@ -1,0 +1,27 @@
+// The step of a trainer whose model is spread over ranks: gradients of what several ranks hold are
+// summed while the backward pass goes on, and all ranks judge the step by the same norm and loss.
+#ifndef DITMOE_TRAIN_RANKS_H
+#define DITMOE_TRAIN_RANKS_H
+
+#include "model/train.h"
+
+struct reduction;
+
+// For t->options.ranks; NULL: nothing to do. After dit_new, before dit_layout.
+int reduction_new(struct trainer *t);
+void reduction_free(struct reduction *r);
+
+// dit_options.block_ready: sums what is shared of a block's gradients, or the rest's (-1), at the last
+// micro-batch of a step.
+int reduction_block(void *trainer, int layer);
+// After the backward pass: waits for the sums; then the squared norm of all gradients, each expert's once, is
+// in t->control, and the mean loss of all images in t->mean.
+int reduction_finish(struct trainer *t);
+
+// Noise of this rank's images: elements of the whole batch's noise, as one rank would draw them.
+int reduction_noise(struct trainer *t, int64_t micro);
+
+// Sums over ranks in place; without ranks nothing.
+int reduction_sum(const struct trainer *t, double *values, size_t count);
+
+#endif

@@ -1,0 +1,351 @@
+#include "tools/ranks.h"
+
+#include <errno.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "model/config.h"
+#include "tools/command.h"
+
+enum { MOST_DEVICES = 64 };
+
+#define AT(member) offsetof(struct rank_options, member)
+const struct option_spec rank_option_list[] = {
+    {"placement", 0, OPTION_STRING, "WHICH", "uniform",
+     "which rank has which experts and how many images: uniform, or a file of 'ditmoe plan'",
+     AT(placement), 0, 0, NULL},
+    {"headroom", 0, OPTION_FLOAT, "X", "0",
+     "memory for tokens that come from other ranks, as a multiple of an even load; 0: for any load",
+     AT(headroom), 0, 1e6, NULL},
+    {0},
+};
+#undef AT
+
+// ---- the process --------------------------------------------------------------------------------
+
+static struct exchange *exchange;
+static bool told; // this rank has said what went wrong
+
+int ranks_open(const char *command)
+{
+    static const char *const on_ranks[] = {"train", "sample"};
+    bool wanted = false;
+    for (size_t i = 0; i < sizeof on_ranks / sizeof *on_ranks; i++)
+        wanted = wanted || !strcmp(command, on_ranks[i]);
+    if (!wanted)
+        return 0;
+    if (exchange_open(&exchange) < 0)
+        return report_failure(command);
+    if (exchange)
+        stop_on_signals();
+    return 0;
+}
+
+int ranks_close(int status)
+{
+    if (!exchange)
+        return status;
+    fflush(stdout);
+    fflush(stderr);
+    if (status != 0) {
+        if (!told) // who tells has a second for it
+            usleep(1000000);
+        exchange_abort(exchange, status);
+    }
+    exchange_close(exchange);
+    exchange = NULL;
+    return status;
+}
+
+struct exchange *ranks_exchange(void)
+{
+    return exchange;
+}
+
+int ranks_count(void)
+{
+    return exchange_ranks(exchange);
+}
+
+int ranks_number(void)
+{
+    return exchange_rank(exchange);
+}
+
+void say(const char *format, ...)
+{
+    va_list args;
+    if (!ranks_first())
+        return;
+    va_start(args, format);
+    vfprintf(stderr, format, args);
+    va_end(args);
+}
+
+bool ranks_tell(char who[32])
+{
+    who[0] = 0;
+    if (!exchange_first_to_tell(exchange))
+        return false;
+    if (ranks_number() > 0)
+        snprintf(who, 32, "rank %d: ", ranks_number());
+    told = true;
+    return true;
+}
+
+int ranks_stop(void)
+{
+    bool any;
+    TRY(exchange_any(exchange, stop_wanted != 0, &any));
+    if (any)
+        stop_wanted = 1;
+    return 0;
+}
+
+// ---- devices ------------------------------------------------------------------------------------
+
+static int count_items(const char *list)
+{
+    int count = 1;
+    for (const char *c = list; *c; c++)
+        count += *c == ',';
+    return count;
+}
+
+static void item_of(const char *list, int index, char *out, size_t size)
+{
+    while (index-- > 0)
+        list = strchr(list, ',') + 1;
+    snprintf(out, size, "%.*s", (int)strcspn(list, ","), list);
+}
+
+// Open MPI refuses to run as root, and more ranks than cores, unless told that this is meant; ranks that are
+// asked to stop finish their step first. Other MPIs do not read these.
+static void set_environment(void)
+{
+    if (geteuid() == 0) {
+        setenv("OMPI_ALLOW_RUN_AS_ROOT", "1", 0);
+        setenv("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1", 0);
+        setenv("PRTE_ALLOW_RUN_AS_ROOT", "1", 0);
+        setenv("PRTE_ALLOW_RUN_AS_ROOT_CONFIRM", "1", 0);
+    }
+    setenv("OMPI_MCA_rmaps_base_oversubscribe", "1", 0);
+    setenv("OMPI_MCA_hwloc_base_binding_policy", "none", 0);
+    setenv("OMPI_MCA_odls_base_sigkill_timeout", "60", 0);
+    setenv("PRTE_MCA_rmaps_default_mapping_policy", ":oversubscribe", 0);
+    setenv("PRTE_MCA_hwloc_default_binding_policy", "none", 0);
+}
+
+int ranks_launch(const char *devices, const char *command, int argc, char **argv)
+{
+    char count[16], self[4096];
+    if (exchange || !strchr(devices, ','))
+        return 0;
+    ssize_t n = readlink("/proc/self/exe", self, sizeof self - 1);
+    char **words = calloc((size_t)argc + 6, sizeof *words);
+    if (n < 0 || !words) {
+        free(words);
+        return usage_error(command, "cannot start mpirun: %s", strerror(errno));
+    }
+    self[n] = 0;
+    snprintf(count, sizeof count, "%d", count_items(devices));
+    char *head[] = {"mpirun", "-n", count, self, (char *)(uintptr_t)command};
+    memcpy(words, head, sizeof head);
+    for (int i = 1; i < argc; i++)
+        words[4 + i] = argv[i];
+    set_environment();
+    execvp("mpirun", words);
+    int why = errno;
+    free(words);
+    return usage_error(command, "--device %s: several devices need mpirun, which cannot be started: "
+                       "%s (Debian: openmpi-bin)", devices, strerror(why));
+}
+
+static int kind_rank(const struct device_info *d)
+{
+    return d->kind == DEVICE_GPU ? 2 : d->kind == DEVICE_ACCELERATOR ? 1 : 0;
+}
+
+// Is there a better way to the same device?
+static bool second_way(const struct device_info *d, const struct device_info *list, int count)
+{
+    for (int i = 0; i < count && d->twin[0]; i++)
+        if (!strcmp(list[i].key, d->twin))
+            return &list[i] < d;
+    return false;
+}
+
+// The device number `index` in order of preference.
+static int nth_device(int index, struct device_info *out)
+{
+    struct device_info list[MOST_DEVICES];
+    int count = devices_list(list, MOST_DEVICES), seen = 0;
+    TRY(count);
+    for (int kind = 2; kind >= 0; kind--) {
+        for (int i = 0; i < count; i++) {
+            if (kind_rank(&list[i]) != kind || second_way(&list[i], list, count))
+                continue;
+            if (seen++ == index) {
+                *out = list[i];
+                return 0;
+            }
+        }
+    }
+    return fail(ERR_NODEVICE,
+                "%d ranks on this machine, but %d device%s: start fewer, or name a device for each "
+                "(--device KEY,KEY,...; one CPU device may be shared: --device %s)",
+                exchange_node_ranks(exchange), seen, seen == 1 ? "" : "s",
+                count > 0 ? list[count - 1].key : "KEY");
+}
+
+int ranks_device(const char *devices, struct device_info *out)
+{
+    const int here = exchange_node_ranks(exchange), mine = exchange_node_rank(exchange);
+    char key[64];
+    if (here == 1 && !strchr(devices, ','))
+        return devices_find(devices, out);
+    if (!strcmp(devices, "auto"))
+        return nth_device(mine, out);
+    const int items = count_items(devices);
+    if (items > 1 && items != here)
+        return fail(ERR_INPUT, "--device %s names %d devices for %d ranks on this machine", devices,
+                    items, here);
+    item_of(devices, items > 1 ? mine : 0, key, sizeof key);
+    TRY(devices_find(key, out));
+    if (items == 1 && out->kind != DEVICE_CPU)
+        return fail(ERR_INPUT,
+                    "%d ranks on this machine were all given %s: name a device for each (--device "
+                    "KEY,KEY,...), or leave --device out",
+                    here, devices);
+    return 0;
+}
+
+// ---- one run ------------------------------------------------------------------------------------
+
+// FNV-1a, 64 bits.
+static uint64_t hash(uint64_t h, const void *data, size_t bytes)
+{
+    const unsigned char *c = data;
+    for (size_t i = 0; i < bytes; i++)
+        h = (h ^ c[i]) * 0x100000001b3u;
+    return h;
+}
+static const uint64_t HASH_START = 0xcbf29ce484222325u;
+
+static uint64_t hash_of_program(void)
+{
+    unsigned char buffer[65536];
+    uint64_t h = HASH_START;
+    FILE *f = fopen("/proc/self/exe", "rb");
+    for (size_t n; f && (n = fread(buffer, 1, sizeof buffer, f)) > 0;)
+        h = hash(h, buffer, n);
+    if (f)
+        fclose(f);
+    return h;
+}
+
+int ranks_same(const void *data, size_t bytes, const char *what)
+{
+    return exchange_same(exchange, hash(HASH_START, data, bytes), what);
+}
+
+int ranks_same_start(const struct command *command)
+{
+    static const char *const own[] = {"device", "memory", "threads", "portable"};
+    if (!exchange)
+        return 0;
+    TRY(exchange_same(exchange, hash_of_program(), "runs another build of ditmoe"));
+    json_t *options = options_to_json(command);
+    for (size_t i = 0; i < sizeof own / sizeof *own; i++)
+        json_object_del(options, own[i]);
+    char *text = json_dumps(options, JSON_SORT_KEYS | JSON_COMPACT);
+    json_decref(options);
+    if (!text)
+        return fail(ERR_NOMEM, "out of memory");
+    uint64_t h = hash(hash(HASH_START, text, strlen(text)), command->name, strlen(command->name));
+    free(text);
+    return exchange_same(exchange, h, "was started with other options");
+}
+
+static int read_placement(const struct rank_options *o, const struct config *c, const bool *moe,
+                          int batch, struct placement *out)
+{
+    const int ranks = ranks_count();
+    if (!strcmp(o->placement, "uniform"))
+        return placement_uniform(ranks, c->layers, c->experts, moe, batch, out);
+    TRY(placement_read(o->placement, out));
+    int code = placement_matches(out, ranks, c->layers, c->experts, moe);
+    if (code < 0) {
+        placement_free(out);
+        return fail_in(code, "%s", o->placement);
+    }
+    placement_rescale(out, batch);
+    return 0;
+}
+
+static bool on_devices(const struct placement *p)
+{
+    const size_t places = (size_t)p->groups * (size_t)p->layers * (size_t)p->experts;
+    for (size_t i = 0; i < places; i++)
+        if (p->home[i] != HOME_DEVICE)
+            return false;
+    return true;
+}
+
+int ranks_plan(const struct rank_options *o, const struct config *c, int batch, int copies,
+               struct rank_plan *out)
+{
+    *out = (struct rank_plan){0};
+    if (!exchange) {
+        if (strcmp(o->placement, "uniform"))
+            return fail(ERR_INPUT, "--placement %s: this is one process; start ranks with mpirun",
+                        o->placement);
+        return 0;
+    }
+    bool *moe = calloc((size_t)c->layers, sizeof *moe);
+    if (!moe)
+        return fail(ERR_NOMEM, "out of memory");
+    for (int l = 0; l < c->layers; l++)
+        moe[l] = config_is_moe(c, l);
+    int code = read_placement(o, c, moe, batch, &out->placement);
+    free(moe);
+    TRY(code);
+    out->ranks = (struct dit_ranks){exchange, &out->placement, copies, (double)o->headroom};
+    if (!on_devices(&out->placement))
+        return fail(ERR_INPUT, "%s: it has experts in host memory, which this version does not run",
+                    o->placement);
+    return 0;
+}
+
+int ranks_replan(const struct rank_plan *from, int batch, int copies, struct rank_plan *out)
+{
+    const struct placement *p = &from->placement;
+    const size_t places = (size_t)p->groups * (size_t)p->layers * (size_t)p->experts;
+    *out = (struct rank_plan){0};
+    if (!from->ranks.exchange)
+        return 0;
+    TRY(placement_new(p->ranks, p->groups, p->layers, p->experts, &out->placement));
+    struct placement *q = &out->placement;
+    memcpy(q->share, p->share, (size_t)p->ranks * sizeof *p->share);
+    memcpy(q->group, p->group, (size_t)p->ranks * sizeof *p->group);
+    memcpy(q->owner, p->owner, places * sizeof *p->owner);
+    memcpy(q->home, p->home, places * sizeof *p->home);
+    q->batch = p->batch;
+    placement_rescale(q, batch);
+    out->ranks = (struct dit_ranks){exchange, q, copies, from->ranks.headroom};
+    return 0;
+}
+
+void ranks_plan_free(struct rank_plan *p)
+{
+    placement_free(&p->placement);
+    *p = (struct rank_plan){0};
+}
+
+int ranks_share(const struct rank_plan *p, int batch)
+{
+    return p->ranks.exchange ? p->placement.share[ranks_number()] : batch;
+}
