@@ -18,7 +18,9 @@ struct piece {
 struct reduction {
     struct exchange *exchange;
     struct transfers *transfers;
-    struct piece *pieces; // in the order of the backward pass: blocks descending, then the rest
+    // In the order of the backward pass: blocks descending, then the rest; of a block first what all ranks
+    // have, which is the same list on each, then experts that some have.
+    struct piece *pieces;
     int count, *holders;  // the lists that pieces point into
     float *host;          // all pieces
     float *noise;         // [N,C,S,S]
@@ -35,23 +37,23 @@ static int list_holders(const struct placement *p, int layer, int expert, int *l
     return count;
 }
 
-// Adds a parameter's gradient if it is summed.
-static void add_piece(struct trainer *t, const struct param *p, size_t *at)
+// Adds a parameter's gradient if it is summed over all ranks, or over some.
+static void add_piece(struct trainer *t, const struct param *p, bool all, size_t *at)
 {
     struct reduction *r = t->reduction;
     const struct placement *place = t->options.ranks->placement;
     struct piece *piece = &r->pieces[r->count];
     *piece = (struct piece){.param = p, .gradient = param_tensor(&t->dit->g, p), .at = *at};
     if (p->expert == NO_EXPERT) {
-        if (p->start != 0) // a slice of a tensor that is there already
+        if (p->start != 0 || !all) // a slice of a tensor that is there already
             return;
         piece->count = tensor_count(piece->gradient);
     } else {
         int *list = r->holders + (size_t)r->count * (size_t)place->ranks;
         piece->holder_count = list_holders(place, p->block, p->expert, list);
-        if (p->start == PARAM_ELSEWHERE || piece->holder_count < 2)
-            return;
         piece->holders = piece->holder_count < place->ranks ? list : NULL;
+        if (p->start == PARAM_ELSEWHERE || piece->holder_count < 2 || all != !piece->holders)
+            return;
         piece->start = p->start;
         piece->count = param_count(p);
     }
@@ -70,9 +72,11 @@ static int list_pieces(struct trainer *t)
     if (!r->pieces || !r->holders)
         return fail(ERR_NOMEM, "no host memory for %d parameters", all->count);
     for (int l = t->dit->config.layers - 1; l >= -1; l--)
-        for (int i = 0; i < all->count; i++)
-            if (all->list[i].block == l && !all->list[i].frozen)
-                add_piece(t, &all->list[i], &total);
+        for (int i = 0; i < 2 * all->count; i++) {
+            const struct param *p = &all->list[i % all->count];
+            if (p->block == l && !p->frozen)
+                add_piece(t, p, i < all->count, &total);
+        }
     r->host = malloc((total + 1) * sizeof *r->host);
     return r->host ? 0
                    : fail(ERR_NOMEM, "no host memory for gradients to be summed, %zu floats", total);
@@ -106,19 +110,17 @@ void reduction_free(struct reduction *r)
 
 // ---- sums ---------------------------------------------------------------------------------------
 
-static bool same_holders(const struct piece *a, const struct piece *b)
+static int read_piece(struct trainer *t, const struct piece *p)
 {
-    if (!a->holders || !b->holders)
-        return a->holders == b->holders;
-    return a->holder_count == b->holder_count &&
-           !memcmp(a->holders, b->holders, (size_t)a->holder_count * sizeof *a->holders);
+    struct context *c = &t->dit->ctx;
+    return c->dev->api->read(c->stream, p->gradient->mem, (size_t)p->start * sizeof(float),
+                             t->reduction->host + p->at, (size_t)p->count * sizeof(float));
 }
 
 int reduction_block(void *trainer, int layer)
 {
     struct trainer *t = trainer;
     struct reduction *r = t->reduction;
-    struct context *c = &t->dit->ctx;
     if (t->micro + 1 < t->options.accumulate)
         return 0;
     exchange_doing(r->exchange, "summing gradients", layer);
@@ -129,14 +131,11 @@ int reduction_block(void *trainer, int layer)
             i++;
             continue;
         }
-        for (; i < r->count && r->pieces[i].param->block == layer &&
-               same_holders(first, &r->pieces[i]);
-             i++) {
-            const struct piece *p = &r->pieces[i];
-            TRY(c->dev->api->read(c->stream, p->gradient->mem, (size_t)p->start * sizeof(float),
-                                  r->host + p->at, (size_t)p->count * sizeof(float)));
-            count += (size_t)p->count;
-        }
+        do {
+            TRY(read_piece(t, &r->pieces[i]));
+            count += (size_t)r->pieces[i++].count;
+        } while (!first->holders && i < r->count && r->pieces[i].param->block == layer &&
+                 !r->pieces[i].holders);
         TRY(exchange_sum_floats(r->transfers, r->host + first->at, count, first->holders,
                                 first->holder_count));
     }
