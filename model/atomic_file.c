@@ -135,6 +135,22 @@ int atomic_file_write(struct atomic_file *f, const void *data, size_t bytes)
     return 0;
 }
 
+int atomic_file_write_at(struct atomic_file *f, uint64_t offset, const void *data, size_t bytes)
+{
+    const char *p = data;
+    while (bytes > 0) {
+        ssize_t n = pwrite(f->fd, p, bytes, (off_t)offset);
+        if (n < 0 && errno == EINTR)
+            continue;
+        if (n < 0)
+            return io_error(f, "be written");
+        p += n;
+        offset += (uint64_t)n;
+        bytes -= (size_t)n;
+    }
+    return 0;
+}
+
 // The new name must outlast a power cut too. Some file systems cannot sync a directory: not an
 // error.
 static int sync_directory(const struct atomic_file *f)

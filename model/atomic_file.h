@@ -10,6 +10,7 @@
 #define DITMOE_ATOMIC_FILE_H
 
 #include <stddef.h>
+#include <stdint.h>
 
 #include "devices/error.h"
 
@@ -17,6 +18,8 @@ struct atomic_file;
 
 int atomic_file_create(const char *path, struct atomic_file **out);
 int atomic_file_write(struct atomic_file *f, const void *data, size_t bytes);
+// Over what was written before, `bytes` from `offset` on.
+int atomic_file_write_at(struct atomic_file *f, uint64_t offset, const void *data, size_t bytes);
 
 // Makes the file appear under its name, or fails and leaves the previous one. Releases `f` either
 // way.

@@ -29,6 +29,9 @@ struct st_shown {
 struct st_shown st_shown(const char *name);
 int st_bad_tensor(const struct safetensors *s, const char *name, const char *what);
 
+// Metadata of a file of another format; a text that is not UTF-8 is left out.
+int st_set_metadata(struct safetensors *s, const char *key, const char *text, size_t length);
+
 int st_by_offset(const void *a, const void *b); // of struct st_tensor
 int st_index_names(struct safetensors *s);      // fills by_name
 

@@ -133,6 +133,16 @@ int safetensors_join(const char *path, const char *format, struct st_joined *joi
     return finish_adopted(s, path, format, out);
 }
 
+int st_set_metadata(struct safetensors *s, const char *key, const char *text, size_t length)
+{
+    if (!s->header && !(s->header = json_pack("{s:{}}", "__metadata__")))
+        return fail(ERR_NOMEM, "%s: out of memory", s->path);
+    json_t *value = json_stringn(text, length);
+    if (value)
+        json_object_set_new(json_object_get(s->header, "__metadata__"), key, value);
+    return 0;
+}
+
 void st_files_close(struct st_files *f)
 {
     for (int i = 0; i < f->count; i++)

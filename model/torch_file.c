@@ -9,6 +9,7 @@
 
 #include "model/mapped_file.h"
 #include "model/pickle.h"
+#include "model/safetensors_internal.h"
 #include "model/zip.h"
 
 // A pickle's values cost some tens of bytes for each of its own. That of a model with 16000 tensors
@@ -369,6 +370,31 @@ static int read_tensors(const struct torch_file *f, const struct pickle_value *d
     return 0;
 }
 
+static int by_tensor_name(const void *a, const void *b)
+{
+    const struct st_tensor *x = a, *y = b;
+    return strcmp(x->name, y->name);
+}
+
+// In our files an average whose every tensor is the model's own, in the same place, is none: one set of
+// weights is there under both names (model/weights_writer.h).
+static void drop_copies(struct chosen *c, int averages)
+{
+    struct st_tensor *model = c->tensors + averages;
+    const size_t count = (size_t)(c->count - averages);
+    if (!averages || (size_t)averages != count)
+        return;
+    qsort(model, count, sizeof *model, by_tensor_name);
+    for (int i = 0; i < averages; i++) {
+        const struct st_tensor *t = &c->tensors[i], want = {.name = t->name + 4};
+        const struct st_tensor *same = bsearch(&want, model, count, sizeof want, by_tensor_name);
+        if (!same || same->data != t->data || same->bytes != t->bytes)
+            return;
+    }
+    memmove(c->tensors, model, count * sizeof *model);
+    c->count = (int)count;
+}
+
 // 'ema' and 'model' of training scripts, 'module' of DeepSpeed, 'state_dict' of Lightning, else the
 // dict itself.
 static int choose_tensors(const struct torch_file *f, struct chosen *c)
@@ -396,7 +422,25 @@ static int choose_tensors(const struct torch_file *f, struct chosen *c)
     if (!c->tensors || !c->names)
         return fail(ERR_NOMEM, "out of memory for %d tensors", count);
     TRY(read_tensors(f, ema, "ema.", &names, c));
-    return read_tensors(f, model, "", &names, c);
+    const int averages = c->count;
+    TRY(read_tensors(f, model, "", &names, c));
+    if (pickle_get(root, "ditmoe.config"))
+        drop_copies(c, averages);
+    return 0;
+}
+
+// ---- metadata -----------------------------------------------------------------------------------
+
+// Ours (model/weights_writer.h puts it beside the dicts): texts by key.
+static int read_metadata(const struct pickle_value *root, struct safetensors *s)
+{
+    static const char *const keys[] = {"ditmoe.config"};
+    for (size_t i = 0; i < sizeof keys / sizeof *keys; i++) {
+        const struct pickle_value *v = pickle_get(root, keys[i]);
+        if (v && v->kind == PICKLE_TEXT)
+            TRY(st_set_metadata(s, keys[i], v->text, v->count));
+    }
+    return 0;
 }
 
 // ---- open ---------------------------------------------------------------------------------------
@@ -488,10 +532,21 @@ int torch_file_open(const char *path, struct safetensors **out)
     *out = NULL;
     TRY(torch_file_parse(path, &f));
     int code = choose_tensors(f, &c);
+    if (code < 0) {
+        torch_file_close(f);
+        free(c.tensors);
+        free(c.names);
+        return fail_in(code, "%s", path);
+    }
+    struct pickle *pickle = f->pickle; // texts of metadata lie in the mapping, which stays
+    f->pickle = NULL;
+    code = torch_file_finish(f, path, c.tensors, c.count, c.names, out);
     if (code >= 0)
-        return torch_file_finish(f, path, c.tensors, c.count, c.names, out);
-    torch_file_close(f);
-    free(c.tensors);
-    free(c.names);
-    return fail_in(code, "%s", path);
+        code = read_metadata(pickle_root(pickle), *out);
+    pickle_free(pickle);
+    if (code < 0) {
+        safetensors_close(*out);
+        *out = NULL;
+    }
+    return code;
 }

@@ -76,7 +76,7 @@ train=("$ditmoe" train "${tiny[@]}" --data data --batch 4 --sample-every 0)
 works "ditmoe --help" "$ditmoe" --help
 check "ditmoe --help fits a screen" test "$(wc -l <out)" -le 24
 works "ditmoe --version" "$ditmoe" --version
-for command in devices info train sample eval forward bench; do
+for command in devices info train sample eval forward convert bench; do
     run "$ditmoe" $command --help
     if [ $status -eq 0 ] && grep -q "^usage: ditmoe $command" out && [ ! -s err ] &&
         [ "$(awk '{ if (length > m) m = length } END { print m }' out)" -le 100 ]; then
@@ -343,6 +343,15 @@ fails 1 "a hint against the file's configuration" "heads 4: its configuration sa
 works "sample from shards" "$ditmoe" sample --ckpt "$interop/sharded" --heads 2 --diffusion rf --steps 2 --classes 0 --latents no.safetensors
 check "says what it took" grep -q "2 heads (given), 2 active experts (assumed), rectified flow (given)" err
 rm -f no.safetensors
+works "convert a run to .pt" "$ditmoe" convert whole run.pt --dtype bf16
+check "says what is left out" grep -q "moments.*left out" err
+works "and sample from that" "$ditmoe" sample --ckpt run.pt --steps 2 --classes 0 --latents from-pt.safetensors
+works "convert a plain DiT to diffusers" "$ditmoe" convert "$interop/dense.pt" dit --heads 2 --to diffusers
+check "it has a configuration" grep -q DiTTransformer2DModel dit/config.json
+fails 1 "no diffusers for experts" "no layout for a mixture of experts" "$ditmoe" convert whole no --to diffusers
+fails 2 "convert to what?" "give --to" "$ditmoe" convert whole no
+fails 1 "convert onto a full disk" "ditmoe convert: no.pt" bash -c 'ulimit -f 20; exec "$@"' - "$ditmoe" convert whole no.pt
+check "leaves nothing" test ! -e no.pt -a -z "$(find . -maxdepth 1 -name '*.tmp*')"
 works "devices --json" "$ditmoe" devices --json
 small=("${tiny[@]}" --size 32 --channels 1 --classes 10 --rounds 1)
 works "bench step" "$ditmoe" bench step "${small[@]}" --batch 2,3 --json

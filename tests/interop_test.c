@@ -8,7 +8,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "model/checkpoint.h"
+#include "model/convert.h"
 #include "model/weights_file.h"
 
 // ---- helpers ------------------------------------------------------------------------------------
@@ -248,6 +248,151 @@ static int test_inferred(void)
     return PASSED;
 }
 
+// ---- converting ---------------------------------------------------------------------------------
+
+static const char *golden(const char *name)
+{
+    static char path[512];
+    snprintf(path, sizeof path, "%s/golden/%s/model.safetensors", TEST_DATA, name);
+    return path;
+}
+
+// A model to .pt and back: the numbers to the bit, and the configuration.
+static int there_and_back(const char *name)
+{
+    struct checkpoint from, pt, back;
+    char a[600], b[600];
+    snprintf(a, sizeof a, "%s/a.pt", test_directory());
+    snprintf(b, sizeof b, "%s/b.safetensors", test_directory());
+    OK(checkpoint_open(golden(name), NULL, &from));
+    OK(convert_model(&from, WEIGHTS_AUTO, -1, a, WEIGHTS_AS_TORCH));
+    OK(checkpoint_open(a, NULL, &pt));
+    CHECK(pt.has_config && config_equal(&pt.config, &from.config), "the configuration");
+    CHECK(pt.has_model && !pt.has_ema, "one set of weights has become two");
+    CHECK(!strcmp(safetensors_format(pt.file), "PyTorch"), "%s", safetensors_format(pt.file));
+    CHECK(same_numbers(from.file, pt.file, 0) == PASSED, "%s", a);
+    for (int i = 0; i < safetensors_count(pt.file); i++)
+        CHECK((uintptr_t)safetensors_at(pt.file, i)->data % 64 == 0, "storage %d is not aligned",
+              i);
+    OK(convert_model(&pt, WEIGHTS_AUTO, -1, b, WEIGHTS_AS_SAFETENSORS));
+    OK(checkpoint_open(b, NULL, &back));
+    CHECK(same_numbers(from.file, back.file, 0) == PASSED, "%s", b);
+    checkpoint_close(&from), checkpoint_close(&pt), checkpoint_close(&back);
+    return PASSED;
+}
+
+static int test_there_and_back(void)
+{
+    static const char *const names[] = {"s_qkv", "xl_wqkv", "dense", "alternate"};
+    for (int i = 0; i < 4; i++)
+        CHECK(there_and_back(names[i]) == PASSED, "%s", names[i]);
+    return PASSED;
+}
+
+// A file with an average keeps both, or becomes the one asked for.
+static int test_both_sets(void)
+{
+    struct checkpoint from, both, one;
+    char path[600], in[600];
+    const struct config_hints hints = {2, 2, DIFFUSION_RF};
+    snprintf(path, sizeof path, "%s/both.pt", test_directory());
+    snprintf(in, sizeof in, "%s/torch/s_qkv.pt", TEST_DATA);
+    OK(checkpoint_open(in, &hints, &from));
+    OK(convert_model(&from, WEIGHTS_AUTO, ST_F32, path, WEIGHTS_AS_TORCH));
+    OK(checkpoint_open(path, NULL, &both));
+    CHECK(both.has_model && both.has_ema, "model and EMA");
+    CHECK(safetensors_at(both.file, 0)->dtype == ST_F32, "the type");
+    checkpoint_close(&both);
+    OK(convert_model(&from, WEIGHTS_MODEL, ST_BF16, path, WEIGHTS_AS_SAFETENSORS));
+    OK(checkpoint_open(path, NULL, &one));
+    CHECK(one.has_model && !one.has_ema && safetensors_at(one.file, 0)->dtype == ST_BF16,
+          "one set");
+    checkpoint_close(&one);
+    checkpoint_close(&from);
+    return PASSED;
+}
+
+static float of_half(uint16_t h)
+{
+    const int exponent = h >> 10 & 31, fraction = h & 1023;
+    return exponent ? ldexpf((float)(1024 + fraction), exponent - 25)
+                    : ldexpf((float)fraction, -24);
+}
+
+// Every f16 is itself; a number between two goes to the nearer, and halfway to the even one.
+static int test_rounding(void)
+{
+    uint16_t out[2];
+    for (unsigned h = 0; h < 0x7bff; h++) {
+        const float a = of_half((uint16_t)h), b = of_half((uint16_t)(h + 1)), middle = (a + b) / 2;
+        const float in[] = {a, -a, nextafterf(middle, 0), middle, nextafterf(middle, 1e9f)};
+        const unsigned want[] = {h, h | 0x8000, h, h + (h & 1), h + 1};
+        for (int i = 0; i < 5; i++) {
+            OK(weights_round(&in[i], 1, ST_F16, out));
+            CHECK(out[0] == want[i], "%g is %04x, not %04x", (double)in[i], out[0], want[i]);
+        }
+    }
+    const float big[] = {65519.9f, 65520, 1e30f, INFINITY, 3.3895314e38f};
+    OK(weights_round(&big[0], 1, ST_F16, out));
+    CHECK(out[0] == 0x7bff, "the largest f16");
+    for (int i = 1; i < 3; i++)
+        CHECK(weights_round(&big[i], 1, ST_F16, out) == ERR_INPUT &&
+                  strstr(error_message(), "too large for f16"),
+              "%g fits f16", (double)big[i]);
+    OK(weights_round(&big[3], 1, ST_F16, out));
+    CHECK(out[0] == 0x7c00, "infinity stays");
+    const float b[] = {1.0f, 1.00390625f, 1.01171875f, -1.005f}; // 1, halfway down, halfway up
+    const uint16_t want[] = {0x3f80, 0x3f80, 0x3f82, 0xbf81};
+    for (int i = 0; i < 4; i++) {
+        OK(weights_round(&b[i], 1, ST_BF16, out));
+        CHECK(out[0] == want[i], "%g is bf16 %04x", (double)b[i], out[0]);
+    }
+    return PASSED;
+}
+
+// What diffusers' own save_pretrained() wrote of the same weights.
+static int test_diffusers(void)
+{
+    struct checkpoint from;
+    struct safetensors *known, *made;
+    char path[600];
+    const struct config_hints hints = {2, 0, -1};
+    snprintf(path, sizeof path, "%s/dit", test_directory());
+    OK(checkpoint_open(fixture("dense.pt"), &hints, &from));
+    OK(convert_diffusers(&from, WEIGHTS_AUTO, -1, path));
+    OK(weights_file_open(path, &made));
+    OK(weights_file_open(fixture("dense_diffusers/transformer"), &known));
+    CHECK(same_numbers(known, made, 0) == PASSED, "diffusers");
+    snprintf(path, sizeof path, "%s/dit/config.json", test_directory());
+    json_t *ours = json_load_file(path, 0, NULL);
+    json_t *theirs = json_load_file(fixture("dense_diffusers/transformer/config.json"), 0, NULL);
+    static const char *const keys[] = {"_class_name",
+                                       "num_attention_heads",
+                                       "attention_head_dim",
+                                       "in_channels",
+                                       "out_channels",
+                                       "num_layers",
+                                       "sample_size",
+                                       "patch_size",
+                                       "num_embeds_ada_norm",
+                                       "activation_fn",
+                                       "norm_type",
+                                       "attention_bias",
+                                       "norm_elementwise_affine"};
+    for (size_t i = 0; i < sizeof keys / sizeof *keys; i++)
+        CHECK(json_equal(json_object_get(ours, keys[i]), json_object_get(theirs, keys[i])), "%s",
+              keys[i]);
+    json_decref(ours), json_decref(theirs);
+    safetensors_close(known), safetensors_close(made);
+    checkpoint_close(&from);
+    OK(checkpoint_open(golden("s_qkv"), NULL, &from));
+    CHECK(convert_diffusers(&from, WEIGHTS_AUTO, -1, path) == ERR_INPUT &&
+              strstr(error_message(), "no layout for a mixture of experts"),
+          "%s", error_message());
+    checkpoint_close(&from);
+    return PASSED;
+}
+
 const struct test interop_tests[] = {{"shards", test_shards},
                                      {"deepspeed", test_deepspeed},
                                      {"model_states_alone", test_model_states_alone},
@@ -256,4 +401,8 @@ const struct test interop_tests[] = {{"shards", test_shards},
                                      {"bad_deepspeed", test_bad_deepspeed},
                                      {"bad_directories", test_bad_directories},
                                      {"inferred", test_inferred},
+                                     {"there_and_back", test_there_and_back},
+                                     {"both_sets", test_both_sets},
+                                     {"rounding", test_rounding},
+                                     {"diffusers", test_diffusers},
                                      {0}};
