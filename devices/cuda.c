@@ -119,11 +119,6 @@ out:
 
 // ---- memory ------------------------------------------------------------------------------------
 
-static double mib(uint64_t bytes)
-{
-    return (double)bytes / (1 << 20);
-}
-
 static int alloc_fail(const struct cuda_device *dev, cuda_result code, size_t bytes)
 {
     const struct device_info *info = &dev->base.info;
@@ -193,22 +188,28 @@ static size_t cuda_size(const struct mem *mem)
 
 // ---- streams and transfers ---------------------------------------------------------------------
 
+// Makes *out, a stream or an event of ours, around the driver's.
+#define NEW_AROUND(base, out, create, flags, call)                   \
+    do {                                                             \
+        struct cuda_device *dev = cuda_device_of(base);              \
+        *(out) = NULL;                                               \
+        TRY(enter(dev));                                             \
+        __typeof__(*(out)) made = calloc(1, sizeof *made);           \
+        if (!made)                                                   \
+            return fail(ERR_NOMEM, "out of host memory");            \
+        made->dev = dev;                                             \
+        cuda_result created = dev->api->create(&made->cu, flags);    \
+        if (created != CUDA_OK) {                                    \
+            free(made);                                              \
+            return cuda_fail(dev->api, created, call);               \
+        }                                                            \
+        *(out) = made;                                               \
+        return 0;                                                    \
+    } while (0)
+
 static int cuda_stream_new(struct device *base, struct stream **out)
 {
-    struct cuda_device *dev = cuda_device_of(base);
-    *out = NULL;
-    TRY(enter(dev));
-    struct stream *s = calloc(1, sizeof *s);
-    if (!s)
-        return fail(ERR_NOMEM, "out of host memory");
-    s->dev = dev;
-    cuda_result code = dev->api->stream_create(&s->cu, CUDA_STREAM_NON_BLOCKING);
-    if (code != CUDA_OK) {
-        free(s);
-        return cuda_fail(dev->api, code, "cuStreamCreate");
-    }
-    *out = s;
-    return 0;
+    NEW_AROUND(base, out, stream_create, CUDA_STREAM_NON_BLOCKING, "cuStreamCreate");
 }
 
 static int cuda_sync(struct stream *s)
@@ -401,20 +402,7 @@ static int cuda_replay(struct stream *s, struct graph *graph)
 
 static int cuda_event_new(struct device *base, struct event **out)
 {
-    struct cuda_device *dev = cuda_device_of(base);
-    *out = NULL;
-    TRY(enter(dev));
-    struct event *event = calloc(1, sizeof *event);
-    if (!event)
-        return fail(ERR_NOMEM, "out of host memory");
-    event->dev = dev;
-    cuda_result code = dev->api->event_create(&event->cu, CUDA_EVENT_DEFAULT);
-    if (code != CUDA_OK) {
-        free(event);
-        return cuda_fail(dev->api, code, "cuEventCreate");
-    }
-    *out = event;
-    return 0;
+    NEW_AROUND(base, out, event_create, CUDA_EVENT_DEFAULT, "cuEventCreate");
 }
 
 static void cuda_event_free(struct event *event)

@@ -23,6 +23,12 @@ enum dtype { F32, BF16, I32, I64 };
 size_t dtype_size(enum dtype type);
 const char *dtype_name(enum dtype type);
 
+// For messages and tables.
+static inline double mib(uint64_t bytes)
+{
+    return (double)bytes / (1 << 20);
+}
+
 enum device_kind { DEVICE_CPU, DEVICE_GPU, DEVICE_ACCELERATOR };
 const char *device_kind_name(enum device_kind kind);
 

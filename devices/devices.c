@@ -120,11 +120,6 @@ int devices_find(const char *key, struct device_info *out)
 
 // ---- for backends --------------------------------------------------------------------------------
 
-static double mib(uint64_t bytes)
-{
-    return (double)bytes / (1 << 20);
-}
-
 int device_fits(const struct device *dev, size_t bytes)
 {
     const struct device_info *info = &dev->info;

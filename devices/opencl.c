@@ -65,11 +65,6 @@ out:
 
 // ---- memory ------------------------------------------------------------------------------------
 
-static double mib(uint64_t bytes)
-{
-    return (double)bytes / (1 << 20);
-}
-
 static int opencl_alloc(struct device *base, size_t bytes, struct mem **out)
 {
     struct opencl_device *dev = opencl_device_of(base);

@@ -273,11 +273,6 @@ static int layout_class(struct plan *p, enum plan_class class, struct entry **so
     return 0;
 }
 
-static double mib(uint64_t bytes)
-{
-    return (double)bytes / (1 << 20);
-}
-
 static uint64_t memory_left(const struct plan *p)
 {
     const struct device *dev = p->dev;

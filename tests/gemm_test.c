@@ -355,6 +355,24 @@ struct swiglu_case {
     double *want_gu, *want_h, *want_dgu;
 };
 
+// k: columns of x and of dy
+static struct swiglu_case swiglu_operands(struct op_run *r, int k, const struct operand *x,
+                                          const struct operand *w, const struct operand *down,
+                                          const struct operand *dy, const struct operand *gu)
+{
+    return (struct swiglu_case){.F = (int)gu->t.shape[1] / 2,
+                                .inner = k,
+                                .outer = k,
+                                .x = x->v,
+                                .w = w->v,
+                                .down = down->v,
+                                .dy = dy->v,
+                                .gu = gu->v,
+                                .want_gu = op_doubles(r, gu->count),
+                                .want_h = op_doubles(r, gu->count / 2),
+                                .want_dgu = op_doubles(r, gu->count)};
+}
+
 static void swiglu_rows(const struct swiglu_case *s, int e, int from, int to)
 {
     const int F = s->F;
@@ -376,6 +394,15 @@ static void swiglu_rows(const struct swiglu_case *s, int e, int from, int to)
             s->want_dgu[i * 2 * F + F + f] = dh * gs * q;
         }
     }
+}
+
+// All rows: those of expert e from first[e]; without groups `rows` rows of one matrix.
+static void swiglu_all(const struct swiglu_case *s, int groups, const double *first, int rows)
+{
+    if (!groups)
+        swiglu_rows(s, 0, 0, rows);
+    for (int e = 0; e < groups; e++)
+        swiglu_rows(s, e, (int)first[e], (int)first[e + 1]);
 }
 
 // p: n is F, k both other widths; without groups the plain operations.
@@ -400,19 +427,8 @@ static int try_swiglu(unsigned flags, const struct product *p)
     struct operand *h = op_output(&r, r.act, DIMS(rows, F));
     struct operand *h_alone = op_output(&r, r.act, DIMS(rows, F));
     struct operand *dh = op_output(&r, r.act, DIMS(rows, F));
-    struct swiglu_case s = {F,
-                            k,
-                            k,
-                            x->v,
-                            w->v,
-                            down->v,
-                            dy->v,
-                            old->v,
-                            op_doubles(&r, gu->count),
-                            op_doubles(&r, h->count),
-                            op_doubles(&r, gu->count)};
-    for (int e = 0; e < matrices; e++)
-        swiglu_rows(&s, e, groups ? (int)first[e] : 0, groups ? (int)first[e + 1] : rows);
+    struct swiglu_case s = swiglu_operands(&r, k, x, w, down, dy, old);
+    swiglu_all(&s, groups, first, rows);
     struct tensor *scratch = fuses ? NULL : &dh->t;
     if (groups) {
         OK(OP_RUN(&r, op_experts_swiglu(&r.c, &h->t, &gu->t, &x->t, &w->t, &offsets->t)));
@@ -535,20 +551,9 @@ static int try_swiglu_halves(unsigned flags, const struct product *p, bool whole
     struct operand *gu = op_random(&r, BF16, -3, 3, DIMS(rows, 2 * F));
     struct operand *h = op_random(&r, BF16, -3, 3, DIMS(rows, F));
     struct operand *again = op_random(&r, BF16, -3, 3, DIMS(rows, F));
-    struct swiglu_case s = {F,
-                            k,
-                            k,
-                            x->v,
-                            w->v,
-                            down->v,
-                            dy->v,
-                            old->v,
-                            op_doubles(&r, gu->count),
-                            op_doubles(&r, h->count),
-                            op_doubles(&r, gu->count)};
+    struct swiglu_case s = swiglu_operands(&r, k, x, w, down, dy, old);
     double *want_again = op_doubles(&r, h->count);
-    for (int e = 0; e < matrices; e++)
-        swiglu_rows(&s, e, groups ? (int)first[e] : 0, groups ? (int)first[e + 1] : rows);
+    swiglu_all(&s, groups, first, rows);
     for (int i = 0; i < rows * F; i++) {
         const double g = old->v[i / F * 2 * F + i % F], u = old->v[i / F * 2 * F + i % F + F];
         want_again[i] = g / (1 + exp(-g)) * u;
