@@ -1,11 +1,13 @@
-// ditmoe eval --knn: do samples look like the class that was asked for? Each is put to the vote of
-// its five nearest training images; real test images are judged beside them.
+// ditmoe eval [knn]: do samples look like the class that was asked for? Each is put to the vote of
+// its five nearest training images; real test images are judged beside them. (ditmoe eval fid:
+// eval_fid.c.)
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "model/knn.h"
 #include "tools/draw.h"
+#include "tools/eval_fid.h"
 
 struct eval_settings {
     struct draw_options draw;
@@ -17,7 +19,7 @@ struct eval_settings {
 #define AT(member) offsetof(struct eval_settings, member)
 static const struct option_spec eval_options[] = {
     {"knn", 0, OPTION_FLAG, NULL, "yes",
-     "vote of the 5 nearest training images (the only judge so far)", AT(knn), 0, 0, NULL},
+     "vote of the 5 nearest training images; or say 'ditmoe eval knn'; 'ditmoe eval fid' has FID", AT(knn), 0, 0, NULL},
     {"data", 0, OPTION_STRING, "PATH", NULL, "the training data, as for 'ditmoe train'", AT(data),
      0, 0, NULL},
     {"per-class", 0, OPTION_INT, "N", "20", "samples to draw of each class", AT(per_class), 1,
@@ -242,7 +244,7 @@ static int eval_run(const struct eval_settings *o, struct judged *samples, struc
     return 0;
 }
 
-int cmd_eval(int argc, char **argv)
+static int eval_knn(int argc, char **argv)
 {
     struct eval_settings o = {0};
     const struct option_group groups[] = {
@@ -256,8 +258,8 @@ int cmd_eval(int argc, char **argv)
         .name = "eval",
         .summary = "Judges samples.",
         .about = "Draws samples of every class and prints the share that the nearest training "
-                 "images put "
-                 "into the class that was asked for, beside the same figure for real test images.",
+                 "images put into the class that was asked for, beside the same figure for real test images. "
+                 "'ditmoe eval fid' compares images by FID and its kin.",
         .example = "ditmoe eval --knn --ckpt run --data /usr/share/datasets/fashion-mnist",
         .groups = groups,
     };
@@ -275,4 +277,13 @@ int cmd_eval(int argc, char **argv)
     judged_free(&real);
     data_close(data);
     return code < 0 ? report_failure("eval") : 0;
+}
+
+int cmd_eval(int argc, char **argv)
+{
+    if (argc > 1 && !strcmp(argv[1], "fid"))
+        return eval_fid(argc - 1, argv + 1);
+    if (argc > 1 && !strcmp(argv[1], "knn"))
+        return eval_knn(argc - 1, argv + 1);
+    return eval_knn(argc, argv);
 }
