@@ -11,7 +11,7 @@
 #include "model/features.h"
 #include "model/lapack.h"
 #include "model/manifold.h"
-#include "model/torch_file.h"
+#include "model/weights_file.h"
 #include "tools/command.h"
 #include "tools/progress.h"
 
@@ -213,8 +213,7 @@ static int open_inception(const struct fid_settings *o, const struct session *se
                           struct inception **out)
 {
     struct safetensors *file;
-    TRY(torch_file_is(o->inception) ? torch_file_open(o->inception, &file)
-                                    : safetensors_open(o->inception, &file));
+    TRY(weights_file_open(o->inception, &file));
     int code = inception_new(session->dev, session->stream, file, o->batch,
                              (enum inception_input)o->input, 0, out);
     safetensors_close(file);
