@@ -1,7 +1,7 @@
 // Every device kernel, once. OpenCL C 1.2 that nvcc also reads (devices/cl_cuda.h).
 //
 // In this order: storage types and helpers; matrix products; embedding, elementwise, norms, gated
-// residual, attention; mixture of experts, rectified flow, optimiser; convolutional networks, pooling. GPU
+// residual, attention; mixture of experts, diffusion, optimiser; convolutional networks, pooling. GPU
 // forms come before CPU forms within each part. devices/kernels.def lists them with their arguments.
 //
 // Defined by the backend when it compiles this:
@@ -1528,6 +1528,25 @@ void unpatchify(GLOBAL float *out, const GLOBAL act *in, int channels, int heigh
         to[q] = act_load(in, from + q * channels);
 }
 
+// exp(a) for a <= 0 of moderate size, rounded almost as well as can be: DDPM's t are up to 999 and
+// multiply its error. Taken apart as 2^n exp(r), and exp(r) = 1 + r + r^2 q(r) with the rounding
+// error of 1 + r added back.
+inline float exp_rounded(float a)
+{
+    float n = rint(a * 0x1.715476p+0f);
+    float whole = fma(-n, 0x1.62e400p-1f, a), r = fma(-n, 0x1.7f7d1cp-20f, whole);
+    float rest = fma(-n, 0x1.7f7d1cp-20f, whole - r);
+    float q = 0x1.a01a02p-13f;
+    q = fma(q, r, 0x1.6c16c2p-10f);
+    q = fma(q, r, 0x1.111112p-7f);
+    q = fma(q, r, 0x1.555556p-5f);
+    q = fma(q, r, 0x1.555556p-3f);
+    q = fma(q, r, 0.5f);
+    float high = 1.0f + r, low = ((1.0f - high) + r) + rest;
+    return (high + fma(r * r, q, low)) * as_float((uint)((int)n + 127) << 23);
+}
+
+// Frequencies and angles are rounded to f32 as in the published code, so that its weights see theirs.
 KERNEL(64, 1)
 void timestep_embed(GLOBAL act *out, const GLOBAL float *t, int half_width, uint count)
 {
@@ -1535,7 +1554,7 @@ void timestep_embed(GLOBAL act *out, const GLOBAL float *t, int half_width, uint
     if (i >= count)
         return;
     uint n = i / half_width, k = i % half_width;
-    float angle = t[n] * exp(-9.210340371976184f * (float)k / (float)half_width); // ln 10000
+    float angle = t[n] * exp_rounded(-9.210340371976184f * (float)k / (float)half_width); // ln 10000
     act_store(out, (size_t)n * 2 * half_width + k, cos(angle));
     act_store(out, (size_t)n * 2 * half_width + half_width + k, sin(angle));
 }
@@ -3243,18 +3262,28 @@ void balance_mean(GLOBAL float *fraction, GLOBAL float *mean_prob, const GLOBAL 
     mean_prob[i] = s / (float)rows;
 }
 
-// ---- rectified flow -----------------------------------------------------------------------------
+// ---- diffusion ----------------------------------------------------------------------------------
 
-// xt[N,P] = (1-t[n]) x + t[n] noise
+// A row of `at`: what training at an image's t takes (runtime/ops.h).
+#define TIME_SIGNAL 0
+#define TIME_NOISE 1
+#define TIME_RANGE 2
+#define TIME_GAIN 3
+#define TIME_BIN 4
+#define TIME_COLUMNS 5
+
+// xt[N,P] = signal[n] x + noise[n] noise
 KERNEL(256, 1)
-void flow_mix(GLOBAL float *xt, const GLOBAL float *x, const GLOBAL float *noise,
-              const GLOBAL float *t, uint N, uint P)
+void diffuse(GLOBAL float *xt, const GLOBAL float *x, const GLOBAL float *noise,
+             const GLOBAL float *at, uint N, uint P)
 {
     size_t i = get_global_id(0);
     if (i >= P)
         return;
-    for (size_t n = get_group_id(1); n < N; n += get_num_groups(1))
-        xt[n * P + i] = fma(t[n], noise[n * P + i], (1.0f - t[n]) * x[n * P + i]);
+    for (size_t n = get_group_id(1); n < N; n += get_num_groups(1)) {
+        const GLOBAL float *a = at + n * TIME_COLUMNS;
+        xt[n * P + i] = fma(a[TIME_NOISE], noise[n * P + i], a[TIME_SIGNAL] * x[n * P + i]);
+    }
 }
 
 // One image: loss[n] = mean of (out - (noise - x))^2 over its P values; dout = factor * the
@@ -3285,29 +3314,124 @@ void flow_loss(GLOBAL float *loss, GLOBAL float *dout, const GLOBAL float *out,
         loss[n] = sums[0] / (float)P;
 }
 
-// A sampler's update: v' = vu + k[5] (vc - vu) on the first `guided` values of an image, vc elsewhere;
-// z[N,P] = k[0] z + k[1] v' + k[2] kept, kept = k[3] z + k[4] v' of the z before (kept may be NULL). v has
-// Q values an image, the unconditional ones N images further on. With k[5] 1 these are not read, with
-// k[2] 0 kept is not: it may hold anything.
+// One value's term of DDPM's bound in nats: the KL of two normals whose means are d GAIN deviations
+// apart; w says how much wider the second is. Its slope with respect to w.
+inline float ddpm_kl(float d, float w, float range, float gain, float *slope)
+{
+    float h = 0.5f * range * (w + 1.0f), shrink = expm1(-h);
+    float moved = (gain * d) * (gain * d);
+    *slope = -0.25f * range * fma(shrink, moved, shrink + moved);
+    return 0.5f * (h + fma(shrink, moved, shrink + moved));
+}
+
+// At t = 0: -ln of the probability of x's grey value. With the approximate distribution
+// S(2 a(u)), S(x) = 1/(1+exp(-x)), the probability between u and v is S(2a) S(-2b) (1 - exp(-2(a-b))),
+// a = a(u), b = a(v): nothing cancels; towards the ends the first or second factor alone is left.
+inline float ddpm_nll(float d, float w, float x, float range, float gain, float bin, float *slope)
+{
+    const float root = 0.7978845608028654f, cubic = 0.044715f, least = -27.631021115928547f;
+    float scale = exp(-0.25f * range * (w + 1.0f));
+    float u = scale * fma(gain, d, bin), v = scale * fma(gain, d, -bin);
+    float a = root * u * fma(cubic, u * u, 1.0f), b = root * v * fma(cubic, v * v, 1.0f);
+    float width = root * 2.0f * scale * bin * fma(cubic, fma(u, u + v, v * v), 1.0f); // a - b
+    float da = root * u * fma(3.0f * cubic, u * u, 1.0f); // u a'(u); scale' = -range/4 scale
+    float db = root * v * fma(3.0f * cubic, v * v, 1.0f);
+    float log_p = 0.0f, dp = 0.0f;
+    if (!(x > 0.999f)) {
+        log_p -= log1p(exp(-2.0f * a));
+        dp += 2.0f * da / (1.0f + exp(2.0f * a));
+    }
+    if (!(x < -0.999f)) {
+        log_p -= log1p(exp(2.0f * b));
+        dp -= 2.0f * db / (1.0f + exp(-2.0f * b));
+    }
+    if (!(x > 0.999f) && !(x < -0.999f)) {
+        log_p += log(-expm1(-2.0f * width));
+        dp += 2.0f * (da - db) / expm1(2.0f * width);
+    }
+    *slope = log_p < least ? 0.0f : 0.25f * range * dp;
+    return log_p < least ? -least : -log_p;
+}
+
+// One image: terms[n] = mean of d^2, d = out - noise, terms[N+n] = mean of the bound's terms in bits (0
+// without a second half of out, Q == P), loss[n] their sum; dout = scale times the gradient of the sum
+// over the values, unless dout is NULL.
 KERNEL(256, 1)
-void flow_step(GLOBAL float *z, GLOBAL float *kept, const GLOBAL float *v, const GLOBAL float *k,
-               uint guided, uint N, uint P, uint Q)
+void ddpm_loss(GLOBAL float *loss, GLOBAL float *terms, GLOBAL float *dout, const GLOBAL float *out,
+               const GLOBAL float *x, const GLOBAL float *noise, const GLOBAL float *at, uint N,
+               uint P, uint Q, float scale)
+{
+    LOCAL float squares[256];
+    LOCAL float bounds[256];
+    uint i = get_local_id(0);
+    size_t n = get_group_id(0);
+    const float bits = 1.4426950408889634f;
+    const float range = at[n * TIME_COLUMNS + TIME_RANGE], gain = at[n * TIME_COLUMNS + TIME_GAIN];
+    const float bin = at[n * TIME_COLUMNS + TIME_BIN];
+    float square = 0.0f, bound = 0.0f;
+    for (size_t p = i; p < P; p += 256) {
+        float d = out[n * Q + p] - noise[n * P + p], slope;
+        square = fma(d, d, square);
+        if (dout)
+            dout[n * Q + p] = 2.0f * scale * d;
+        if (Q == P)
+            continue;
+        float w = out[n * Q + P + p];
+        bound += bin > 0.0f ? ddpm_nll(d, w, x[n * P + p], range, gain, bin, &slope)
+                            : ddpm_kl(d, w, range, gain, &slope);
+        if (dout)
+            dout[n * Q + P + p] = scale * bits * slope;
+    }
+    squares[i] = square;
+    bounds[i] = bound;
+    for (uint step = 128; step > 0; step /= 2) {
+        barrier(CLK_LOCAL_MEM_FENCE);
+        if (i < step) {
+            squares[i] += squares[i + step];
+            bounds[i] += bounds[i + step];
+        }
+    }
+    if (i == 0) {
+        terms[n] = squares[0] / (float)P;
+        terms[N + n] = bits * bounds[0] / (float)P;
+        loss[n] = terms[n] + terms[N + n];
+    }
+}
+
+// A sampler's update: see op_sample_step() in runtime/ops.h for what k holds. The first `guided` values
+// of an image's answer are guided; it has Q values, the unconditional one N images further on. With k[5]
+// 1 these are not read, and kept and noise are not where their factor is 0: they may hold anything.
+KERNEL(256, 1)
+void sample_step(GLOBAL float *z, GLOBAL float *kept, const GLOBAL float *out,
+                 const GLOBAL float *noise, const GLOBAL float *k, uint guided, uint N, uint P,
+                 uint Q)
 {
     size_t i = get_global_id(0);
-    float cfg = k[5];
+    const float cfg = k[5], clip_z = k[6], clip_v = k[7], spread = k[9];
     if (i >= P)
         return;
     for (size_t n = get_group_id(1); n < N; n += get_num_groups(1)) {
-        float slope = v[n * Q + i], now = z[n * P + i];
-        if (i < guided && cfg != 1.0f) {
-            float unconditional = v[(N + n) * Q + i];
-            slope = fma(cfg, slope - unconditional, unconditional);
+        const GLOBAL float *with = out + n * Q, *without = out + (N + n) * Q;
+        float v = with[i], now = z[n * P + i];
+        if (i < guided && cfg != 1.0f)
+            v = fma(cfg, v - without[i], without[i]);
+        if (clip_v != 0.0f)
+            v = clamp(fma(clip_v, v, clip_z * now), -1.0f, 1.0f);
+        float next = fma(k[1], v, k[0] * now);
+        if (noise && k[8] != 0.0f) {
+            float deviation = k[8];
+            if (spread != 0.0f) {
+                float w = with[P + i];
+                if (P + i < guided && cfg != 1.0f)
+                    w = fma(cfg, w - without[P + i], without[P + i]);
+                deviation *= exp(spread * (w + 1.0f));
+            }
+            next = fma(deviation, noise[n * P + i], next);
         }
-        float next = fma(k[1], slope, k[0] * now);
         if (kept) {
             if (k[2] != 0.0f)
                 next = fma(k[2], kept[n * P + i], next);
-            kept[n * P + i] = fma(k[4], slope, k[3] * now);
+            kept[n * P + i] = fma(k[4], v, k[3] * now);
         }
         z[n * P + i] = next;
     }
@@ -3388,6 +3512,18 @@ void normal(GLOBAL float *out, uint count_low, uint count_high, uint seed_low, u
     size_t count = (size_t)count_high << 32 | count_low, at = 4 * get_global_id(0);
     if (at < count)
         normal_block(out, at, count, seed_low, seed_high, stream_low, stream_high);
+}
+
+// out[n, i] from (seed, stream + image[n], i), where the stream's low half is 0.
+KERNEL(64, 1)
+void normal_images(GLOBAL float *out, const GLOBAL int *image, uint N, uint P, uint seed_low,
+                   uint seed_high, uint stream_high)
+{
+    size_t at = 4 * get_global_id(0);
+    if (at >= P)
+        return;
+    for (size_t n = get_group_id(1); n < N; n += get_num_groups(1))
+        normal_block(out + n * P, at, P, seed_low, seed_high, (uint)image[n], stream_high);
 }
 
 // ---- optimiser ----------------------------------------------------------------------------------
@@ -3847,18 +3983,18 @@ void balance_sum_cpu(GLOBAL int *count, uint entries, const GLOBAL int *index,
 }
 
 KERNEL(1, 1)
-void flow_mix_cpu(GLOBAL float *xt, const GLOBAL float *x, const GLOBAL float *noise,
-                  const GLOBAL float *t, uint P, uint chunk)
+void diffuse_cpu(GLOBAL float *xt, const GLOBAL float *x, const GLOBAL float *noise,
+                 const GLOBAL float *at, uint P, uint chunk)
 {
     size_t n = get_group_id(1);
     size_t i, to = chunk_rows(chunk, P, &i);
-    float a = t[n];
+    float signal = at[n * TIME_COLUMNS + TIME_SIGNAL], strength = at[n * TIME_COLUMNS + TIME_NOISE];
     for (; i + 16 <= to; i += 16)
-        vstore16(
-            fma((float16)a, vload16(0, noise + n * P + i), (1.0f - a) * vload16(0, x + n * P + i)),
-            0, xt + n * P + i);
+        vstore16(fma((float16)strength, vload16(0, noise + n * P + i),
+                     signal * vload16(0, x + n * P + i)),
+                 0, xt + n * P + i);
     for (; i < to; i++)
-        xt[n * P + i] = fma(a, noise[n * P + i], (1.0f - a) * x[n * P + i]);
+        xt[n * P + i] = fma(strength, noise[n * P + i], signal * x[n * P + i]);
 }
 
 KERNEL(1, 1)
@@ -3884,6 +4020,50 @@ void flow_loss_cpu(GLOBAL float *loss, GLOBAL float *dout, const GLOBAL float *o
     for (; dout && p < Q; p++)
         dout[n * Q + p] = 0.0f;
     loss[n] = (sum16(sums) + sum) / (float)P;
+}
+
+// The KL terms sixteen at a time; t = 0 is a thousandth of the images.
+KERNEL(1, 1)
+void ddpm_loss_cpu(GLOBAL float *loss, GLOBAL float *terms, GLOBAL float *dout,
+                   const GLOBAL float *out, const GLOBAL float *x, const GLOBAL float *noise,
+                   const GLOBAL float *at, uint N, uint P, uint Q, float scale)
+{
+    size_t n = get_group_id(0), p = 0;
+    const GLOBAL float *o = out + n * Q, *e = noise + n * P;
+    GLOBAL float *g = dout ? dout + n * Q : 0;
+    const float bits = 1.4426950408889634f;
+    const float range = at[n * TIME_COLUMNS + TIME_RANGE], gain = at[n * TIME_COLUMNS + TIME_GAIN];
+    const float bin = at[n * TIME_COLUMNS + TIME_BIN];
+    float16 squares = 0.0f, bounds = 0.0f;
+    float square = 0.0f, bound = 0.0f;
+    for (; p + 16 <= P && bin == 0.0f; p += 16) {
+        float16 d = vload16(0, o + p) - vload16(0, e + p);
+        squares = fma(d, d, squares);
+        if (g)
+            vstore16(2.0f * scale * d, 0, g + p);
+        if (Q == P)
+            continue;
+        float16 h = 0.5f * range * (vload16(0, o + P + p) + 1.0f), shrink = expm1(-h);
+        float16 moved = (gain * d) * (gain * d), both = fma(shrink, moved, shrink + moved);
+        bounds += 0.5f * (h + both);
+        if (g)
+            vstore16(scale * bits * -0.25f * range * both, 0, g + P + p);
+    }
+    for (; p < P; p++) {
+        float d = o[p] - e[p], slope;
+        square = fma(d, d, square);
+        if (g)
+            g[p] = 2.0f * scale * d;
+        if (Q == P)
+            continue;
+        bound += bin > 0.0f ? ddpm_nll(d, o[P + p], x[n * P + p], range, gain, bin, &slope)
+                            : ddpm_kl(d, o[P + p], range, gain, &slope);
+        if (g)
+            g[P + p] = scale * bits * slope;
+    }
+    terms[n] = (sum16(squares) + square) / (float)P;
+    terms[N + n] = bits * (sum16(bounds) + bound) / (float)P;
+    loss[n] = terms[n] + terms[N + n];
 }
 
 // ---- random numbers, sixteen blocks of four at a time

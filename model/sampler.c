@@ -5,8 +5,6 @@
 
 #include "runtime/rng.h"
 
-enum { MOST_STEPS = 1000000 };
-
 // Passes whose conditioning is computed at once: enough rows for a good product, in little memory.
 static int passes_ahead(const struct device *dev, const struct config *c, int rows, int64_t passes)
 {
@@ -19,6 +17,15 @@ static int passes_ahead(const struct device *dev, const struct config *c, int ro
         ahead = most_bytes / (rows * row);
     ahead = ahead < passes ? ahead : passes;
     return ahead > 1 ? (int)ahead : 1;
+}
+
+int sampler_schedule(const struct config *c, const struct sample_options *o, struct schedule *out)
+{
+    TRY(schedule_init(out, c->diffusion, o->kind, o->respacing ? 1 : o->steps));
+    out->eta = (double)o->eta;
+    out->learned = c->learn_sigma;
+    out->clip = o->clip;
+    return o->respacing ? schedule_respace(out, o->respacing) : 0;
 }
 
 // This rank's images of `batch`.
@@ -35,7 +42,8 @@ struct dit_options sampler_model(const struct device *dev, const struct config *
                                  const struct sample_options *o)
 {
     const int rows = (o->cfg != 1 ? 2 : 1) * share(o, batch);
-    const int64_t passes = (int64_t)o->steps * schedule_passes(o->kind);
+    struct schedule way;
+    const int passes = sampler_schedule(c, o, &way) < 0 ? 1 : schedule_passes(&way);
     return (struct dit_options){.batch = rows,
                                 .limit = o->limit,
                                 .ranks = o->ranks,
@@ -43,35 +51,52 @@ struct dit_options sampler_model(const struct device *dev, const struct config *
                                 .ahead = passes_ahead(dev, c, rows, passes)};
 }
 
-static int plan_tensors(struct sampler *s, const struct config *c)
+static int plan_images(struct sampler *s, const char *name, struct tensor *out)
+{
+    const struct config *c = &s->dit->config;
+    return PLAN_TENSOR(s->dit->plan, name, PLAN_INPUT, F32, 0, PLAN_FOREVER, out, s->batch,
+                       c->channels, c->size, c->size);
+}
+
+static int plan_tensors(struct sampler *s)
 {
     struct plan *plan = s->dit->plan;
-    TRY(PLAN_TENSOR(plan, "z", PLAN_INPUT, F32, 0, PLAN_FOREVER, &s->z, s->batch, c->channels,
-                    c->size, c->size));
+    TRY(plan_images(s, "z", &s->z));
     TRY(PLAN_TENSOR(plan, "updates", PLAN_INPUT, F32, 0, PLAN_FOREVER, &s->updates, s->passes,
-                    FLOW_STEP_COUNT));
-    TRY(PLAN_TENSOR(plan, "update", PLAN_INPUT, F32, 0, PLAN_FOREVER, &s->update, FLOW_STEP_COUNT));
-    if (!schedule_keeps(s->options.kind))
+                    STEP_COUNT));
+    TRY(PLAN_TENSOR(plan, "update", PLAN_INPUT, F32, 0, PLAN_FOREVER, &s->update, STEP_COUNT));
+    if (schedule_keeps(&s->schedule))
+        TRY(plan_images(s, "kept", &s->kept));
+    if (!schedule_random(&s->schedule))
         return 0;
-    return PLAN_TENSOR(plan, "kept", PLAN_INPUT, F32, 0, PLAN_FOREVER, &s->kept, s->batch,
-                       c->channels, c->size, c->size);
+    TRY(plan_images(s, "step noise", &s->noise));
+    return PLAN_TENSOR(plan, "numbers", PLAN_INPUT, I32, 0, PLAN_FOREVER, &s->numbers, s->batch);
+}
+
+// Is the class's answer guided in this pass?
+static bool is_guided(const struct sampler *s, const struct pass *p)
+{
+    const struct sample_options *o = &s->options;
+    const float t = (float)(s->schedule.diffusion == DIFFUSION_DDPM ? p->t / DDPM_STEPS : p->t);
+    return !o->interval || (t >= o->cfg_from && t <= o->cfg_to);
 }
 
 // Each pass's coefficients, and the guidance scale at its time.
 static int write_updates(struct sampler *s)
 {
-    const struct sample_options *o = &s->options;
     for (int i = 0; i < s->passes; i++) {
-        const struct pass p = schedule_pass(o->kind, o->steps, i);
-        const float t = (float)p.t;
-        const bool guided = !o->interval || (t >= o->cfg_from && t <= o->cfg_to);
-        float *k = s->coefficients + (size_t)i * FLOW_STEP_COUNT;
-        k[FLOW_STEP_Z] = (float)p.z;
-        k[FLOW_STEP_V] = (float)p.v;
-        k[FLOW_STEP_KEPT] = (float)p.kept;
-        k[FLOW_STEP_KEEP_Z] = (float)p.keep_z;
-        k[FLOW_STEP_KEEP_V] = (float)p.keep_v;
-        k[FLOW_STEP_CFG] = guided ? o->cfg : 1;
+        const struct pass p = schedule_pass(&s->schedule, i);
+        float *k = s->coefficients + (size_t)i * STEP_COUNT;
+        k[STEP_Z] = (float)p.z;
+        k[STEP_V] = (float)p.v;
+        k[STEP_KEPT] = (float)p.kept;
+        k[STEP_KEEP_Z] = (float)p.keep_z;
+        k[STEP_KEEP_V] = (float)p.keep_v;
+        k[STEP_CFG] = is_guided(s, &p) ? s->options.cfg : 1;
+        k[STEP_CLIP_Z] = (float)p.clip_z;
+        k[STEP_CLIP_V] = (float)p.clip_v;
+        k[STEP_NOISE] = (float)p.noise;
+        k[STEP_SPREAD] = (float)p.spread;
     }
     return tensor_write(&s->dit->ctx, &s->updates, s->coefficients);
 }
@@ -87,7 +112,7 @@ static int plan_sampler(struct sampler *s, struct device *dev, struct stream *st
 {
     const struct dit_options d = sampler_model(dev, c, s->all, &s->options);
     TRY(dit_new(dev, stream, c, &d, &s->dit));
-    TRY(plan_tensors(s, c));
+    TRY(plan_tensors(s));
     TRY(dit_layout(s->dit));
     TRY(dit_commit(s->dit));
     const size_t conditions = (size_t)d.batch * (size_t)d.ahead;
@@ -107,8 +132,6 @@ int sampler_new(struct device *dev, struct stream *stream, const struct config *
                 const struct sample_options *o, struct sampler **out)
 {
     *out = NULL;
-    if (o->steps < 1 || o->steps > MOST_STEPS)
-        return fail(ERR_INPUT, "%d sampling steps: must be 1 to %d", o->steps, MOST_STEPS);
     if (o->cfg != 1 && config_label_rows(c) == c->classes)
         return fail(ERR_INPUT,
                     "guidance scale %g: this model was trained without label dropout and has "
@@ -120,8 +143,10 @@ int sampler_new(struct device *dev, struct stream *stream, const struct config *
     s->options = *o;
     s->all = batch;
     s->batch = share(o, batch);
-    s->passes = o->steps * schedule_passes(o->kind);
-    int code = plan_sampler(s, dev, stream, c);
+    int code = sampler_schedule(c, o, &s->schedule);
+    s->passes = schedule_passes(&s->schedule);
+    if (code >= 0)
+        code = plan_sampler(s, dev, stream, c);
     if (code < 0) {
         sampler_free(s);
         return code;
@@ -148,15 +173,16 @@ static int device_pass(void *user)
     struct sampler *s = user;
     struct dit *d = s->dit;
     struct context *c = &d->ctx;
-    const int channels = d->config.channels, most = s->options.cfg_channels;
+    const int all = config_out_channels(&d->config), most = s->options.cfg_channels;
+    const int channels = !most ? d->config.channels : most < all ? most : all;
     const size_t bytes = tensor_bytes(&s->z);
     if (s->batch == 0)
         return dit_forward(d); // of other ranks' images
     for (size_t at = 0; at < tensor_bytes(&d->input); at += bytes) // both halves start from z
         TRY(c->dev->api->copy(c->stream, d->input.mem, at, s->z.mem, 0, bytes));
     TRY(dit_forward(d));
-    return op_flow_step(c, &s->z, s->kept.ndim ? &s->kept : NULL, &d->output, &s->update,
-                        most && most < channels ? most : channels);
+    return op_sample_step(c, &s->z, s->kept.ndim ? &s->kept : NULL, &d->output,
+                          s->noise.ndim ? &s->noise : NULL, &s->update, channels);
 }
 
 static int condition_ahead(struct sampler *s, int pass)
@@ -165,13 +191,44 @@ static int condition_ahead(struct sampler *s, int pass)
     const int ahead = d->options.ahead, rows = d->options.batch;
     for (int i = 0; i < ahead * rows; i++) { // past the last pass: not used
         const int at = pass + i / rows < s->passes ? pass + i / rows : s->passes - 1;
-        s->times[i] = (float)schedule_pass(s->options.kind, s->options.steps, at).t;
+        s->times[i] = (float)schedule_pass(&s->schedule, at).t;
     }
     TRY(tensor_write(&d->ctx, &d->t, s->times));
     return dit_condition(d);
 }
 
-static int run_pass(struct sampler *s, int pass)
+// A batch under way, of all ranks: images first..first+count-1.
+struct part {
+    int first, count;
+    const struct sample_noise *noise;
+    int all; // images of all batches
+};
+
+// The number of this rank's image n; the rest of the batch is filled with copies of the last image.
+static int image_number(const struct sampler *s, const struct part *b, int n)
+{
+    n += s->first;
+    return b->first + (n < b->count ? n : b->count - 1);
+}
+
+// The noise of a pass that takes some: drawn, or from the caller.
+static int write_noise(struct sampler *s, const struct part *b, int pass)
+{
+    struct context *c = &s->dit->ctx;
+    const size_t image = image_floats(s);
+    if (s->coefficients[(size_t)pass * STEP_COUNT + STEP_NOISE] == 0 || s->batch == 0)
+        return 0;
+    if (!b->noise || !b->noise->steps)
+        return op_normal_images(c, &s->noise, &s->numbers, s->options.seed,
+                                rng_stream(RNG_STEP, (uint64_t)pass << 32));
+    const float *given = b->noise->steps + (size_t)pass * (size_t)b->all * image;
+    for (int n = 0; n < s->batch; n++)
+        memcpy(s->host + (size_t)n * image, given + (size_t)image_number(s, b, n) * image,
+               image * sizeof *s->host);
+    return tensor_write(c, &s->noise, s->host);
+}
+
+static int run_pass(struct sampler *s, const struct part *b, int pass)
 {
     struct context *c = &s->dit->ctx;
     const int ahead = s->dit->options.ahead;
@@ -183,34 +240,46 @@ static int run_pass(struct sampler *s, int pass)
     TRY(dit_use_step(s->dit, pass % ahead));
     TRY(c->dev->api->copy(c->stream, s->update.mem, 0, s->updates.mem, (size_t)pass * bytes,
                           bytes));
+    TRY(write_noise(s, b, pass));
     if (s->options.ranks) // the host takes part: nothing to record
         return device_pass(s);
     return recording_run(c, &s->pass, device_pass, s);
 }
 
-// This rank's of the images first..first+count-1; the rest of the batch is filled with copies of the
-// last image.
-static int start_batch(struct sampler *s, int first, int count, const int32_t *classes,
-                       const float *noise)
+static int write_numbers(struct sampler *s, const struct part *b)
+{
+    int32_t *number = malloc(sizeof *number * (size_t)s->batch);
+    if (!number)
+        return fail(ERR_NOMEM, "no host memory for a batch of %d", s->batch);
+    for (int n = 0; n < s->batch; n++)
+        number[n] = image_number(s, b, n);
+    int code = tensor_write(&s->dit->ctx, &s->numbers, number);
+    free(number);
+    return code;
+}
+
+static int start_batch(struct sampler *s, const struct part *b, const int32_t *classes)
 {
     struct dit *d = s->dit;
     const size_t image = image_floats(s), rows = (size_t)d->options.batch;
     if (s->batch == 0)
         return 0;
     for (int n = 0; n < s->batch; n++) {
-        const int i = first + (s->first + n < count ? s->first + n : count - 1);
+        const int i = image_number(s, b, n);
         s->labels[n] = classes[i];
         if (d->options.batch > s->batch)
             s->labels[s->batch + n] = d->config.classes;
         float *z = s->host + (size_t)n * image;
-        if (noise)
-            memcpy(z, noise + (size_t)i * image, image * sizeof *z);
+        if (b->noise && b->noise->start)
+            memcpy(z, b->noise->start + (size_t)i * image, image * sizeof *z);
         else
             rng_normal_fill(s->options.seed, rng_stream(RNG_SAMPLE, (uint64_t)i), 0, z, image);
     }
     for (int step = 1; step < d->options.ahead; step++)
         memcpy(s->labels + (size_t)step * rows, s->labels, rows * sizeof *s->labels);
     TRY(tensor_write(&d->ctx, &d->labels, s->labels));
+    if (s->numbers.ndim)
+        TRY(write_numbers(s, b));
     return tensor_write(&d->ctx, &s->z, s->host);
 }
 
@@ -239,19 +308,20 @@ static int collect_images(struct sampler *s)
     return exchange_wait(s->transfers);
 }
 
-int sampler_run(struct sampler *s, int count, const int32_t *classes, const float *noise,
-                float *latents, sample_progress progress, void *user)
+int sampler_run(struct sampler *s, int count, const int32_t *classes,
+                const struct sample_noise *noise, float *latents, sample_progress progress,
+                void *user)
 {
     struct dit *d = s->dit;
     const size_t image = image_floats(s);
-    const int batches = (count + s->all - 1) / s->all;
-    const int steps = s->options.steps, each = schedule_passes(s->options.kind);
+    const int batches = (count + s->all - 1) / s->all, steps = s->schedule.steps;
     for (int first = 0, done = 0; first < count; first += s->all) {
         const int now = count - first < s->all ? count - first : s->all;
-        TRY(start_batch(s, first, now, classes, noise));
+        const struct part b = {.first = first, .count = now, .noise = noise, .all = count};
+        TRY(start_batch(s, &b, classes));
         for (int pass = 0; pass < s->passes; pass++) {
-            TRY(run_pass(s, pass));
-            if (progress && (pass + 1) % each == 0) {
+            TRY(run_pass(s, &b, pass));
+            if (progress && schedule_pass(&s->schedule, pass).ends) {
                 TRY(d->ctx.dev->api->sync(d->ctx.stream));
                 TRY(progress(user, ++done, steps * batches));
             }

@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "model/ddpm.h"
 #include "model/train_ranks.h"
 #include "runtime/rng.h"
 
@@ -57,6 +58,13 @@ void flow_draw_times(enum flow_time kind, uint64_t seed, int64_t micro, int coun
     }
 }
 
+void ddpm_draw_times(uint64_t seed, int64_t micro, int count, float *t)
+{
+    const uint64_t stream = rng_stream(RNG_TIME, (uint64_t)micro);
+    for (int n = 0; n < count; n++)
+        t[n] = floorf(DDPM_STEPS * rng_uniform(seed, stream, (uint64_t)n)); // below 1 by 2^-24: 999
+}
+
 static void drop_labels(const struct trainer *t, int64_t micro, const int32_t *labels, int32_t *out)
 {
     const struct config *c = &t->dit->config;
@@ -76,6 +84,9 @@ static int plan_trainer(struct trainer *t)
     const int64_t N = t->options.batch, S = c->size;
     TRY(PLAN_TENSOR(d->plan, "images", PLAN_INPUT, F32, 0, PLAN_FOREVER, &t->images, N, c->channels, S, S));
     TRY(PLAN_TENSOR(d->plan, "noise", PLAN_INPUT, F32, 0, PLAN_FOREVER, &t->noise, N, c->channels, S, S));
+    TRY(PLAN_TENSOR(d->plan, "at", PLAN_INPUT, F32, 0, PLAN_FOREVER, &t->at, N, TIME_COLUMNS));
+    if (c->diffusion == DIFFUSION_DDPM)
+        TRY(PLAN_TENSOR(d->plan, "terms", PLAN_INPUT, F32, 0, PLAN_FOREVER, &t->terms, 2, N));
     TRY(PLAN_TENSOR(d->plan, "loss", PLAN_INPUT, F32, 0, PLAN_FOREVER, &t->loss, N));
     TRY(PLAN_TENSOR(d->plan, "losses", PLAN_INPUT, F32, 0, PLAN_FOREVER, &t->losses,
                     N * t->options.accumulate));
@@ -117,10 +128,11 @@ int trainer_new(struct device *dev, struct stream *stream, const struct config *
     if (code >= 0) {
         t->first = moe_first_image(t->dit);
         t->t_host = calloc((size_t)t->all, sizeof *t->t_host);
+        t->at_host = calloc((size_t)o->batch + 1, TIME_COLUMNS * sizeof *t->at_host);
         t->y_host = calloc((size_t)o->batch + 1, sizeof *t->y_host);
         t->entropy = calloc((size_t)c->layers, sizeof *t->entropy);
         t->passes = calloc((size_t)o->accumulate, sizeof *t->passes);
-        if (!t->t_host || !t->y_host || !t->entropy || !t->passes)
+        if (!t->t_host || !t->at_host || !t->y_host || !t->entropy || !t->passes)
             code = fail(ERR_NOMEM, "no host memory for a batch of %d", o->batch);
     }
     if (code >= 0)
@@ -155,29 +167,55 @@ void trainer_free(struct trainer *t)
         recording_reset(&t->dit->ctx, &t->passes[i]);
     reduction_free(t->reduction);
     dit_free(t->dit);
-    free(t->t_host), free(t->y_host), free(t->entropy), free(t->passes);
+    free(t->t_host), free(t->at_host), free(t->y_host), free(t->entropy), free(t->passes);
     free(t);
 }
 
 // ---- the step ------------------------------------------------------------------------------------------
+
+// The images' t to the device: for the network, and what they mean for the loss.
+static int write_times(struct trainer *t, const float *time)
+{
+    const int N = t->options.batch;
+    if (t->dit->config.diffusion == DIFFUSION_DDPM) {
+        ddpm_training(time, N, t->at_host);
+    } else {
+        for (int n = 0; n < N; n++) {
+            t->at_host[n * TIME_COLUMNS + TIME_SIGNAL] = 1.0f - time[n];
+            t->at_host[n * TIME_COLUMNS + TIME_NOISE] = time[n];
+        }
+    }
+    TRY(tensor_write(&t->dit->ctx, &t->at, t->at_host));
+    return tensor_write(&t->dit->ctx, &t->dit->t, time);
+}
+
+static int loss_of_output(struct trainer *t)
+{
+    struct dit *d = t->dit;
+    struct context *c = &d->ctx;
+    const float scale = 1.0f / (float)((int64_t)t->all * t->options.accumulate);
+    if (d->config.diffusion == DIFFUSION_DDPM)
+        return op_ddpm_loss(c, &t->loss, &t->terms, &d->doutput, &d->output, &t->images, &t->noise,
+                            &t->at, scale);
+    return op_flow_loss(c, &t->loss, &d->doutput, &d->output, &t->images, &t->noise, scale);
+}
 
 // x_t from what is on the device, and the loss.
 static int loss_pass(struct trainer *t)
 {
     struct dit *d = t->dit;
     struct context *c = &d->ctx;
-    const float scale = 1.0f / (float)((int64_t)t->all * t->options.accumulate);
     const size_t bytes = tensor_bytes(&t->loss);
     if (t->options.batch == 0)
         return dit_forward(d); // of other ranks' images
-    TRY(op_flow_mix(c, &d->input, &t->images, &t->noise, &d->t));
+    TRY(op_diffuse(c, &d->input, &t->images, &t->noise, &t->at));
     TRY(dit_forward(d));
-    TRY(op_flow_loss(c, &t->loss, &d->doutput, &d->output, &t->images, &t->noise, scale));
+    TRY(loss_of_output(t));
     return c->dev->api->copy(c->stream, t->losses.mem, (size_t)t->micro * bytes, t->loss.mem, 0, bytes);
 }
 
 // The loss, and its gradients (added; from zero in a step's first).
-static int flow_pass(struct trainer *t)
+static int gradient_pass(struct trainer *t)
 {
     struct dit *d = t->dit;
     TRY(loss_pass(t));
@@ -192,7 +230,7 @@ static int flow_pass(struct trainer *t)
 static int micro_pass(void *user)
 {
     struct trainer *t = user;
-    TRY(flow_pass(t));
+    TRY(gradient_pass(t));
     return t->micro + 1 == t->options.accumulate ? trainer_apply(t) : 0;
 }
 
@@ -203,10 +241,13 @@ static int write_inputs(struct trainer *t, int64_t micro, const float *images, c
     struct context *c = &d->ctx;
     if (t->options.batch == 0)
         return 0;
-    flow_draw_times(t->options.time, t->options.seed, micro, t->all, t->t_host);
+    if (d->config.diffusion == DIFFUSION_DDPM)
+        ddpm_draw_times(t->options.seed, micro, t->all, t->t_host);
+    else
+        flow_draw_times(t->options.time, t->options.seed, micro, t->all, t->t_host);
     drop_labels(t, micro, labels, t->y_host);
     TRY(tensor_write(c, &t->images, images));
-    TRY(tensor_write(c, &d->t, t->t_host + t->first));
+    TRY(write_times(t, t->t_host + t->first));
     TRY(tensor_write(c, &d->labels, t->y_host));
     if (t->reduction)
         return reduction_noise(t, micro);
@@ -238,9 +279,9 @@ int trainer_loss(struct trainer *t, const float *x, const float *time, const int
     t->micro = 0;
     TRY(tensor_write(c, &t->images, x));
     TRY(tensor_write(c, &t->noise, noise));
-    TRY(tensor_write(c, &d->t, time));
+    TRY(write_times(t, time));
     TRY(tensor_write(c, &d->labels, y));
-    TRY(flow_pass(t));
+    TRY(gradient_pass(t));
     float *host = malloc(tensor_bytes(&t->loss));
     if (!host)
         return fail(ERR_NOMEM, "no host memory for %d losses", t->options.batch);

@@ -1,5 +1,5 @@
-// Training by rectified flow (t = 1 is noise: x_t = (1-t) x + t e, v = e - x): the step, without
-// files or printing. One optimiser step = `accumulate` micro-batches of `batch` images, gradients
+// Training, by rectified flow (t = 1 is noise: x_t = (1-t) x + t e, v = e - x) or DDPM (model/ddpm.h;
+// t uniform in 0..999, the hybrid loss), as the configuration says: the step, without files or printing. One optimiser step = `accumulate` micro-batches of `batch` images, gradients
 // averaged over all of them, then one AdamW+EMA pass; nothing in it waits for the host.
 // Random numbers are functions of (seed, micro-step, image): nothing to save but the step.
 #ifndef DITMOE_TRAIN_H
@@ -8,7 +8,7 @@
 #include "model/dit.h"
 #include "runtime/recording.h"
 
-// Distribution of t: sigmoid of a normal; uniform; sigmoid of a normal, one draw per 1/N quantile.
+// Rectified flow's distribution of t: sigmoid of a normal; uniform; sigmoid of a normal, one draw per 1/N quantile.
 enum flow_time { TIME_LOGIT_NORMAL, TIME_UNIFORM, TIME_STRATIFIED };
 int flow_time_parse(const char *name, enum flow_time *out); // ERR_INPUT names the choices
 
@@ -32,10 +32,12 @@ struct trainer {
     int micro;      // micro-batches of the current step done
     int all, first; // images of a batch on all ranks, and the number of this rank's first
     struct tensor images, noise, loss, losses, control, counts;
+    struct tensor at;    // [N,TIME_COLUMNS] what the images' t mean
+    struct tensor terms; // [2,N] DDPM: mse and the bound's term of the last micro-batch
     struct tensor rest[4]; // moments, EMA, gradients of the weights that stay f32 (half_weights)
     struct tensor mean; // [1] with ranks: the loss of all images of a step
     struct reduction *reduction; // with ranks (model/train_ranks.h), else NULL
-    float *t_host;  // [all]
+    float *t_host, *at_host; // [all]; [N,TIME_COLUMNS]
     int32_t *y_host;
     double *entropy; // [L], for reports
     struct recording *passes; // [accumulate] the device's work on each micro-batch of a step
@@ -43,7 +45,7 @@ struct trainer {
 
 // What a finished step tells.
 struct train_report {
-    double loss;       // mean of the flow loss over the step's images
+    double loss;       // mean over the step's images
     double balance;    // sum of the layers' balance losses, last micro-batch
     double grad_norm;  // before clipping
     double rate;
@@ -82,7 +84,8 @@ int optimiser_commit(struct trainer *t); // its views of memory; trainer_commit(
 int trainer_loss(struct trainer *t, const float *x, const float *time, const int32_t *y,
                  const float *noise, double *loss);
 
-// Draws `count` values of t for a micro-step.
+// Draws `count` values of t for a micro-step: of rectified flow; of DDPM, whole numbers.
+void ddpm_draw_times(uint64_t seed, int64_t micro, int count, float *t);
 void flow_draw_times(enum flow_time kind, uint64_t seed, int64_t micro, int count, float *t);
 
 #endif

@@ -293,36 +293,70 @@ int op_norm_gate_bwd(struct context *c, struct tensor *dx, struct tensor *dz, st
                      const struct tensor *y, const struct tensor *stats, const struct tensor *z,
                      const struct tensor *mod, struct norm_columns at);
 
-// ---- rectified flow ------------------------------------------------------------------------------------
+// ---- diffusion -----------------------------------------------------------------------------------------
 
-// xt = (1-t[n]) x + t[n] noise; all [N,C,H,W] f32
-int op_flow_mix(struct context *c, struct tensor *xt, const struct tensor *x,
-                const struct tensor *noise, const struct tensor *t);
-// loss[n] = mean over (C,H,W) of (out[:, :C] - (noise - x))^2; out [N,Co,H,W] f32, Co >= C.
-// dout [N,Co,H,W] = scale * d loss[n] / d out; channels from C on get zero. dout may be NULL.
+// What training at an image's t takes, a row of `at` [N,TIME_COLUMNS] f32: see op_diffuse, op_ddpm_loss.
+enum {
+    TIME_SIGNAL,
+    TIME_NOISE,
+    TIME_RANGE, // ln of the step's largest variance over its smallest
+    TIME_GAIN,  // deviations of the smallest variance that one unit of noise moves the step's mean by
+    TIME_BIN,   // half the width of a grey value, 1/255, in these deviations at t = 0; 0 elsewhere
+    TIME_COLUMNS
+};
+// xt = at[n,SIGNAL] x + at[n,NOISE] noise; all [N,C,H,W] f32
+int op_diffuse(struct context *c, struct tensor *xt, const struct tensor *x,
+               const struct tensor *noise, const struct tensor *at);
+// Rectified flow: loss[n] = mean over (C,H,W) of (out[:, :C] - (noise - x))^2; out [N,Co,H,W] f32,
+// Co >= C. dout [N,Co,H,W] = scale * d loss[n] / d out; channels from C on get zero. dout may be NULL.
 int op_flow_loss(struct context *c, struct tensor *loss, struct tensor *dout,
                  const struct tensor *out, const struct tensor *x, const struct tensor *noise,
                  float scale);
-// A sampler's update with classifier-free guidance. v[2N,Co,H,W]: rows n conditional, N+n
-// unconditional (or v[N,...]: no guidance). v' = vu + k[CFG] (vc - vu) on channels < `channels`, vc
-// elsewhere; z[N,C,H,W] = k[Z] z + k[V] v' + k[KEPT] kept, and kept = k[KEEP_Z] z + k[KEEP_V] v' with
-// the z before. Coefficients are in device memory, k [FLOW_STEP_COUNT] f32, so that a recorded update
-// is replayed with others. kept may be NULL; where k[KEPT] is 0 it is not read.
+// DDPM's hybrid loss (Nichol & Dhariwal 2021, unscaled): loss[n] = mse + vb, terms [2,N] their values.
+// mse = mean of d^2, d = out[:, :C] - noise. vb, where out has 2C channels, else 0: the step's term of
+// the variational bound, mean over (C,H,W) in bits, with w = out[:, C:], h = RANGE (w + 1) / 2 and
+// d taken as a constant (RANGE, GAIN, BIN of the image's row of `at`):
+//   BIN == 0   KL of the posterior and the model's normal: (h - 1 + exp(-h) (1 + (GAIN d)^2)) / 2
+//   BIN > 0    t = 0: -ln of the model's probability of the grey value of x, between
+//              exp(-h/2) (GAIN d -+ BIN) (below -0.999 and above 0.999 to the end), at least 1e-12,
+//              the normal distribution being approximated by (1 + tanh(sqrt(2/pi) (u + 0.044715 u^3))) / 2
+// dout [N,Co,H,W] = scale * d loss[n] / d out; may be NULL.
+int op_ddpm_loss(struct context *c, struct tensor *loss, struct tensor *terms, struct tensor *dout,
+                 const struct tensor *out, const struct tensor *x, const struct tensor *noise,
+                 const struct tensor *at, float scale);
+// A sampler's update with classifier-free guidance. out[2N,Co,H,W]: rows n conditional, N+n
+// unconditional (or out[N,...]: no guidance). v = vu + k[CFG] (vc - vu) on channels < `channels` of all
+// Co, vc elsewhere; v is out's first C channels, w the C after them.
+//   where k[CLIP_V]:  v = k[CLIP_Z] z + k[CLIP_V] v clipped to [-1,1]
+//   z[N,C,H,W] = k[Z] z + k[V] v + k[KEPT] kept + k[NOISE] exp(k[SPREAD] (w + 1)) noise
+//   kept       = k[KEEP_Z] z + k[KEEP_V] v, of the z before
+// Coefficients are in device memory, k [STEP_COUNT] f32, so that a recorded update is replayed with
+// others. kept and noise [N,C,H,W] may be NULL; where k[KEPT], k[NOISE] or k[SPREAD] is 0, kept, noise
+// or w is not read.
 enum {
-    FLOW_STEP_Z,
-    FLOW_STEP_V,
-    FLOW_STEP_KEPT,
-    FLOW_STEP_KEEP_Z,
-    FLOW_STEP_KEEP_V,
-    FLOW_STEP_CFG,
-    FLOW_STEP_COUNT
+    STEP_Z,
+    STEP_V,
+    STEP_KEPT,
+    STEP_KEEP_Z,
+    STEP_KEEP_V,
+    STEP_CFG,
+    STEP_CLIP_Z,
+    STEP_CLIP_V,
+    STEP_NOISE,
+    STEP_SPREAD,
+    STEP_COUNT
 };
-int op_flow_step(struct context *c, struct tensor *z, struct tensor *kept, const struct tensor *v,
-                 const struct tensor *k, int channels);
+int op_sample_step(struct context *c, struct tensor *z, struct tensor *kept,
+                   const struct tensor *out, const struct tensor *noise, const struct tensor *k,
+                   int channels);
 
 // Standard normal noise: element i of out (f32) depends on (seed, stream, i) alone, and has the same
 // bits on every device and on the host (runtime/rng.h rng_normal).
 int op_normal(struct context *c, struct tensor *out, uint64_t seed, uint64_t stream);
+// The same for a batch, where the stream is an image's own: element i of row n of out[N,...] is that of
+// (seed, stream + image[n], i); image [N] int32, and the stream's low 32 bits are 0.
+int op_normal_images(struct context *c, struct tensor *out, const struct tensor *image,
+                     uint64_t seed, uint64_t stream);
 
 // ---- optimiser -----------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-// Rectified flow, normal noise and the optimiser.
+// Diffusion, normal noise and the optimiser.
 #include "runtime/ops_internal.h"
 
 #include <math.h>
@@ -37,48 +37,68 @@ static bool is_bf16_vector(const struct tensor *t, int64_t count)
     return t->dtype == BF16 && tensor_count(t) == count;
 }
 
-// ---- rectified flow -----------------------------------------------------------------------------
+// ---- diffusion ----------------------------------------------------------------------------------
 
-int op_flow_mix(struct context *c, struct tensor *xt, const struct tensor *x,
-                const struct tensor *noise, const struct tensor *t)
+int op_diffuse(struct context *c, struct tensor *xt, const struct tensor *x,
+               const struct tensor *noise, const struct tensor *at)
 {
     BUG_IF(!same_images(xt, x) || !same_images(noise, x));
     int64_t N = x->shape[0], P = image_size(x);
-    BUG_IF(!is_f32_vector(t, N));
+    BUG_IF(!is_f32_vector(at, N * TIME_COLUMNS));
     int64_t chunk = cover(op_chunk(c, N * P, 256, P > 256 ? P : 256), 16) * 16;
     if (c->dev->cpu_forms)
-        return LAUNCH(c, KERNEL_flow_mix_cpu, cover(P, chunk), N, 1, BUF(xt), BUF(x), BUF(noise),
-                      BUF(t), UINT(P), UINT(chunk));
-    return LAUNCH(c, KERNEL_flow_mix, cover(P, GROUP), N < MOST_IMAGES ? N : MOST_IMAGES, 1,
-                  BUF(xt), BUF(x), BUF(noise), BUF(t), UINT(N), UINT(P));
+        return LAUNCH(c, KERNEL_diffuse_cpu, cover(P, chunk), N, 1, BUF(xt), BUF(x), BUF(noise),
+                      BUF(at), UINT(P), UINT(chunk));
+    return LAUNCH(c, KERNEL_diffuse, cover(P, GROUP), N < MOST_IMAGES ? N : MOST_IMAGES, 1, BUF(xt),
+                  BUF(x), BUF(noise), BUF(at), UINT(N), UINT(P));
+}
+
+// out has the sizes of x and at least its channels; dout those of out.
+static bool answers(const struct tensor *out, const struct tensor *dout, const struct tensor *x)
+{
+    return is_f32_images(out) && (!dout || same_images(dout, out)) &&
+           out->shape[0] == x->shape[0] && out->shape[1] >= x->shape[1] &&
+           out->shape[2] == x->shape[2] && out->shape[3] == x->shape[3];
 }
 
 int op_flow_loss(struct context *c, struct tensor *loss, struct tensor *dout,
                  const struct tensor *out, const struct tensor *x, const struct tensor *noise,
                  float scale)
 {
-    BUG_IF(!same_images(noise, x) || !is_f32_images(out) || (dout && !same_images(dout, out)));
     int64_t N = x->shape[0], P = image_size(x), Q = image_size(out);
-    BUG_IF(out->shape[0] != N || out->shape[1] < x->shape[1] || out->shape[2] != x->shape[2] ||
-           out->shape[3] != x->shape[3] || !is_f32_vector(loss, N));
+    BUG_IF(!same_images(noise, x) || !answers(out, dout, x) || !is_f32_vector(loss, N));
     float factor = (float)(2.0 * (double)scale / (double)P);
     return LAUNCH(c, FORM(c, flow_loss), N, 1, 1, BUF(loss), BUF_OR_NULL(dout), BUF(out), BUF(x),
                   BUF(noise), UINT(P), UINT(Q), FLOAT(factor));
 }
 
-int op_flow_step(struct context *c, struct tensor *z, struct tensor *kept, const struct tensor *v,
-                 const struct tensor *k, int channels)
+int op_ddpm_loss(struct context *c, struct tensor *loss, struct tensor *terms, struct tensor *dout,
+                 const struct tensor *out, const struct tensor *x, const struct tensor *noise,
+                 const struct tensor *at, float scale)
 {
-    BUG_IF(!is_f32_images(z) || !is_f32_images(v) || (kept && !same_images(kept, z)));
-    int64_t N = z->shape[0], C = z->shape[1], P = image_size(z), Q = image_size(v);
-    bool guided = v->shape[0] != N;
-    BUG_IF(v->shape[1] < C || v->shape[2] != z->shape[2] || v->shape[3] != z->shape[3]);
-    BUG_IF((guided && v->shape[0] != 2 * N) || !is_f32_vector(k, FLOW_STEP_COUNT));
-    BUG_IF(channels < 0 || channels > C);
+    int64_t N = x->shape[0], P = image_size(x), Q = image_size(out);
+    BUG_IF(!same_images(noise, x) || !answers(out, dout, x) || !is_f32_vector(loss, N));
+    BUG_IF((Q != P && Q != 2 * P) || !is_f32_vector(terms, 2 * N));
+    BUG_IF(!is_f32_vector(at, N * TIME_COLUMNS));
+    return LAUNCH(c, FORM(c, ddpm_loss), N, 1, 1, BUF(loss), BUF(terms), BUF_OR_NULL(dout),
+                  BUF(out), BUF(x), BUF(noise), BUF(at), UINT(N), UINT(P), UINT(Q),
+                  FLOAT((float)((double)scale / (double)P)));
+}
+
+int op_sample_step(struct context *c, struct tensor *z, struct tensor *kept,
+                   const struct tensor *out, const struct tensor *noise, const struct tensor *k,
+                   int channels)
+{
+    BUG_IF(!is_f32_images(z) || !is_f32_images(out) || (kept && !same_images(kept, z)));
+    int64_t N = z->shape[0], C = z->shape[1], P = image_size(z), Q = image_size(out);
+    bool guided = out->shape[0] != N;
+    BUG_IF(out->shape[1] < C || out->shape[2] != z->shape[2] || out->shape[3] != z->shape[3]);
+    BUG_IF((guided && out->shape[0] != 2 * N) || !is_f32_vector(k, STEP_COUNT));
+    BUG_IF(channels < 0 || channels > out->shape[1] || (noise && !same_images(noise, z)));
     int64_t first = guided ? channels * z->shape[2] * z->shape[3] : 0;
-    return LAUNCH(c, KERNEL_flow_step, cover(P, GROUP), N < MOST_IMAGES ? N : MOST_IMAGES, 1,
-                  BUF(z), BUF_OR_NULL(kept), BUF(v), BUF(k), UINT(first), UINT(N), UINT(P),
-                  UINT(Q));
+    return LAUNCH(c, KERNEL_sample_step, cover(P, GROUP), N < MOST_IMAGES ? N : MOST_IMAGES, 1,
+                  BUF(z), BUF_OR_NULL(kept), BUF(out), BUF_OR_NULL(noise), BUF(k), UINT(first),
+                  UINT(N), UINT(P), UINT(Q));
 }
 
 int op_normal(struct context *c, struct tensor *out, uint64_t seed, uint64_t stream)
@@ -90,6 +110,17 @@ int op_normal(struct context *c, struct tensor *out, uint64_t seed, uint64_t str
                       HALVES(seed), HALVES(stream), UINT(chunk));
     return LAUNCH(c, KERNEL_normal, cover(cover(count, 4), NORMAL_GROUP), 1, 1, BUF(out),
                   HALVES(count), HALVES(seed), HALVES(stream));
+}
+
+int op_normal_images(struct context *c, struct tensor *out, const struct tensor *image,
+                     uint64_t seed, uint64_t stream)
+{
+    int64_t N = out->shape[0], P = tensor_count(out) / N;
+    BUG_IF(out->dtype != F32 || image->dtype != I32 || tensor_count(image) != N);
+    BUG_IF((uint32_t)stream != 0);
+    return LAUNCH(c, KERNEL_normal_images, cover(cover(P, 4), NORMAL_GROUP),
+                  N < MOST_IMAGES ? N : MOST_IMAGES, 1, BUF(out), BUF(image), UINT(N), UINT(P),
+                  HALVES(seed), UINT((int64_t)(stream >> 32)));
 }
 
 // ---- optimiser ----------------------------------------------------------------------------------

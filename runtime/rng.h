@@ -12,10 +12,11 @@ enum rng_purpose {
     RNG_INIT = 1,   // initial weights; low bits: parameter index
     RNG_SHUFFLE,    // order of the data; low bits: epoch
     RNG_FLIP,       // horizontal flips; low bits: position in the run
-    RNG_TIME,       // t of rectified flow; low bits: micro-step
+    RNG_TIME,       // t; low bits: micro-step
     RNG_NOISE,      // training noise; low bits: micro-step
     RNG_DROP,       // label dropout; low bits: micro-step
     RNG_SAMPLE,     // sampling noise; low bits: image number
+    RNG_STEP,       // noise of a sampler's passes; low bits: pass (24 bits), image number (32 bits)
 };
 static inline uint64_t rng_stream(enum rng_purpose purpose, uint64_t low)
 {

@@ -49,7 +49,7 @@ asan() { # everything again under ASan and UBSan; leaks are looked for where no 
 }
 asan_device() {
     ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
-        build-asan/ditmoe_test devices transfers gemm layers attention moe fused halves train_ops profile golden model
+        build-asan/ditmoe_test devices transfers gemm layers attention moe fused halves train_ops diffusion schedule profile golden model
 }
 asan_cli() {
     ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 tests/cli.sh build-asan

@@ -113,7 +113,8 @@ static int train_one(struct subject *s)
 
 static int sample_all(struct subject *s)
 {
-    return sampler_run(s->sampler, s->batch, s->labels, s->images, s->latents, NULL, NULL);
+    const struct sample_noise noise = {.start = s->images};
+    return sampler_run(s->sampler, s->batch, s->labels, &noise, s->latents, NULL, NULL);
 }
 
 // One round: a training step, or a run of sampling steps; until the device is done.

@@ -1,15 +1,18 @@
 // ditmoe forward: one pass on tensors from a file, so that anyone can compare this program with
 // another one. Without --loss: the output and the experts chosen, in evaluation mode. With
-// --loss rf: the rectified-flow loss of x, t, y and noise, and every gradient under its published
-// name; the balance loss takes part in the gradients but not in the loss.
+// --loss rf or ddpm: that loss of x, t, y and noise, and every gradient under its published name; the
+// balance loss takes part in the gradients but not in the loss.
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include "model/ddpm.h"
 #include "model/train.h"
 #include "tools/ckpt.h"
 
-static const char *const loss_choices[] = {"none", "rf", NULL};
+static const char *const loss_choices[] = {"none", "rf", "ddpm", NULL};
+enum { LOSS_NONE, LOSS_RF, LOSS_DDPM };
 
 struct forward_options {
     struct ckpt_options from;
@@ -22,16 +25,16 @@ struct forward_options {
 static const struct option_spec forward_options[] = {
     {"input", 'i', OPTION_STRING, "FILE", NULL,
      "safetensors file with x [N,C,H,W], t [N], y [N] (the null class is the number after the "
-     "last), "
-     "and noise [N,C,H,W] for --loss",
+     "last), and noise [N,C,H,W] for --loss; --loss ddpm: t whole numbers from 0 to 999",
      AT(input), 0, 0, NULL},
     {"output", 'o', OPTION_STRING, "FILE", NULL,
-     "file to write: out [N,C,H,W] and experts.LAYER [N*T,K]; with --loss rf loss [1] and "
-     "grad.NAME "
-     "of every parameter, and the balance loss in the metadata",
+     "file to write: out [N,C,H,W] and experts.LAYER [N*T,K]; with --loss loss [1] and grad.NAME "
+     "of every parameter, with --loss ddpm mse [N] and vb [N] too; the balance loss is in the "
+     "metadata",
      AT(output), 0, 0, NULL},
-    {"loss", 0, OPTION_CHOICE, "WHICH", "none", "none or rf: rectified flow", AT(loss), 0, 0,
-     loss_choices},
+    {"loss", 0, OPTION_CHOICE, "WHICH", "none",
+     "none; rf: rectified flow; ddpm: the hybrid loss of DDPM with learned variance", AT(loss), 0,
+     0, loss_choices},
     {0},
 };
 #undef AT
@@ -78,7 +81,17 @@ static int read_labels(const struct safetensors *file, const struct config *c, i
     return 0;
 }
 
-static int read_tensors(const struct safetensors *file, const struct config *c, bool loss,
+// DDPM's t are steps.
+static int check_steps(const struct safetensors *file, const struct inputs *in)
+{
+    for (int i = 0; i < in->images; i++)
+        if (!(in->t[i] >= 0 && in->t[i] < DDPM_STEPS && in->t[i] == floorf(in->t[i])))
+            return fail(ERR_INPUT, "%s: t[%d] is %g; --loss ddpm wants whole numbers from 0 to %d",
+                        safetensors_path(file), i, (double)in->t[i], DDPM_STEPS - 1);
+    return 0;
+}
+
+static int read_tensors(const struct safetensors *file, const struct config *c, int loss,
                         struct inputs *in)
 {
     const struct st_tensor *x;
@@ -95,10 +108,12 @@ static int read_tensors(const struct safetensors *file, const struct config *c, 
     TRY(read_floats(file, "x", 4, shape, &in->x));
     TRY(read_floats(file, "t", 1, shape, &in->t));
     TRY(read_labels(file, c, in->images, in->y));
+    if (loss == LOSS_DDPM)
+        TRY(check_steps(file, in));
     return loss ? read_floats(file, "noise", 4, shape, &in->noise) : 0;
 }
 
-static int read_inputs(const char *path, const struct config *c, bool loss, struct inputs *in)
+static int read_inputs(const char *path, const struct config *c, int loss, struct inputs *in)
 {
     struct safetensors *file = NULL;
     TRY(safetensors_open(path, &file));
@@ -185,14 +200,39 @@ static int total_balance(struct dit *d, double *sum)
     return 0;
 }
 
-static int write_loss(struct safetensors_writer *w, struct dit *d, double loss)
+// mse and vb of every image; vb where the variance is learned.
+static int declare_terms(struct safetensors_writer *w, const struct trainer *t)
+{
+    const int64_t images = t->options.batch;
+    if (!t->terms.ndim)
+        return 0;
+    TRY(safetensors_declare(w, "mse", ST_F32, 1, &images));
+    return t->dit->config.learn_sigma ? safetensors_declare(w, "vb", ST_F32, 1, &images) : 0;
+}
+
+static int write_terms(struct safetensors_writer *w, struct trainer *t)
+{
+    if (!t->terms.ndim)
+        return 0;
+    float *host = malloc(tensor_bytes(&t->terms));
+    int code = host ? tensor_read(&t->dit->ctx, &t->terms, host) : fail(ERR_NOMEM, "out of memory");
+    if (code >= 0)
+        code = safetensors_write(w, host,
+                                 tensor_bytes(&t->terms) / (t->dit->config.learn_sigma ? 1 : 2));
+    free(host);
+    return code;
+}
+
+static int write_loss(struct safetensors_writer *w, struct trainer *t, double loss)
 {
     char name[96], text[32];
+    struct dit *d = t->dit;
     double balance;
     TRY(total_balance(d, &balance));
     snprintf(text, sizeof text, "%.9g", balance);
     TRY(safetensors_set_metadata(w, "balance", text));
     TRY(safetensors_declare(w, "loss", ST_F32, 1, (int64_t[]){1}));
+    TRY(declare_terms(w, t));
     for (int i = 0; i < d->params.count; i++) {
         const struct param *p = &d->params.list[i];
         snprintf(name, sizeof name, "grad.%s", p->name);
@@ -202,17 +242,19 @@ static int write_loss(struct safetensors_writer *w, struct dit *d, double loss)
     TRY(safetensors_begin(w));
     const float scalar = (float)loss;
     TRY(safetensors_write(w, &scalar, sizeof scalar));
+    TRY(write_terms(w, t));
     for (int i = 0; i < d->params.count; i++)
         if (!d->params.list[i].frozen)
             TRY(write_gradient(w, d, &d->params.list[i]));
     return 0;
 }
 
-static int write_output(const char *path, struct dit *d, bool with_loss, double loss)
+// Of a trainer the loss and the gradients, else the output.
+static int write_output(const char *path, struct dit *d, struct trainer *t, double loss)
 {
     struct safetensors_writer *w = NULL;
     TRY(safetensors_create(path, &w));
-    int code = with_loss ? write_loss(w, d, loss) : write_forward(w, d);
+    int code = t ? write_loss(w, t, loss) : write_forward(w, d);
     if (code < 0) {
         safetensors_abort(w);
         return code;
@@ -237,7 +279,7 @@ static int run_forward(const struct forward_options *o, const struct session *s,
     TRY_OUT(tensor_write(&d->ctx, &d->t, in->t));
     TRY_OUT(tensor_write(&d->ctx, &d->labels, in->y));
     TRY_OUT(dit_forward(d));
-    code = write_output(o->output, d, false, 0);
+    code = write_output(o->output, d, NULL, 0);
 out:
     dit_free(d);
     return code;
@@ -250,12 +292,14 @@ static int run_loss(const struct forward_options *o, const struct session *s,
     struct train_options options = train_defaults();
     double loss = 0;
     options.batch = in->images;
-    int code = trainer_new(s->dev, s->stream, &file->config, &options, &t);
+    struct config config = file->config;
+    config.diffusion = o->loss == LOSS_DDPM ? DIFFUSION_DDPM : DIFFUSION_RF;
+    int code = trainer_new(s->dev, s->stream, &config, &options, &t);
     if (code >= 0) {
         TRY_OUT(trainer_commit(t));
         TRY_OUT(checkpoint_load(file, t->dit, (enum weights_choice)o->from.weights));
         TRY_OUT(trainer_loss(t, in->x, in->t, in->y, in->noise, &loss));
-        code = write_output(o->output, t->dit, true, loss);
+        code = write_output(o->output, t->dit, t, loss);
     }
 out:
     trainer_free(t);
@@ -299,8 +343,8 @@ int cmd_forward(int argc, char **argv)
         .summary = "Runs one pass on given tensors.",
         .about =
             "Runs one forward pass, in evaluation mode, on tensors from a file and writes what "
-            "comes "
-            "out, or (--loss rf) the loss and every gradient: the door for comparing this program "
+            "comes out, or (--loss) the loss and every gradient: the door for comparing this "
+            "program "
             "with another one.",
         .example = "ditmoe forward --ckpt model.safetensors --input in.safetensors --output "
                    "out.safetensors",

@@ -15,7 +15,6 @@ struct sample_settings {
     struct vae_settings vae;
     const char *classes, *names, *out, *images, *latents, *noise;
     int per_class;
-    int guided; // index into channel_choices
 };
 
 #define AT(member) offsetof(struct sample_settings, member)
@@ -25,22 +24,34 @@ static const struct option_spec sample_options[] = {
     {"per-class", 0, OPTION_INT, "N", "1", "images of each class", AT(per_class), 1, 1000000, NULL},
     {"noise", 0, OPTION_STRING, "FILE", NULL,
      "safetensors file whose tensor z [N,C,H,W] is the noise to start from; one class is taken for "
-     "all N, else N images must be asked for",
+     "all N, else N images must be asked for. A tensor step_noise [S,N,C,H,W] is the noise that "
+     "ddpm "
+     "and ddim take in S (or S+1) steps, in the order of use",
      AT(noise), 0, 0, NULL},
     {0},
 };
-static const char *const sampler_choices[] = {"euler", "heun", "dpm++", NULL};
-static const char *const channel_choices[] = {"all", "3", NULL};
 static const struct option_spec sampler_options[] = {
-    {"sampler", 0, OPTION_CHOICE, "NAME", "euler",
+    {"sampler", 0, OPTION_CHOICE, "NAME", "auto",
      "euler; heun: second order, two passes of the network a step; dpm++: DPM-Solver++(2M), second "
-     "order in one pass",
-     AT(draw.sampler), 0, 0, sampler_choices},
-    {"cfg-channels", 0, OPTION_CHOICE, "WHICH", "all",
-     "guide all channels, or the first 3 only; the others then follow the class as it is",
-     AT(guided), 0, 0, channel_choices},
-    {"cfg-from", 0, OPTION_FLOAT, "T", "0", "guide only in passes at t of T and more (0: image)",
-     AT(draw.cfg_from), 0, 1, NULL},
+     "order in one pass; ddim; ddpm: with noise in every step; auto: ddpm for a DDPM model, else "
+     "euler",
+     AT(draw.sampler), 0, 0, draw_samplers},
+    {"respacing", 0, OPTION_STRING, "SPEC", NULL,
+     "DDPM models: which of the 1000 steps, in place of --steps: N, or A,B,C for steps in equal "
+     "sections of t, or ddimN for N steps a whole number apart",
+     AT(draw.respacing), 0, 0, NULL},
+    {"eta", 0, OPTION_FLOAT, "E", "0", "noise of ddim: 0 none, 1 as in ancestral sampling",
+     AT(draw.eta), 0, 1, NULL},
+    {"clip", 0, OPTION_FLAG, NULL, "no",
+     "clip the predicted image to [-1,1] in every step: for pixels, not for latents", AT(draw.clip),
+     0, 0, NULL},
+    {"cfg-channels", 0, OPTION_CHOICE, "WHICH", "auto",
+     "guide all channels, or the first 3 only; the others then follow the class as it is; auto: 3 "
+     "for a DDPM model with more, as published, else all",
+     AT(draw.cfg_channels), 0, 0, draw_channels},
+    {"cfg-from", 0, OPTION_FLOAT, "T", "0",
+     "guide only in passes at t of T and more (0: image; DDPM: t/1000)", AT(draw.cfg_from), 0, 1,
+     NULL},
     {"cfg-to", 0, OPTION_FLOAT, "T", "1", "and of T and less (1: noise); steps cost the same",
      AT(draw.cfg_to), 0, 1, NULL},
     {0},
@@ -67,6 +78,7 @@ struct request {
     int *list;          // [list_count] as given
     int32_t *classes;   // [count]
     float *noise;       // [count,C,S,S] or NULL
+    float *step_noise;  // [steps,count,C,S,S] or NULL
     float *latents;     // [count,C,S,S]
     char (*labels)[96]; // [list_count]
     struct pictures pictures; // of the latents; without an autoencoder these themselves
@@ -150,34 +162,55 @@ static void label_rows(const struct sample_settings *o, const char *ckpt, struct
 
 // ---- noise --------------------------------------------------------------------------------------
 
-static int open_noise(const char *path, const struct config *c, struct safetensors **file,
-                      const struct st_tensor **z)
+static int read_floats(const struct safetensors *file, const struct st_tensor *t, float **out)
 {
-    const int64_t shape[] = {-1, c->channels, c->size, c->size};
-    TRY(safetensors_open(path, file));
-    return safetensors_expect(*file, "z", -1, 4, shape, z);
+    *out = malloc(sizeof **out * (size_t)(t->count ? t->count : 1));
+    if (!*out)
+        return fail(ERR_NOMEM, "%s: out of memory", safetensors_path(file));
+    return safetensors_read_f32(file, t, *out, 0, t->count);
 }
 
-// Reads z; a single class is drawn from every row of it.
+// step_noise, where the file has it: of every step, or of all but the last, which takes none.
+static int read_step_noise(const struct sample_settings *o, const struct config *c,
+                           const struct safetensors *file, struct request *q)
+{
+    const int64_t shape[] = {-1, q->count, c->channels, c->size, c->size};
+    const struct sample_options s = draw_sampling(&o->draw, c);
+    const struct st_tensor *t;
+    struct schedule way;
+    if (!safetensors_find(file, "step_noise"))
+        return 0;
+    TRY(sampler_schedule(c, &s, &way));
+    TRY(safetensors_expect(file, "step_noise", -1, 5, shape, &t));
+    if (schedule_random(&way) && t->shape[0] != way.steps && t->shape[0] != way.steps - 1)
+        return fail(ERR_INPUT, "%s: step_noise is for %lld steps, and there are %d", o->noise,
+                    (long long)t->shape[0], way.steps);
+    return read_floats(file, t, &q->step_noise);
+}
+
+static int read_start(const struct sample_settings *o, const struct config *c,
+                      const struct safetensors *file, struct request *q)
+{
+    const int64_t shape[] = {-1, c->channels, c->size, c->size};
+    const struct st_tensor *z;
+    TRY(safetensors_expect(file, "z", -1, 4, shape, &z));
+    const int64_t n = z->shape[0];
+    if (q->list_count == 1 && !options_given("per-class") && n > 0 && n <= INT32_MAX)
+        q->count = (int)n; // a single class is drawn from every row
+    if (n != q->count)
+        return fail(ERR_INPUT, "%s: z holds %lld images, but --classes and --per-class ask for %d",
+                    o->noise, (long long)n, q->count);
+    return read_floats(file, z, &q->noise);
+}
+
 static int read_noise(const struct sample_settings *o, const struct config *c, struct request *q)
 {
     struct safetensors *file = NULL;
-    const struct st_tensor *z = NULL;
-    int code = open_noise(o->noise, c, &file, &z);
-    if (code >= 0) {
-        int64_t n = z->shape[0];
-        if (q->list_count == 1 && !options_given("per-class") && n > 0 && n <= INT32_MAX)
-            q->count = (int)n;
-        if (n != q->count)
-            code =
-                fail(ERR_INPUT, "%s: z holds %lld images, but --classes and --per-class ask for %d",
-                     o->noise, (long long)n, q->count);
-    }
-    if (code >= 0) {
-        q->noise = malloc(sizeof(float) * (size_t)z->count);
-        code = q->noise ? safetensors_read_f32(file, z, q->noise, 0, z->count)
-                        : fail(ERR_NOMEM, "%s: out of memory", o->noise);
-    }
+    int code = safetensors_open(o->noise, &file);
+    if (code >= 0)
+        code = read_start(o, c, file, q);
+    if (code >= 0)
+        code = read_step_noise(o, c, file, q);
     safetensors_close(file);
     return code;
 }
@@ -207,43 +240,59 @@ static int prepare_request(const struct sample_settings *o, const struct config 
 enum { TEXTS = 10 };
 struct texts {
     struct image_text list[TEXTS];
-    char parameters[800], seed[24], steps[16], cfg[24], guidance[80], classes[400];
+    char parameters[800], seed[24], steps[64], cfg[24], guidance[80], way[160], classes[400];
 };
 
-static const char *const sampler_names[] = {"Euler", "Heun", "DPM-Solver++(2M)"};
-
 // What the guidance scale acts on, "" where on everything.
-static void guidance_text(const struct draw_options *d, char *out, size_t size)
+static void guidance_text(const struct sample_options *s, char *out, size_t size)
 {
     char interval[56] = "";
-    if (d->interval)
-        snprintf(interval, sizeof interval, " for t %g to %g", (double)d->cfg_from,
-                 (double)d->cfg_to);
-    snprintf(out, size, "%s%s", d->cfg_channels ? " on 3 channels" : "", interval);
+    if (s->interval)
+        snprintf(interval, sizeof interval, " for t %g to %g", (double)s->cfg_from,
+                 (double)s->cfg_to);
+    snprintf(out, size, "%s%s", s->cfg_channels ? " on 3 channels" : "", interval);
+}
+
+// The sampler and its steps: "50 Euler steps", "DDIM steps by ddim25, eta 0.5".
+static void way_text(const struct sample_options *s, char *out, size_t size)
+{
+    char eta[32] = "";
+    const char *title = draw_sampler_title(s->kind);
+    if (s->kind == SAMPLER_DDIM)
+        snprintf(eta, sizeof eta, ", eta %g", (double)s->eta);
+    if (s->respacing)
+        snprintf(out, size, "%s steps by %.60s%s%s", title, s->respacing, eta,
+                 s->clip ? ", clipped" : "");
+    else
+        snprintf(out, size, "%d %s steps%s%s", s->steps, title, eta, s->clip ? ", clipped" : "");
 }
 
 static void fill_texts(const struct sample_settings *o, const struct checkpoint *file,
                        struct texts *t)
 {
     const struct draw_options *d = &o->draw;
+    const struct sample_options s = draw_sampling(d, &file->config);
     const char *slash = strrchr(file->path, '/'), *name = slash ? slash + 1 : file->path;
     bool ema = d->from.weights == WEIGHTS_EMA || (d->from.weights == WEIGHTS_AUTO && file->has_ema);
     snprintf(t->seed, sizeof t->seed, "%llu", (unsigned long long)d->seed);
-    snprintf(t->steps, sizeof t->steps, "%d", d->steps);
+    snprintf(t->steps, sizeof t->steps, "%d", s.steps);
+    if (s.respacing)
+        snprintf(t->steps, sizeof t->steps, "%s", s.respacing);
     snprintf(t->cfg, sizeof t->cfg, "%g", (double)draw_cfg(d, &file->config));
     snprintf(t->classes, sizeof t->classes, "%s", o->classes);
-    guidance_text(d, t->guidance, sizeof t->guidance);
+    guidance_text(&s, t->guidance, sizeof t->guidance);
+    way_text(&s, t->way, sizeof t->way);
     snprintf(t->parameters, sizeof t->parameters,
-             "classes %.200s, %d each, %s %s steps, cfg %s%s, seed %s%s, %s weights of %.100s",
-             o->classes, o->per_class, t->steps, sampler_names[d->sampler], t->cfg, t->guidance,
-             t->seed, o->noise ? " (noise from a file)" : "", ema ? "EMA" : "model", name);
+             "classes %.200s, %d each, %s, cfg %s%s, seed %s%s, %s weights of %.100s", o->classes,
+             o->per_class, t->way, t->cfg, t->guidance, t->seed,
+             o->noise ? " (noise from a file)" : "", ema ? "EMA" : "model", name);
     const struct image_text list[TEXTS] = {
         {"Software", "ditmoe " DITMOE_VERSION},
         {"parameters", t->parameters},
         {"seed", t->seed},
         {"classes", t->classes},
         {"steps", t->steps},
-        {"sampler", sampler_choices[d->sampler]},
+        {"sampler", draw_samplers[s.kind + 1]},
         {"cfg", t->cfg},
         {"guidance", t->guidance[0] ? t->guidance + 1 : "on all channels at every t"},
         {"weights", ema ? "ema" : "model"},
@@ -339,12 +388,14 @@ static int sample_run(const struct sample_settings *o, const struct checkpoint *
         return status;
     if (prepare_request(o, c, file->path, q) < 0)
         return report_failure("sample");
-    char guidance[80];
-    guidance_text(&o->draw, guidance, sizeof guidance);
-    fprintf(stderr, "%d images, %d %s steps, cfg %g%s, seed %llu\n", q->count, o->draw.steps,
-            sampler_names[o->draw.sampler], (double)draw_cfg(&o->draw, c), guidance,
+    char guidance[80], way[160];
+    const struct sample_options s = draw_sampling(&o->draw, c);
+    const struct sample_noise noise = {q->noise, q->step_noise};
+    guidance_text(&s, guidance, sizeof guidance);
+    way_text(&s, way, sizeof way);
+    fprintf(stderr, "%d images, %s, cfg %g%s, seed %llu\n", q->count, way, (double)s.cfg, guidance,
             (unsigned long long)o->draw.seed);
-    if (draw_samples(&o->draw, file, q->count, q->classes, q->noise, q->latents) < 0 ||
+    if (draw_samples(&o->draw, file, q->count, q->classes, &noise, q->latents) < 0 ||
         ((o->out || o->images) && make_pictures(o, c, q) < 0) || write_results(o, file, q) < 0)
         return report_failure("sample");
     return 0;
@@ -367,8 +418,10 @@ int cmd_sample(int argc, char **argv)
         .name = "sample",
         .summary = "Draws images from a checkpoint.",
         .about =
-            "Draws images of the given classes: rectified flow from noise, t = 1, to image, t = 0, "
-            "with classifier-free guidance. The same seed gives the same noise everywhere.",
+            "Draws images of the given classes, from noise to image by rectified flow or DDPM as "
+            "the "
+            "model was trained, with classifier-free guidance. The same seed gives the same noise "
+            "everywhere.",
         .example =
             "ditmoe sample --ckpt run --classes 0-9 --per-class 8 --seed 1 --out samples.png",
         .groups = groups,
@@ -378,11 +431,10 @@ int cmd_sample(int argc, char **argv)
         return status;
     if (!o.draw.from.ckpt)
         return usage_error("sample", "--ckpt FILE is needed");
-    o.draw.cfg_channels = o.guided ? 3 : 0;
     o.draw.interval = options_given("cfg-from") || options_given("cfg-to");
     if (o.draw.cfg_from > o.draw.cfg_to)
-        return usage_error("sample", "--cfg-from %g is above --cfg-to %g",
-                           (double)o.draw.cfg_from, (double)o.draw.cfg_to);
+        return usage_error("sample", "--cfg-from %g is above --cfg-to %g", (double)o.draw.cfg_from,
+                           (double)o.draw.cfg_to);
     if (!o.out && !o.images && !o.latents)
         return usage_error("sample", "nothing to write: give --out, --images or --latents");
     struct checkpoint *file = NULL;
@@ -392,7 +444,8 @@ int cmd_sample(int argc, char **argv)
     status = sample_run(&o, file, &q);
     if (q.pictures.values != q.latents)
         free(q.pictures.values);
-    free(q.list), free(q.classes), free(q.noise), free(q.latents), free(q.labels);
+    free(q.list), free(q.classes), free(q.noise), free(q.step_noise), free(q.latents);
+    free(q.labels);
     ckpt_close(file);
     return status;
 }

@@ -5,6 +5,7 @@
 
 #include "tools/train_run.h"
 
+static const char *const diffusion_choices[] = {"rf", "ddpm", NULL}; // in the order of enum diffusion
 static const char *const time_choices[] = {"logit-normal", "uniform", "stratified", NULL};
 
 #define AT(member) offsetof(struct train_settings, member)
@@ -15,6 +16,9 @@ static const struct option_spec run_options[] = {
      "directory with MNIST-like files (Fashion-MNIST), or folder of class folders of PNG or JPEG "
      "images",
      AT(data), 0, 0, NULL},
+    {"diffusion", 0, OPTION_CHOICE, "WHICH", "rf",
+     "what is learned: rf, rectified flow; ddpm, noise and variance in 1000 steps", AT(diffusion), 0,
+     0, diffusion_choices},
     {"out", 'o', OPTION_STRING, "RUN_DIR", NULL, "where the run's files go", AT(out), 0, 0, NULL},
     {"steps", 'n', OPTION_INT64, "N", "10000",
      "optimiser steps in all, those before --resume counted", AT(steps), 1, 1e12, NULL},
@@ -58,7 +62,7 @@ static const struct option_spec optimiser_options[] = {
     {"ema", 0, OPTION_FLOAT, "X", "0.9999", "decay of the averaged weights, warmed up", AT(ema), 0,
      1, NULL},
     {"time", 0, OPTION_CHOICE, "HOW", "logit-normal",
-     "how t is drawn: logit-normal, uniform, stratified", AT(time), 0, 0, time_choices},
+     "how rectified flow draws t: logit-normal, uniform, stratified", AT(time), 0, 0, time_choices},
     {"recompute", 0, OPTION_FLAG, NULL, "no",
      "keep only each block's input and compute the rest again: less memory, more time",
      AT(recompute), 0, 0, NULL},
@@ -75,7 +79,7 @@ static const struct option_spec output_options[] = {
     {"keep", 0, OPTION_INT, "N", "2", "checkpoints to keep; 0: all", AT(keep), 0, 1000000, NULL},
     {"sample-every", 0, OPTION_INT64, "N", "1000", "steps between sample grids; 0: none",
      AT(sample_every), 0, 1e12, NULL},
-    {"sample-steps", 0, OPTION_INT, "N", "20", "Euler steps of a sample", AT(sample_steps), 1,
+    {"sample-steps", 0, OPTION_INT, "N", "20", "Euler steps of a sample (DDPM: DDIM steps, the same)", AT(sample_steps), 1,
      10000, NULL},
     {"sample-cfg", 0, OPTION_FLOAT, "S", "2", "guidance scale of samples", AT(sample_cfg), 0, 100,
      NULL},
@@ -116,8 +120,8 @@ int cmd_train(int argc, char **argv)
     };
     const struct command command = {
         .name = "train",
-        .summary = "Trains a model by rectified flow.",
-        .about = "Trains a DiT-MoE by rectified flow and writes RUN_DIR/log.csv (a row a step), "
+        .summary = "Trains a model by rectified flow or DDPM.",
+        .about = "Trains a DiT-MoE by rectified flow or DDPM and writes RUN_DIR/log.csv (a row a step), "
                  "checkpoints, sample grids, loss.png and run.json. Ctrl-C finishes the step and "
                  "writes a checkpoint; --resume then continues bit for bit.",
         .example =
@@ -137,6 +141,8 @@ int cmd_train(int argc, char **argv)
         return usage_error("train", "--beta1 and --beta2 must be below 1");
     if (o.channels == 2)
         return usage_error("train", "--channels 2: must be 1 or 3");
+    if (o.diffusion == DIFFUSION_DDPM && options_given("time"))
+        return usage_error("train", "--time: with --diffusion ddpm t is uniform");
     status = ranks_launch(o.device.device, "train", argc, argv);
     if (status)
         return status;

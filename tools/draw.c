@@ -7,8 +7,8 @@
 
 #define AT(member) offsetof(struct draw_options, member)
 const struct option_spec draw_option_list[] = {
-    {"steps", 'n', OPTION_INT, "N", "50", "steps from noise to image, equal in t", AT(steps), 1, 100000,
-     NULL},
+    {"steps", 'n', OPTION_INT, "N", "50",
+     "steps from noise to image; at most 1000 with a DDPM model", AT(steps), 1, 100000, NULL},
     {"cfg", 0, OPTION_FLOAT, "S", "2", "guidance scale; 1: no guidance, half the time", AT(cfg), 0,
      1000, NULL},
     {"seed", 's', OPTION_UINT64, "K", "0", "of the noise; the same on every device", AT(seed), 0, 0,
@@ -25,6 +25,37 @@ float draw_cfg(const struct draw_options *o, const struct config *c)
     return has_null || options_given("cfg") ? o->cfg : 1.0f;
 }
 
+const char *const draw_samplers[] = {"auto", "euler", "heun", "dpm++", "ddim", "ddpm", NULL};
+const char *const draw_channels[] = {"auto", "all", "3", NULL};
+
+const char *draw_sampler_title(enum sampler_kind kind)
+{
+    static const char *const titles[] = {"Euler", "Heun", "DPM-Solver++(2M)", "DDIM", "DDPM"};
+    return titles[kind];
+}
+
+struct sample_options draw_sampling(const struct draw_options *o, const struct config *c)
+{
+    const bool ddpm = c->diffusion == DIFFUSION_DDPM;
+    const bool three = o->cfg_channels ? o->cfg_channels == 2 : ddpm && c->channels > 3;
+    return (struct sample_options){
+        .kind = o->sampler ? (enum sampler_kind)(o->sampler - 1)
+                : ddpm     ? SAMPLER_DDPM
+                           : SAMPLER_EULER,
+        .steps = o->steps,
+        .respacing = o->respacing,
+        .eta = o->eta,
+        .clip = o->clip != 0,
+        .cfg = draw_cfg(o, c),
+        .cfg_channels = three ? 3 : 0,
+        .interval = o->interval,
+        .cfg_from = o->cfg_from,
+        .cfg_to = o->cfg_to,
+        .seed = o->seed,
+        .pack = true,
+    };
+}
+
 static int show(void *user, int done, int total)
 {
     (void)total;
@@ -33,20 +64,12 @@ static int show(void *user, int done, int total)
 }
 
 int draw_samples(const struct draw_options *o, const struct checkpoint *file, int count,
-                 const int32_t *classes, const float *noise, float *latents)
+                 const int32_t *classes, const struct sample_noise *noise, float *latents)
 {
     struct session session;
     struct sampler *sampler = NULL;
     int batch = o->batch < count ? o->batch : count;
-    struct sample_options options = {.kind = (enum sampler_kind)o->sampler,
-                                     .steps = o->steps,
-                                     .cfg = draw_cfg(o, &file->config),
-                                     .cfg_channels = o->cfg_channels,
-                                     .interval = o->interval,
-                                     .cfg_from = o->cfg_from,
-                                     .cfg_to = o->cfg_to,
-                                     .seed = o->seed,
-                                     .pack = true};
+    const struct sample_options options = draw_sampling(o, &file->config);
     struct progress progress;
     TRY(session_open(&o->device, &session));
     stop_on_signals();
@@ -54,7 +77,8 @@ int draw_samples(const struct draw_options *o, const struct checkpoint *file, in
     if (code >= 0)
         code = checkpoint_load(file, sampler->dit, (enum weights_choice)o->from.weights);
     if (code >= 0) {
-        progress_start(&progress, "step", 0, (int64_t)((count + batch - 1) / batch) * o->steps, 0);
+        const int64_t batches = (count + batch - 1) / batch;
+        progress_start(&progress, "step", 0, batches * sampler->schedule.steps, 0);
         code = sampler_run(sampler, count, classes, noise, latents, show, &progress);
         progress_clear(&progress);
     }

@@ -9,21 +9,32 @@ struct draw_options {
     struct ckpt_options from;
     int steps, batch;
     float cfg;
-    int sampler;      // enum sampler_kind
-    int cfg_channels; // 0: all
+    int sampler;           // index into draw_samplers
+    const char *respacing; // NULL: steps
+    float eta;
+    int clip;
+    int cfg_channels; // index into draw_channels
     bool interval;    // guidance only for cfg_from <= t <= cfg_to
     float cfg_from, cfg_to;
     uint64_t seed;
     struct device_options device;
 };
 extern const struct option_spec draw_option_list[];
+extern const char *const draw_samplers[]; // auto, then in the order of enum sampler_kind
+extern const char *const draw_channels[]; // auto, all, 3
 
 // The guidance scale: as asked, or 1 where none was asked for and the model has no null class.
 float draw_cfg(const struct draw_options *o, const struct config *c);
 
+// What these options come to for a model: auto is, with rectified flow, euler and guidance on all
+// channels; with DDPM, ddpm and guidance on the first 3 of more channels, as published.
+struct sample_options draw_sampling(const struct draw_options *o, const struct config *c);
+// The name of what will be done, in words.
+const char *draw_sampler_title(enum sampler_kind kind);
+
 // Draws `count` images on the device, with progress on stderr; noise as in sampler_run().
 int draw_samples(const struct draw_options *o, const struct checkpoint *file, int count,
-                 const int32_t *classes, const float *noise, float *latents);
+                 const int32_t *classes, const struct sample_noise *noise, float *latents);
 
 // Writes `latents` [count,C,S,S] and `labels` [count].
 int draw_write_latents(const char *path, const struct config *c, int count, const int32_t *classes,

@@ -37,6 +37,7 @@ static int open_data(struct run *r)
 {
     const struct train_settings *o = r->o;
     struct model_options overrides = o->overrides;
+    overrides.diffusion = o->diffusion;
     if (o->data) {
         TRY(data_open(o->data, o->image_size, o->channels, &r->data));
         overrides.size = r->data->size;

@@ -15,6 +15,7 @@
 
 struct train_settings {
     const char *model, *data, *out;
+    int diffusion; // enum diffusion
     struct model_options overrides;
     struct device_options device;
     struct rank_options ranks;

@@ -107,8 +107,9 @@ static int write_grid(const struct train_samples *s, const struct trainer *t,
         return fail(ERR_IO, "%s: %s", path, strerror(errno));
     snprintf(path, sizeof path, "%s/samples/step-%08lld.png", dir, (long long)t->step);
     snprintf(title, sizeof title, "step %lld", (long long)t->step);
-    snprintf(text, sizeof text, "step %lld, %d Euler steps, cfg %g, seed %llu, EMA weights",
-             (long long)t->step, s->sampler->options.steps, (double)s->sampler->options.cfg,
+    snprintf(text, sizeof text, "step %lld, %d %s steps, cfg %g, seed %llu, EMA weights",
+             (long long)t->step, s->sampler->options.steps,
+             c->diffusion == DIFFUSION_DDPM ? "DDIM" : "Euler", (double)s->sampler->options.cfg,
              (unsigned long long)s->sampler->options.seed);
     for (int i = 0; i < s->rows; i++)
         labels[i] = d->class_names ? d->class_names[i] : "";

@@ -135,8 +135,8 @@ def modulate(x, shift, scale):
 
 def timestep_embedding(t, dtype):
     half = FREQUENCIES // 2
-    frequency = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=dtype) / half)
-    angle = torch.outer(t.to(dtype), frequency)
+    frequency = torch.exp((-math.log(10000.0) * torch.arange(half, dtype=torch.float32) / half).double()).float()
+    angle = torch.outer(t.float(), frequency).to(dtype)  # both rounded to float32, whatever the rest, as published
     return torch.cat([angle.cos(), angle.sin()], 1)
 
 
