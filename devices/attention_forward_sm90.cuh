@@ -14,9 +14,10 @@ template <int width, int groups, int stages, bool norm> struct attention_forward
     static constexpr int ahead_by = stages - 2; // products of the tile before may be under way
     static constexpr uint32_t stage_bytes = 2 * k_tile::bytes;
     static constexpr uint32_t nothing_at = 2 * q_tile::bytes + stages * stage_bytes;
-    // the four vectors of prepare_norm, 1 / std of a tile of keys, and what scores of queries lack
+    // norm_weights, 1 / std of a tile of keys, and what scores of queries lack
     static constexpr uint32_t norm_at = nothing_at + 1024,
-                              norm_bytes = norm ? (4 * width + keys + queries) * sizeof(float) : 0;
+                              norm_bytes =
+                                  norm ? (3 * width + 4 + keys + queries) * sizeof(float) : 0;
     static constexpr uint32_t shared_bytes = norm_at + norm_bytes + 1024; // what aligns it
     using softmax = attention_softmax<width, 1, keys>;
 
@@ -65,103 +66,119 @@ template <int width, int groups, int stages, bool norm> struct attention_forward
     //     q' . k' = (1 / std of k) c . k + q' . bk,   c = q' o wk less its mean over the head
     // (sum of c is 0, so that k's mean does not matter). c takes the place of q in shared memory;
     // q' . bk is the same for all of a row's scores, so that only lse wants to know of it.
-    static __device__ __forceinline__ void prepare_norm(const attention_forward_args &p, float *w)
+    // Variances are E[x^2] - E[x]^2, in f32 of bf16.
+    struct norm_weights {
+        float u[width], v[width], l[width]; // wq o wk, bq o wk, wq o bk; zeros past the head's columns
+        float sum_u, sum_v, sum_l, sum_b;   // and of bq o bk
+    };
+
+    // By the block's first warp.
+    static __device__ __forceinline__ void prepare_norm(const attention_forward_args &p,
+                                                        norm_weights &w)
     {
-        for (int i = threadIdx.x; i < width; i += threads) {
+        float u = 0, v = 0, l = 0, b = 0;
+        if (threadIdx.x >= 32)
+            return;
+        for (int i = threadIdx.x; i < width; i += 32) {
             const bool valid = i < p.hd;
-            w[i] = valid ? p.wq[i] * p.wk[i] : 0;
-            w[width + i] = valid ? p.bq[i] * p.wk[i] : 0;
-            w[2 * width + i] = valid ? p.wq[i] * p.bk[i] : 0;
-            w[3 * width + i] = valid ? p.bq[i] * p.bk[i] : 0;
+            u += w.u[i] = valid ? p.wq[i] * p.wk[i] : 0;
+            v += w.v[i] = valid ? p.bq[i] * p.wk[i] : 0;
+            l += w.l[i] = valid ? p.wq[i] * p.bk[i] : 0;
+            b += valid ? p.bq[i] * p.bk[i] : 0;
         }
+#pragma unroll
+        for (int i = 16; i > 0; i /= 2) {
+            u += __shfl_xor_sync(~0u, u, i);
+            v += __shfl_xor_sync(~0u, v, i);
+            l += __shfl_xor_sync(~0u, l, i);
+            b += __shfl_xor_sync(~0u, b, i);
+        }
+        if (threadIdx.x == 0)
+            w.sum_u = u, w.sum_v = v, w.sum_l = l, w.sum_b = b;
+    }
+
+    static __device__ __forceinline__ float inverse_std(float mean, float mean_square)
+    {
+        return rsqrtf(fmaxf(mean_square - mean * mean, 0) + 1e-6f);
     }
 
     // Rows of the thread's warpgroup, two threads a row, every second chunk each. lacks: q' . bk of
     // the tile's rows, unless nullptr.
-    static __device__ __forceinline__ void norm_queries(char *q, const float *w, float *lacks,
-                                                        int hd)
+    static __device__ __forceinline__ void norm_queries(char *q, const norm_weights &w,
+                                                        float *lacks, int hd)
     {
-        constexpr int half = (width / 8 + 1) / 2;
+        const float share = __fdividef(1, hd);
+        constexpr int chunks = width / 8, half = (chunks + 1) / 2;
         const int row = threadIdx.x / 2, side = threadIdx.x % 2;
-        const uint4 ones = make_uint4(0x3f803f80, 0x3f803f80, 0x3f803f80, 0x3f803f80);
         uint4 x[half];
-        float sum = 0, squares = 0, along = 0, shift = 0, lack = 0, bias = 0;
+        float sum = 0, squares = 0, along = 0, lack = 0;
 #pragma unroll
         for (int i = 0; i < half; i++) {
             const int c = 2 * i + side;
-            x[i] = make_uint4(0, 0, 0, 0);
-            if (c < width / 8)
-                x[i] = *reinterpret_cast<const uint4 *>(q + q_tile::chunk(row, c));
-            sum += dot8(x[i], ones);
-        }
-        sum += __shfl_xor_sync(~0u, sum, 1);
-        const float mean = sum / hd;
-#pragma unroll
-        for (int i = 0; i < half; i++) {
-            const float *at = w + 8 * (2 * i + side);
-            if (8 * (2 * i + side) >= hd)
+            if (c >= chunks)
                 continue;
-            const eight u(at), v(at + width);
+            x[i] = *reinterpret_cast<const uint4 *>(q + q_tile::chunk(row, c));
+            const eight u(w.u + 8 * c);
             each_of_8(x[i], [&](int j, float value) {
-                squares = fmaf(value - mean, value - mean, squares);
-                along = fmaf(value - mean, u.v[j], along);
-                shift += v.v[j];
+                sum += value;
+                squares = fmaf(value, value, squares);
+                along = fmaf(value, u.v[j], along);
             });
             if (lacks) {
-                const eight l(at + 2 * width), b(at + 3 * width);
-                each_of_8(x[i], [&](int j, float value) {
-                    lack = fmaf(value - mean, l.v[j], lack);
-                    bias += b.v[j];
-                });
+                const eight l(w.l + 8 * c);
+                each_of_8(x[i], [&](int j, float value) { lack = fmaf(value, l.v[j], lack); });
             }
         }
+        sum += __shfl_xor_sync(~0u, sum, 1);
         squares += __shfl_xor_sync(~0u, squares, 1);
         along += __shfl_xor_sync(~0u, along, 1);
-        shift += __shfl_xor_sync(~0u, shift, 1);
-        const float inverse = rsqrtf(squares / hd + 1e-6f),
-                    center = fmaf(along, inverse, shift) / hd;
-        lack = fmaf(lack, inverse, bias);
         lack += __shfl_xor_sync(~0u, lack, 1);
+        const float mean = sum * share, inverse = inverse_std(mean, squares * share);
+        const float center = fmaf(along - mean * w.sum_u, inverse, w.sum_v) * share;
         if (lacks && side == 0)
-            lacks[row] = lack;
+            lacks[row] = fmaf(lack - mean * w.sum_l, inverse, w.sum_b);
 #pragma unroll
         for (int i = 0; i < half; i++) {
             const int c = 2 * i + side;
-            if (8 * c >= hd)
+            if (c >= chunks)
                 continue;
-            const eight u(w + 8 * c), v(w + width + 8 * c);
+            const eight u(w.u + 8 * c), v(w.v + 8 * c);
             float y[8];
             each_of_8(x[i], [&](int j, float value) {
-                y[j] = fmaf((value - mean) * inverse, u.v[j], v.v[j] - center);
+                y[j] = fmaf(fmaf(value, inverse, -mean * inverse), u.v[j], v.v[j] - center);
             });
             *reinterpret_cast<uint4 *>(q + q_tile::chunk(row, c)) =
                 make_uint4(pack(y[0], y[1]), pack(y[2], y[3]), pack(y[4], y[5]), pack(y[6], y[7]));
         }
     }
 
-    // 1 / std of a tile's keys, threads / keys threads each.
-    static __device__ __forceinline__ void key_norms(const char *k, float *inverse, int hd)
+    // 1 / std of a tile's keys, 8 a warp at a time: their product with themselves has their squares in
+    // its diagonal, and with ones below them on its left side their sums in its lower half.
+    static __device__ __forceinline__ void key_norms(uint32_t k, float *inverse, int hd)
     {
-        constexpr int lanes = threads / keys, most = (width / 8 + lanes - 1) / lanes;
-        const int row = threadIdx.x / lanes;
-        float sum = 0, squares = 0;
+        const float share = __fdividef(1, hd);
+        constexpr int chunks = width / 8;
+        constexpr uint32_t ones = 0x3f803f80;
+        const int lane = threadIdx.x % 32, side = lane / 8 % 2, key = lane / 4;
 #pragma unroll
-        for (int i = 0; i < most; i++) {
-            const int c = i * lanes + threadIdx.x % lanes;
-            if (c < width / 8) {
-                const uint4 x = *reinterpret_cast<const uint4 *>(k + k_tile::chunk(row, c));
-                sum += dot8(x, make_uint4(0x3f803f80, 0x3f803f80, 0x3f803f80, 0x3f803f80));
-                squares += dot8(x, x);
+        for (int i = 0; i < keys * 4 / threads; i++) {
+            const int first = (i * (threads / 32) + threadIdx.x / 32) * 8;
+            float c[4] = {};
+#pragma unroll
+            for (int j = 0; j < chunks; j += 2) {
+                const bool both = j + 1 < chunks;
+                uint32_t x[2];
+                load_matrix(x, k + k_tile::chunk(first + lane % 8, both ? j ^ side : j));
+                if (both)
+                    multiply(c, {x[0], ones, x[1], ones}, x[0], x[1]);
+                else
+                    multiply(c, {x[0], ones}, x[0]);
             }
+            const bool odd = key % 2;
+            if (lane % 4 == key / 2)
+                inverse[first + key] =
+                    inverse_std((odd ? c[3] : c[2]) * share, (odd ? c[1] : c[0]) * share);
         }
-#pragma unroll
-        for (int i = 1; i < lanes; i *= 2) {
-            sum += __shfl_xor_sync(~0u, sum, i);
-            squares += __shfl_xor_sync(~0u, squares, i);
-        }
-        const float mean = sum / hd;
-        if (threadIdx.x % lanes == 0)
-            inverse[row] = rsqrtf(fmaxf(squares / hd - mean * mean, 0) + 1e-6f);
     }
 
     // Starts s = Q K^T of a tile.
@@ -222,8 +239,8 @@ template <int width, int groups, int stages, bool norm> struct attention_forward
         char *q = shared + (1024 - shared_address(shared) % 1024) % 1024;
         const uint32_t base = shared_address(q), ring = base + 2 * q_tile::bytes;
         clear_nothing(q + nothing_at);
-        float *w = reinterpret_cast<float *>(q + norm_at), *inverse = w + 4 * width;
-        float *lacks = inverse + keys;
+        norm_weights &w = *reinterpret_cast<norm_weights *>(q + norm_at);
+        float *inverse = reinterpret_cast<float *>(&w + 1), *lacks = inverse + keys;
         if constexpr (norm)
             prepare_norm(p, w);
         const int own = threadIdx.x / 32 * 16;
@@ -261,7 +278,7 @@ template <int width, int groups, int stages, bool norm> struct attention_forward
                 }
                 ahead.load_next(p, ring);
                 if constexpr (norm) {
-                    key_norms(q + (k - base), inverse, p.hd);
+                    key_norms(k, inverse, p.hd);
                     __syncthreads();
                 }
                 visit_keys(rows, s, k + k_tile::bytes, p.tokens - first, p.scale, inverse);

@@ -75,7 +75,7 @@ enum {
 // that.
 #define ATTENTION_FORWARD_SM90_SHARED(width, queries, stages, norm) \
     (4 * ((queries) + 64 * (stages)) * (width) + 2048 +             \
-     ((norm) ? (4 * (width) + 64 + (queries)) * 4 : 0))
+     ((norm) ? (3 * (width) + 4 + 64 + (queries)) * 4 : 0))
 #define ATTENTION_BACKWARD_SM90_SHARED(width) \
     (2 * (4 * 256 + 4 * 64) * (width) + 256 * 128 + 4 * 64 * 4 + 2048)
 
