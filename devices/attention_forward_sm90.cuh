@@ -20,47 +20,18 @@ template <int width, int groups, int stages, bool norm> struct attention_forward
                                   norm ? (3 * width + 4 + keys + queries) * sizeof(float) : 0;
     static constexpr uint32_t shared_bytes = norm_at + norm_bytes + 1024; // what aligns it
     using softmax = attention_softmax<width, 1, keys>;
+    static constexpr int keys_at_once = keys, stages_held = stages;
+    using unit = attention_unit<queries>;
+    using cursor = attention_cursor<attention_forward_sm90>;
 
-    struct unit {
-        int head, first;
-        const bf16 *q;
-
-        __device__ __forceinline__ unit(const attention_forward_args &p, int index)
-        {
-            const int q_tiles = (p.tokens + queries - 1) / queries;
-            head = index / q_tiles;
-            first = index % q_tiles * queries;
-            q = p.qkv +
-                (static_cast<size_t>(head / p.heads) * p.tokens * 3 * p.heads + head % p.heads) *
-                    p.hd;
-        }
-    };
-
-    // The next tile of keys to ask for: ahead of the one in use, into the next unit where that is.
-    struct cursor {
-        int index, first, stage;
-        const bf16 *head;
-
-        __device__ __forceinline__ void load_next(const attention_forward_args &p, uint32_t ring)
-        {
-            if (index < p.units) {
-                const int row = p.heads * p.hd;
-                const uint32_t to = ring + stage * stage_bytes;
-                k_tile::template load<threads>(to, head + row, 3 * row, first, p.tokens, p.hd);
-                k_tile::template load<threads>(to + k_tile::bytes, head + 2 * row, 3 * row, first,
-                                               p.tokens, p.hd);
-                stage = stage + 1 == stages ? 0 : stage + 1;
-                first += keys;
-                if (first >= p.tokens) {
-                    first = 0;
-                    index += gridDim.x;
-                    if (index < p.units)
-                        head = unit(p, index).q;
-                }
-            }
-            copy_commit();
-        }
-    };
+    static __device__ __forceinline__ void load_keys(const attention_forward_args &p,
+                                                     const bf16 *head, uint32_t stage, int first)
+    {
+        const int row = p.heads * p.hd;
+        k_tile::template load<threads>(stage, head + row, 3 * row, first, p.tokens, p.hd);
+        k_tile::template load<threads>(stage + k_tile::bytes, head + 2 * row, 3 * row, first,
+                                       p.tokens, p.hd);
+    }
 
     // LayerNorm of q and k (eps 1e-6) within: with q' = (q - mean) / std o wq + bq and k' so,
     //     q' . k' = (1 / std of k) c . k + q' . bk,   c = q' o wk less its mean over the head
@@ -244,7 +215,7 @@ template <int width, int groups, int stages, bool norm> struct attention_forward
         if constexpr (norm)
             prepare_norm(p, w);
         const int own = threadIdx.x / 32 * 16;
-        cursor ahead = {static_cast<int>(blockIdx.x), 0, 0, unit(p, blockIdx.x).q};
+        cursor ahead(p);
         const int row = 3 * p.heads * p.hd;
         q_tile::template load<threads>(base, ahead.head, row, unit(p, blockIdx.x).first, p.tokens,
                                        p.hd);

@@ -60,77 +60,46 @@ __device__ __forceinline__ uint64_t operand(uint32_t address, uint32_t leading, 
 
 #define C4(c, i) "+f"(c[i][0]), "+f"(c[i][1]), "+f"(c[i][2]), "+f"(c[i][3])
 #define C16(c, i) C4(c, i), C4(c, i + 1), C4(c, i + 2), C4(c, i + 3)
-#define SUMS_16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
+#define SUMS_4 "%0,%1,%2,%3"
+#define SUMS_12 SUMS_4 ",%4,%5,%6,%7,%8,%9,%10,%11"
+#define SUMS_16 SUMS_12 ",%12,%13,%14,%15"
 #define SUMS_32 SUMS_16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 
-// c[64 x 64] = (or +=) A B^T, k = 16, both stored along k in shared memory
-__device__ __forceinline__ void multiply_along(float (*c)[4], uint64_t a, uint64_t b, bool add)
-{
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" SUMS_32
-                 "}, %32, %33, p, 1, 1, 0, 0;\n}"
-                 : C16(c, 0), C16(c, 4)
-                 : "l"(a), "l"(b), "r"(static_cast<int>(add)));
-}
+// A product of k = 16 with both sides in shared memory, c[64 x n] = (or +=) A B. i0 to i2: the numbers
+// of the operands after the sums. across: whether A and B are stored across k, else along it (B^T).
+#define BOTH_SHARED(name, n, sums, i0, i1, i2, across, ...)                                       \
+    __device__ __forceinline__ void name(float(*c)[4], uint64_t a, uint64_t b, bool add)          \
+    {                                                                                             \
+        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #i2 ", 0;\n"                            \
+                     "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.bf16.bf16 {" sums "}, %" #i0 \
+                     ", %" #i1 ", p, 1, 1, " #across ", " #across ";\n}"                          \
+                     : __VA_ARGS__                                                                \
+                     : "l"(a), "l"(b), "r"(static_cast<int>(add)));                               \
+    }
+BOTH_SHARED(multiply_along, 64, SUMS_32, 32, 33, 34, 0, C16(c, 0), C16(c, 4))
+BOTH_SHARED(multiply_along_32, 32, SUMS_16, 16, 17, 18, 0, C16(c, 0))
+BOTH_SHARED(multiply_across_32, 32, SUMS_16, 16, 17, 18, 1, C16(c, 0))
+BOTH_SHARED(multiply_across_8, 8, SUMS_4, 4, 5, 6, 1, C4(c, 0))
+#undef BOTH_SHARED
 
-// the same for 32 columns
-__device__ __forceinline__ void multiply_along_32(float (*c)[4], uint64_t a, uint64_t b, bool add)
-{
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {" SUMS_16
-                 "}, %16, %17, p, 1, 1, 0, 0;\n}"
-                 : C16(c, 0)
-                 : "l"(a), "l"(b), "r"(static_cast<int>(add)));
-}
-
-// c[64 x 32] = (or +=) A B, k = 16, both stored across k in shared memory
-__device__ __forceinline__ void multiply_across_32(float (*c)[4], uint64_t a, uint64_t b, bool add)
-{
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {" SUMS_16
-                 "}, %16, %17, p, 1, 1, 1, 1;\n}"
-                 : C16(c, 0)
-                 : "l"(a), "l"(b), "r"(static_cast<int>(add)));
-}
-
-// the same for 8 columns
-__device__ __forceinline__ void multiply_across_8(float (*c)[4], uint64_t a, uint64_t b, bool add)
-{
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %6, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%0,%1,%2,%3}, %4, %5, p, 1, "
-                 "1, 1, 1;\n}"
-                 : C4(c, 0)
-                 : "l"(a), "l"(b), "r"(static_cast<int>(add)));
-}
-
-// c[64 x 64] += A B, k = 16, A in registers, B stored across k
-__device__ __forceinline__ void multiply_64(float (*c)[4], const uint32_t (&a)[4], uint64_t b)
-{
-    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" SUMS_32
-                 "}, {%32,%33,%34,%35}, %36, 1, 1, 1, 1;"
-                 : C16(c, 0), C16(c, 4)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-
-// the same for 8 columns, and for 24
-__device__ __forceinline__ void multiply_8(float (*c)[4], const uint32_t (&a)[4], uint64_t b)
-{
-    asm volatile("wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 "
-                 "{%0,%1,%2,%3}, {%4,%5,%6,%7}, %8, 1, 1, 1, 1;"
-                 : C4(c, 0)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-
-__device__ __forceinline__ void multiply_24(float (*c)[4], const uint32_t (&a)[4], uint64_t b)
-{
-    asm volatile("wgmma.mma_async.sync.aligned.m64n24k16.f32.bf16.bf16 "
-                 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11}, {%12,%13,%14,%15}, %16, 1, 1, 1, 1;"
-                 : C4(c, 0), C4(c, 1), C4(c, 2)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
+// c[64 x n] += A B, k = 16, A in registers, B stored across k. i0 to i4 as above.
+#define LEFT_IN_REGISTERS(name, n, sums, i0, i1, i2, i3, i4, ...)                                  \
+    __device__ __forceinline__ void name(float(*c)[4], const uint32_t(&a)[4], uint64_t b)          \
+    {                                                                                              \
+        asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.bf16.bf16 {" sums "}, {%" #i0 \
+                     ",%" #i1 ",%" #i2 ",%" #i3 "}, %" #i4 ", 1, 1, 1, 1;"                         \
+                     : __VA_ARGS__                                                                 \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                        \
+    }
+LEFT_IN_REGISTERS(multiply_64, 64, SUMS_32, 32, 33, 34, 35, 36, C16(c, 0), C16(c, 4))
+LEFT_IN_REGISTERS(multiply_24, 24, SUMS_12, 12, 13, 14, 15, 16, C4(c, 0), C4(c, 1), C4(c, 2))
+LEFT_IN_REGISTERS(multiply_8, 8, SUMS_4, 4, 5, 6, 7, 8, C4(c, 0))
+#undef LEFT_IN_REGISTERS
 
 #undef C4
 #undef C16
+#undef SUMS_4
+#undef SUMS_12
 #undef SUMS_16
 #undef SUMS_32
 
