@@ -38,10 +38,10 @@ struct norm_backward {
     int images, tokens, width, mod_width, gate, shift, scale, experts, choices;
 };
 
-// op_dispatch_fwd: out[count,width] = x[token[r],:]
+// op_dispatch_fwd, tokens = M
 struct dispatch {
-    accelerate_mem out, x, token;
-    int count, width;
+    accelerate_mem rows, x, slot;
+    int tokens, choices, width;
 };
 
 // op_combine_bwd, tokens = M

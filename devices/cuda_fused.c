@@ -200,11 +200,12 @@ static int norm_backward(struct stream *s, const void *args)
 
 static int dispatch(struct stream *s, const void *args)
 {
-    TAKE(dispatch, a, count);
-    cuda_function function = KERNEL_OF(s, "dispatch_rows");
+    TAKE(dispatch, a, tokens);
+    cuda_function function =
+        a.choices % 2 == 0 ? KERNEL_OF(s, "dispatch_rows_2") : KERNEL_OF(s, "dispatch_rows_1");
     if (!function || a.width % VECTOR != 0)
         return NOT_MINE;
-    return launch(s, function, cover(a.count, 4 * THREADS / WARP), 1, THREADS, (void *[]){&a});
+    return launch(s, function, cover(a.tokens, 4 * THREADS / WARP), 1, THREADS, (void *[]){&a});
 }
 
 static int combine_backward(struct stream *s, const void *args)

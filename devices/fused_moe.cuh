@@ -4,27 +4,49 @@
 
 // ---- rows ---------------------------------------------------------------------------------------
 
-// out[r,:] = x[token[r],:]; a warp takes 4 rows so that 4 loads are on their way at once.
-extern "C" __global__ void __launch_bounds__(THREADS) dispatch_rows(const dispatch a)
+// rows[slot[m,k],:] = x[m,:], K choices of a token at a time; a warp takes 4 tokens, so that 4 loads
+// are on their way at once, and each is read once (from rows, which lie apart, memory would be read
+// again for each of a token's choices).
+template <int K> INLINE void dispatch_rows(const dispatch &a)
 {
-    const int *token = static_cast<const int *>(a.token);
-    const int row = 4 * (blockIdx.x * WARPS + threadIdx.x / WARP);
+    enum { TOKENS = 4 };
+    const int token = TOKENS * (blockIdx.x * WARPS + threadIdx.x / WARP);
     const size_t vectors = a.width / V;
-    size_t from[4];
+    for (int first = 0; first < a.choices; first += K) {
+        size_t to[TOKENS][K];
 #pragma unroll
-    for (int r = 0; r < 4; r++)
-        from[r] = row + r < a.count ? token[row + r] * vectors : 0;
-    for (size_t v = threadIdx.x % WARP; v < vectors; v += WARP) {
-        uint4 in[4];
+        for (int t = 0; t < TOKENS; t++)
 #pragma unroll
-        for (int r = 0; r < 4; r++)
-            if (row + r < a.count)
-                in[r] = load16(a.x, from[r] + v);
+            for (int k = 0; k < K; k++)
+                to[t][k] = token + t < a.tokens
+                               ? static_cast<const int *>(
+                                     a.slot)[(token + t) * a.choices + first + k] *
+                                     vectors
+                               : 0;
+        for (size_t v = threadIdx.x % WARP; v < vectors; v += WARP) {
+            uint4 in[TOKENS];
 #pragma unroll
-        for (int r = 0; r < 4; r++)
-            if (row + r < a.count)
-                store16(a.out, (row + r) * vectors + v, in[r]);
+            for (int t = 0; t < TOKENS; t++)
+                if (token + t < a.tokens)
+                    in[t] = load16(a.x, (token + t) * vectors + v);
+#pragma unroll
+            for (int t = 0; t < TOKENS; t++)
+                if (token + t < a.tokens)
+#pragma unroll
+                    for (int k = 0; k < K; k++)
+                        store16(a.rows, to[t][k] + v, in[t]);
+        }
     }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) dispatch_rows_1(const dispatch a)
+{
+    dispatch_rows<1>(a);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) dispatch_rows_2(const dispatch a)
+{
+    dispatch_rows<2>(a);
 }
 
 // drows[slot,:] = weight dout[m,:] and the dot product of dout[m,:] and rows[slot,:], K choices of

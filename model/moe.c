@@ -37,7 +37,7 @@ static int spread_forward(struct dit *d, int layer)
     const bool any = d->options.batch > 0;
     if (any) {
         TRY(router_forward(d, layer));
-        TRY(op_dispatch_fwd(&d->ctx, &a->rows, &a->h2, &a->token));
+        TRY(op_dispatch_fwd(&d->ctx, &a->rows, &a->h2, &a->token, &a->slot));
     }
     TRY(moe_exchange_send(d, layer));
     if (any && d->config.shared > 0)
@@ -56,7 +56,7 @@ int moe_forward(struct dit *d, int layer)
     TRY(router_forward(d, layer));
     if (d->config.shared > 0)
         TRY(shared_forward(d, layer));
-    TRY(op_dispatch_fwd(c, &a->rows, &a->h2, &a->token));
+    TRY(op_dispatch_fwd(c, &a->rows, &a->h2, &a->token, &a->slot));
     TRY(op_experts_swiglu(c, &a->hidden, if_planned(&a->gu), &a->rows, &w->experts_gu, offsets));
     return op_experts(c, &a->y, &a->hidden, &w->experts_down, offsets);
 }
@@ -75,7 +75,7 @@ static int experts_backward(struct dit *d, int layer)
                              &w->experts_down, offsets));
     TRY(op_experts_dw(c, &g->experts_down, &a->y, hidden, offsets));
     if (d->lean)
-        TRY(op_dispatch_fwd(c, rows, &s->h2, &a->token));
+        TRY(op_dispatch_fwd(c, rows, &s->h2, &a->token, &a->slot));
     TRY(op_experts_dw(c, &g->experts_gu, &a->gu, rows, offsets));
     return op_experts_dx(c, &a->y, &a->gu, &w->experts_gu, offsets);
 }

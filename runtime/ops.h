@@ -211,9 +211,10 @@ int op_router_fwd(struct context *c, struct tensor *probs, struct tensor *weight
 int op_route(struct context *c, struct tensor *offsets, struct tensor *slot, struct tensor *token,
              const struct tensor *index);
 
-// rows[R,D] = x[token[r],:].   Backward: dx[m,:] += sum_k drows[slot[m,k],:]
+// rows[R,D] = x[token[r],:], that is rows[slot[m,k],:] = x[m,:]: token and slot as op_route makes them
+// say the same, and devices read the one that suits them.   Backward: dx[m,:] += sum_k drows[slot[m,k],:]
 int op_dispatch_fwd(struct context *c, struct tensor *rows, const struct tensor *x,
-                    const struct tensor *token);
+                    const struct tensor *token, const struct tensor *slot);
 int op_dispatch_bwd(struct context *c, struct tensor *dx, const struct tensor *drows,
                     const struct tensor *slot);
 

@@ -154,13 +154,19 @@ int op_route(struct context *c, struct tensor *offsets, struct tensor *slot, str
 // ---- dispatch and combine -----------------------------------------------------------------------
 
 int op_dispatch_fwd(struct context *c, struct tensor *rows, const struct tensor *x,
-                    const struct tensor *token)
+                    const struct tensor *token, const struct tensor *slot)
 {
     BUG_IF(rows->ndim != 2 || x->ndim != 2 || !is_act(c, rows) || !is_act(c, x) || !is_i32(token));
     int64_t R = rows->shape[0], D = rows->shape[1];
-    BUG_IF(x->shape[1] != D || tensor_count(token) != R);
-    const struct dispatch args = {rows->mem, x->mem, token->mem, arg_int(R), arg_int(D)};
-    int code = ACCELERATE(c, ACCELERATE_DISPATCH_FWD, &args, rows, x, token);
+    BUG_IF(x->shape[1] != D || tensor_count(token) != R || !is_i32(slot));
+    BUG_IF(slot->ndim != 2 || slot->shape[0] != x->shape[0] || tensor_count(slot) != R);
+    const struct dispatch args = {.rows = rows->mem,
+                                  .x = x->mem,
+                                  .slot = slot->mem,
+                                  .tokens = arg_int(slot->shape[0]),
+                                  .choices = arg_int(slot->shape[1]),
+                                  .width = arg_int(D)};
+    int code = ACCELERATE(c, ACCELERATE_DISPATCH_FWD, &args, rows, x, slot);
     if (code != NOT_MINE)
         return code;
     int64_t chunk = row_chunk(c, R);

@@ -253,7 +253,7 @@ static int rows_case(struct op_run *r, const int *s)
     struct operand *rows = op_output(r, r->act, DIMS(R, D));
     struct operand *dweight = op_output(r, F32, DIMS(f.M, f.K));
     double *want = op_doubles(r, rows->count), *want_weight = op_doubles(r, R);
-    OK(OP_RUN(r, op_dispatch_fwd(&r->c, &rows->t, &dout->t, &token->t)));
+    OK(OP_RUN(r, op_dispatch_fwd(&r->c, &rows->t, &dout->t, &token->t, &slot->t)));
     for (int i = 0; i < R * D; i++)
         want[i] = dout->v[(int)tokens[i / D] * D + i % D];
     op_judge_exact(r, rows, want, "dispatch %d x %d", R, D);

@@ -453,7 +453,7 @@ static int dispatch_case(unsigned flags, const struct shape *s)
     double *want = op_doubles(&r, (int64_t)R * s->D), *dx = op_doubles(&r, x->count);
     for (int row = 0; row < R; row++)
         memcpy(want + row * s->D, x->v + (int)to.token[row] * s->D, (size_t)s->D * sizeof *want);
-    OK(OP_RUN(&r, op_dispatch_fwd(&r.c, &rows->t, &x->t, &token->t)));
+    OK(OP_RUN(&r, op_dispatch_fwd(&r.c, &rows->t, &x->t, &token->t, &slot->t)));
     op_judge_exact(&r, rows, want, "dispatch_fwd %dx%d top %d", s->M, s->D, s->K);
     struct operand *drows = op_random(&r, r.act, -1, 1, DIMS(R, s->D));
     memcpy(dx, x->v, (size_t)x->count * sizeof *dx);
