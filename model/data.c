@@ -2,11 +2,13 @@
 #include "model/data.h"
 
 #include <errno.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
 
 #include "model/data_kinds.h"
+#include "model/latents.h"
 #include "runtime/rng.h"
 
 // ---- open, close --------------------------------------------------------------------------------
@@ -22,13 +24,15 @@ static int open_either(struct dataset *d, enum data_split split)
             d->path, strerror(errno));
     if (!S_ISDIR(s.st_mode))
         return fail(ERR_INPUT,
-                    "%s: no dataset: not a directory; give one with MNIST's IDX files or of class "
-                    "folders",
+                    "%s: no dataset: not a directory; give one with MNIST's IDX files, of class "
+                    "folders, or of latents",
                     d->path);
     if (idx_present(d->path))
         return idx_open(d, split);
     if (split == DATA_TEST)
-        return fail(ERR_INPUT, "%s: a folder of class folders has no test split", d->path);
+        return fail(ERR_INPUT, "%s: has no test split; MNIST's IDX files have", d->path);
+    if (latents_present(d->path))
+        return latents_dataset(d);
     return folder_open(d);
 }
 
@@ -69,6 +73,7 @@ void data_close(struct dataset *d)
         free(d->class_names[c]);
     for (int64_t i = 0; d->files && i < d->count; i++)
         free(d->files[i].name);
+    latents_close(d->latents);
     free(d->class_names);
     free(d->files);
     free(d->labels8);
@@ -82,16 +87,57 @@ void data_close(struct dataset *d)
 int data_label(const struct dataset *d, int64_t i)
 {
     BUG_IF(i < 0 || i >= d->count);
+    if (d->latents)
+        return latents_label(d->latents, i);
     return d->files ? d->files[i].label : d->labels8[i];
 }
 
 int data_image(const struct dataset *d, int64_t i, bool flip, float *out)
 {
     BUG_IF(i < 0 || i >= d->count);
+    if (d->latents)
+        return latents_sample(d->latents, i, flip, NULL, out);
     if (d->files)
         return folder_image(d, i, flip, out);
     idx_image(d, i, flip, out);
     return 0;
+}
+
+int data_sample(const struct dataset *d, int64_t i, bool flip, uint64_t seed, uint64_t position,
+                float *out)
+{
+    const size_t count = (size_t)d->channels * (size_t)d->size * (size_t)d->size;
+    if (!d->latents)
+        return data_image(d, i, flip, out);
+    float *noise = malloc(count * sizeof *noise);
+    if (!noise)
+        return fail(ERR_NOMEM, "%s: out of memory", d->path);
+    rng_normal_fill(seed, rng_stream(RNG_LATENT, position), 0, noise, count);
+    const int code = latents_sample(d->latents, i, flip, noise, out);
+    free(noise);
+    return code;
+}
+
+// FNV-1a
+static uint64_t mix(uint64_t hash, const void *data, size_t bytes)
+{
+    for (size_t i = 0; i < bytes; i++)
+        hash = (hash ^ ((const unsigned char *)data)[i]) * 0x100000001b3u;
+    return hash;
+}
+
+void data_identity(const struct dataset *d, char out[17])
+{
+    uint64_t hash = mix(0xcbf29ce484222325u, &d->count, sizeof d->count);
+    for (int c = 0; d->class_names && c < d->classes; c++)
+        hash = mix(hash, d->class_names[c], strlen(d->class_names[c]) + 1);
+    for (int64_t i = 0; i < d->count; i++) {
+        const int label = data_label(d, i);
+        hash = mix(hash, &label, sizeof label);
+        if (d->files)
+            hash = mix(hash, d->files[i].name, strlen(d->files[i].name) + 1);
+    }
+    snprintf(out, 17, "%016llx", (unsigned long long)hash);
 }
 
 // ---- order --------------------------------------------------------------------------------------

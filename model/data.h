@@ -1,10 +1,10 @@
 // Datasets of labelled images, and the loader that feeds training from them.
 //
-// Two kinds behind one struct: a directory with MNIST's IDX files (train-images-idx3-ubyte[.gz] and
-// so on; Fashion-MNIST is one), held in memory; and a folder of class folders of PNG and JPEG
-// files, read when wanted. Pixels are given as [C, size, size] floats in [-1, 1]. IDX images are
+// Three kinds behind one struct: a directory with MNIST's IDX files (train-images-idx3-ubyte[.gz] and
+// so on; Fashion-MNIST is one), held in memory; a folder of class folders of PNG and JPEG files, read
+// when wanted; and a set of latents (model/latents.h), mapped. Pixels are given as [C, size, size] floats in [-1, 1]. IDX images are
 // put in the middle of size x size with background -1; photos are resized and cropped
-// (image_center_crop).
+// (image_center_crop). Latents are [C, size, size] floats as diffusion models have them.
 #ifndef DITMOE_DATA_H
 #define DITMOE_DATA_H
 
@@ -26,13 +26,15 @@ struct dataset {
     uint8_t *pixels8;        // IDX: [count, rows, columns]
     int rows, columns;       // IDX: as stored
     struct data_file *files; // folder: [count], sorted by class, then by name
+    struct latents *latents; // latents: the set
 };
 
 // Opens what is at `path`. `size`: side of the images given (0: 32 for IDX; a folder needs it).
 // `channels`: 1 or 3 (0: 1 for IDX, 3 for a folder). What is missing or wrong is one line: ERR_IO
 // for a path or file that is not there or cannot be read, ERR_INPUT for contents.
 int data_open(const char *path, int size, int channels, struct dataset **out);
-// DATA_TEST: the t10k files of IDX; a folder has no test split (ERR_INPUT).
+// Latents have the size and channels they have: other ones asked for are ERR_INPUT.
+// DATA_TEST: the t10k files of IDX; the others have no test split (ERR_INPUT).
 int data_open_split(const char *path, enum data_split split, int size, int channels,
                     struct dataset **out);
 void data_close(struct dataset *d); // NULL is allowed
@@ -41,6 +43,13 @@ int data_label(const struct dataset *d, int64_t i);
 // Image i as [C, size, size] floats, mirrored left to right if `flip`. Any thread, at the same
 // time.
 int data_image(const struct dataset *d, int64_t i, bool flip, float *out);
+
+// Image i as sample `position` of a run with this seed: latents are drawn from their distribution
+// (data_image() gives its mean).
+int data_sample(const struct dataset *d, int64_t i, bool flip, uint64_t seed, uint64_t position,
+                float *out);
+// 64 bits of a hash of classes, labels and file names, in hexadecimal.
+void data_identity(const struct dataset *d, char out[17]);
 
 // ---- order --------------------------------------------------------------------------------------
 

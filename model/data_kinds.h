@@ -14,6 +14,10 @@ int idx_present(const char *directory);
 int idx_open(struct dataset *d, enum data_split split);
 void idx_image(const struct dataset *d, int64_t i, bool flip, float *out);
 
+// A set of latents (model/latents.h).
+int latents_present(const char *directory);
+int latents_dataset(struct dataset *d);
+
 // A folder of class folders.
 int folder_open(struct dataset *d);
 int folder_image(const struct dataset *d, int64_t i, bool flip, float *out);

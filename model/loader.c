@@ -60,7 +60,7 @@ static int make_sample(struct loader *l, struct slot *slot, uint64_t offset)
     bool flip = l->flip && (rng_u32(l->seed, rng_stream(RNG_FLIP, position), 0) & 1);
     slot->index[at] = i;
     slot->labels[at] = data_label(l->data, i);
-    return data_image(l->data, i, flip, slot->images + at * l->image_floats);
+    return data_sample(l->data, i, flip, l->seed, position, slot->images + at * l->image_floats);
 }
 
 static void note_failure(struct slot *slot, uint64_t offset, int code)

@@ -130,6 +130,9 @@ int safetensors_declare(struct safetensors_writer *w, const char *name, enum st_
 int safetensors_set_metadata(struct safetensors_writer *w, const char *key, const char *value);
 int safetensors_begin(struct safetensors_writer *w);
 int safetensors_write(struct safetensors_writer *w, const void *data, size_t bytes);
+// Values as F32, F16 or BF16, rounded to the nearest; F16 becomes its largest where they are too large.
+int safetensors_write_as(struct safetensors_writer *w, enum st_dtype dtype, const float *values,
+                         int64_t count);
 int safetensors_commit(struct safetensors_writer *w);
 void safetensors_abort(struct safetensors_writer *w); // NULL is allowed; keeps the error message
 

@@ -119,6 +119,53 @@ static void release(struct safetensors_writer *w)
     free(w);
 }
 
+static uint16_t bf16_of(float value)
+{
+    uint32_t u;
+    memcpy(&u, &value, sizeof u);
+    if ((u & 0x7fffffff) > 0x7f800000)
+        return (uint16_t)(u >> 16 | 0x40);
+    return (uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16);
+}
+
+// Adding 2^k, where k puts the last bit of f16 at the last of f32, rounds to it.
+static uint16_t f16_of(float value)
+{
+    uint32_t u;
+    memcpy(&u, &value, sizeof u);
+    const uint32_t sign = u >> 16 & 0x8000, magnitude = u & 0x7fffffff;
+    if (magnitude > 0x7f800000)
+        return (uint16_t)(sign | 0x7e00); // NaN
+    if (magnitude == 0x7f800000)
+        return (uint16_t)(sign | 0x7c00);
+    if (magnitude >= 0x477ff000)
+        return (uint16_t)(sign | 0x7bff);
+    if (magnitude >= 0x38800000) // normal
+        return (uint16_t)(sign | ((magnitude + 0xfff + (magnitude >> 13 & 1) - 0x38000000) >> 13));
+    float f, half = 0.5f;
+    memcpy(&f, &magnitude, sizeof f);
+    f += half; // 0.5 has its last bit at 2^-24, as f16's smallest numbers
+    memcpy(&u, &f, sizeof u);
+    return (uint16_t)(sign | (u - 0x3f000000));
+}
+
+int safetensors_write_as(struct safetensors_writer *w, enum st_dtype dtype, const float *values,
+                         int64_t count)
+{
+    enum { PIECE = 4096 };
+    uint16_t piece[PIECE];
+    BUG_IF(dtype != ST_F32 && dtype != ST_F16 && dtype != ST_BF16);
+    if (dtype == ST_F32)
+        return safetensors_write(w, values, (size_t)count * sizeof *values);
+    for (int64_t i = 0; i < count; i += PIECE) {
+        const int64_t n = count - i < PIECE ? count - i : PIECE;
+        for (int64_t k = 0; k < n; k++)
+            piece[k] = dtype == ST_F16 ? f16_of(values[i + k]) : bf16_of(values[i + k]);
+        TRY(safetensors_write(w, piece, (size_t)n * sizeof *piece));
+    }
+    return 0;
+}
+
 int safetensors_commit(struct safetensors_writer *w)
 {
     BUG_IF(!w->begun);

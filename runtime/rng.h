@@ -17,6 +17,7 @@ enum rng_purpose {
     RNG_DROP,       // label dropout; low bits: micro-step
     RNG_SAMPLE,     // sampling noise; low bits: image number
     RNG_STEP,       // noise of a sampler's passes; low bits: pass (24 bits), image number (32 bits)
+    RNG_LATENT,     // samples of stored latents; low bits: position in the run
 };
 static inline uint64_t rng_stream(enum rng_purpose purpose, uint64_t low)
 {
