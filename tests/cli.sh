@@ -76,7 +76,7 @@ train=("$ditmoe" train "${tiny[@]}" --data data --batch 4 --sample-every 0)
 works "ditmoe --help" "$ditmoe" --help
 check "ditmoe --help fits a screen" test "$(wc -l <out)" -le 24
 works "ditmoe --version" "$ditmoe" --version
-for command in devices info train sample eval forward convert bench; do
+for command in devices info train sample encode decode eval forward convert bench; do
     run "$ditmoe" $command --help
     if [ $status -eq 0 ] && grep -q "^usage: ditmoe $command" out && [ ! -s err ] &&
         [ "$(awk '{ if (length > m) m = length } END { print m }' out)" -le 100 ]; then
@@ -262,6 +262,60 @@ if [ "$(id -u)" -eq 0 ] && mount -t tmpfs -o size=3500k tmpfs small 2>/dev/null;
     works "3 steps on a small disk" "${train[@]}" --steps 3 --out small/run
     full_disk "disk full" small/run "$ditmoe" train --resume --steps 4 --out small/run
 fi
+
+# ---- autoencoders: encode, train on latents, decode -----------------------------------------------------
+vae=$root/tests/vae
+encode=("$ditmoe" encode --data data --image-size 32 --vae "$vae/kl.safetensors" --shard 20 --batch 4)
+works "encode" "${encode[@]}" --out latents
+check "four shards and the index" test "$(ls latents | wc -l)" -eq 5
+works "encode what is encoded" "${encode[@]}" --out latents
+check "says so" grep -q "complete already" err
+"${encode[@]}" --out stopped >out 2>err & # one batch of 4 at a time, and killed after the first shard
+for ((i = 0; i < 400; i++)); do [ -e stopped/shard-00000.safetensors ] && break; sleep 0.02; done
+kill -9 $! 2>/dev/null
+wait $! 2>/dev/null
+rm -f stopped/shard-00002.safetensors stopped/shard-00003.safetensors
+sed -i 's/"complete": true/"complete": false/' stopped/latents.json
+fails 1 "train on half a set" "not complete.*ditmoe encode" "$ditmoe" train "${tiny[@]}" --data stopped --steps 1 --out no
+works "encode goes on after a kill" "${encode[@]}" --out stopped
+for ((i = 0; i < 4; i++)); do
+    check "shard $i is that of the uninterrupted run" cmp latents/shard-0000$i.safetensors stopped/shard-0000$i.safetensors
+done
+fails 1 "encode with another autoencoder" "another autoencoder" \
+    "$ditmoe" encode --data data --image-size 32 --vae "$vae/tiny.safetensors" --shard 20 --out latents
+fails 1 "encode to a size that does not divide" "multiples of 2" \
+    "$ditmoe" encode --data data --image-size 33 --vae "$vae/kl.safetensors" --out no
+fails 1 "encode without an encoder" "holds no encoder" \
+    "$ditmoe" encode --data data --image-size 32 --vae "$vae/taesd_decoder.pth" --out no
+fails 1 "an autoencoder that is none" "no autoencoder" \
+    "$ditmoe" encode --data data --image-size 32 --vae "$vae/expected.safetensors" --out no
+fails 2 "encode without --vae" "are needed" "$ditmoe" encode --data data --out no
+full=("$ditmoe" encode --data data --image-size 32 --vae "$vae/kl.safetensors" --type f32 --out full) # 1024 KiB of latents
+fails 1 "encode onto a full disk" "shard-00000" bash -c 'ulimit -f 1000; exec "$@"' - "${full[@]}"
+check "leaves no part of a shard" test "$(ls full)" = latents.json
+works "encode goes on when there is room" "${full[@]}"
+head -c 5000 latents/shard-00001.safetensors >cut-shard
+cp -r latents cut-latents && cp cut-shard cut-latents/shard-00001.safetensors
+fails 1 "train on a cut shard" "shard-00001" "$ditmoe" train "${tiny[@]}" --data cut-latents --steps 1 --out no
+latent_train=("$ditmoe" train "${tiny[@]}" --data latents --batch 4 --flip --vae "$vae/kl.safetensors" --sample-steps 2)
+works "train on latents" "${latent_train[@]}" --steps 4 --out on-latents --sample-every 4
+check "draws decoded samples" test -s on-latents/samples/step-00000004.png
+works "train on latents, 2 of 4 steps" "${latent_train[@]}" --steps 2 --out on-latents-2 --sample-every 0
+works "train on latents goes on" "$ditmoe" train --resume --steps 4 --out on-latents-2
+check "as if never stopped" cmp on-latents/model.safetensors on-latents-2/model.safetensors
+latent_draw=("$ditmoe" sample --ckpt on-latents --steps 2 --classes 0-1 --per-class 2)
+fails 2 "sample latents without an autoencoder" "--vae" "${latent_draw[@]}" --out no.png
+works "sample and decode" "${latent_draw[@]}" --vae "$vae/kl.safetensors" --latents l.safetensors --out l.png --images l
+check "an image of 32x32" bash -c "file l/00000-class-0.png | grep -q '32 x 32'"
+works "decode what was sampled" "$ditmoe" decode --vae "$vae/kl.safetensors" --latents l.safetensors --images decoded --out d.png \
+    --raw whole.safetensors
+check "decode makes each image" test "$(ls decoded | wc -l)" -eq 4
+works "decode in tiles" "$ditmoe" decode --vae "$vae/kl.safetensors" --latents l.safetensors --vae-tile 8 --raw tiles.safetensors
+check "tiles are not the whole" bash -c '! cmp -s whole.safetensors tiles.safetensors'
+works "decode with TAESD in bf16" "$ditmoe" decode --vae "$vae/taesd_decoder.pth" --latents l.safetensors --precision bf16 --out t.png
+fails 1 "latents of other channels" "channels" "$ditmoe" decode --vae "$vae/plain.safetensors" --latents l.safetensors --out no.png
+fails 1 "no latents in a file" "latents" "$ditmoe" decode --vae "$vae/kl.safetensors" --latents "$vae/kl.safetensors" --out no.png
+fails 1 "tiles of an odd size" "tiles of 9" "$ditmoe" decode --vae "$vae/kl.safetensors" --latents l.safetensors --vae-tile 9 --out no.png
 
 # ---- checkpoints that cannot be used -----------------------------------------------------------------
 good=whole/step-00000006.safetensors

@@ -36,7 +36,7 @@ static const struct option_spec run_options[] = {
 
 static const struct option_spec data_options[] = {
     {"image-size", 0, OPTION_INT, "N", "0",
-     "side of the images; 0: 32 for MNIST-like files (a folder needs it)", AT(image_size), 0, 4096,
+     "side of the images; 0: 32 for MNIST-like files, a set of latents' own (a folder needs it)", AT(image_size), 0, 4096,
      NULL},
     {"channels", 0, OPTION_INT, "N", "0",
      "1 grey, 3 colour; 0: 1 for MNIST-like files, 3 for a folder", AT(channels), 0, 3, NULL},
@@ -114,6 +114,7 @@ int cmd_train(int argc, char **argv)
         {"data", data_options, &o},
         {"optimiser", optimiser_options, &o},
         {"what is written", output_options, &o},
+        {"the autoencoder that shows samples of latents", vae_option_list, &o.vae},
         {"device", device_option_list, &o.device},
         {"several devices (README: mixed devices, cluster)", rank_option_list, &o.ranks},
         {0},
@@ -152,9 +153,12 @@ int cmd_train(int argc, char **argv)
     if (model_config(o.model, &guess, &config) < 0)
         return usage_error("train", "%s", error_message());
     char *data = o.data ? realpath(o.data, NULL) : NULL; // a resumed run may start elsewhere
+    char *vae = o.vae.vae ? realpath(o.vae.vae, NULL) : NULL;
     if (data)
         o.data = data;
+    if (vae)
+        o.vae.vae = vae;
     status = train_run(&o, &command) < 0 ? report_failure("train") : 0;
-    free(data);
+    free(data), free(vae);
     return status;
 }

@@ -105,24 +105,31 @@ static int decode_with(const struct session *s, const struct vae_file *f,
     return code;
 }
 
-int pictures_decode(const struct vae_settings *o, const struct device_options *device,
-                    const float *latents, int count, int channels, int height, int width,
-                    struct pictures *out)
+int pictures_decode_on(const struct session *session, const struct vae_settings *o,
+                       const float *latents, int count, int channels, int height, int width,
+                       struct pictures *out)
 {
-    struct session session;
     struct vae_file file;
     *out = (struct pictures){.count = count};
     TRY(vae_file_open(o->vae, &file));
-    int code = session_open(device, &session);
-    if (code == 0) {
-        stop_on_signals();
-        code = decode_with(&session, &file, o, latents, channels, height, width, out);
-        session_close(&session);
-    }
+    const int code = decode_with(session, &file, o, latents, channels, height, width, out);
     vae_file_close(&file);
     if (code < 0) {
         free(out->values);
         out->values = NULL;
     }
+    return code;
+}
+
+int pictures_decode(const struct vae_settings *o, const struct device_options *device,
+                    const float *latents, int count, int channels, int height, int width,
+                    struct pictures *out)
+{
+    struct session session;
+    TRY(session_open(device, &session));
+    stop_on_signals();
+    const int code =
+        pictures_decode_on(&session, o, latents, count, channels, height, width, out);
+    session_close(&session);
     return code;
 }

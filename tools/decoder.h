@@ -27,5 +27,9 @@ struct pictures {
 int pictures_decode(const struct vae_settings *o, const struct device_options *device,
                     const float *latents, int count, int channels, int height, int width,
                     struct pictures *out);
+// The same on a device that is open.
+int pictures_decode_on(const struct session *session, const struct vae_settings *o,
+                       const float *latents, int count, int channels, int height, int width,
+                       struct pictures *out);
 
 #endif

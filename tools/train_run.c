@@ -135,7 +135,8 @@ static struct train_options trainer_options(const struct train_settings *o,
 
 static bool wants_samples(const struct run *r)
 {
-    return r->o->sample_every > 0 && (r->config.channels == 1 || r->config.channels == 3);
+    const bool images = r->config.channels == 1 || r->config.channels == 3;
+    return r->o->sample_every > 0 && (images || r->o->vae.vae);
 }
 
 // What each rank needs of what it has.

@@ -10,6 +10,7 @@
 #include "model/sampler.h"
 #include "model/train.h"
 #include "tools/command.h"
+#include "tools/decoder.h"
 #include "tools/progress.h"
 #include "tools/ranks.h"
 
@@ -18,6 +19,7 @@ struct train_settings {
     int diffusion; // enum diffusion
     struct model_options overrides;
     struct device_options device;
+    struct vae_settings vae; // for sample grids
     struct rank_options ranks;
     int64_t steps;
     int batch, accumulate;
@@ -69,6 +71,7 @@ enum { SAMPLE_ROWS = 10, SAMPLE_COLUMNS = 4, SAMPLE_BATCH = 16 };
 
 struct train_samples {
     struct sampler *sampler;
+    struct vae_settings vae;
     struct rank_plan ranks; // of a batch of samples
     int rows, count;
     int32_t classes[SAMPLE_ROWS * SAMPLE_COLUMNS];

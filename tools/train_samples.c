@@ -58,7 +58,7 @@ int train_samples_new(const struct session *s, const struct config *c,
                       const struct train_settings *o, const struct rank_plan *ranks,
                       struct train_samples *out)
 {
-    *out = (struct train_samples){0};
+    *out = (struct train_samples){.vae = o->vae};
     TRY(plan_ranks(c, o, ranks, &out->ranks));
     // memory: train_samples_plan() has been asked
     const struct sample_options options = sample_options(c, o, &out->ranks, UINT64_MAX / 2);
@@ -97,11 +97,10 @@ static int stop_when_wanted(void *user, int done, int total)
 }
 
 static int write_grid(const struct train_samples *s, const struct trainer *t,
-                      const struct dataset *d, const float *latents, const char *dir)
+                      const struct dataset *d, const struct pictures *pictures, const char *dir)
 {
     char path[4200], title[64], text[128];
     const char *labels[SAMPLE_ROWS];
-    const struct config *c = &t->dit->config;
     snprintf(path, sizeof path, "%s/samples", dir);
     if (mkdir(path, 0777) != 0 && errno != EEXIST)
         return fail(ERR_IO, "%s: %s", path, strerror(errno));
@@ -114,15 +113,30 @@ static int write_grid(const struct train_samples *s, const struct trainer *t,
     for (int i = 0; i < s->rows; i++)
         labels[i] = d->class_names ? d->class_names[i] : "";
     struct image_text texts[] = {{"Software", "ditmoe " DITMOE_VERSION}, {"parameters", text}};
-    struct grid grid = {.latents = latents,
+    struct grid grid = {.latents = pictures->values,
                         .count = s->count,
-                        .channels = c->channels,
-                        .size = c->size,
+                        .channels = pictures->channels,
+                        .size = pictures->width,
                         .rows = s->rows,
                         .columns = SAMPLE_COLUMNS,
                         .labels = d->class_names ? labels : NULL,
                         .title = title};
     return grid_write(path, &grid, texts, 2);
+}
+
+static int write_pictures(const struct train_samples *s, const struct trainer *t,
+                          const struct dataset *d, float *latents, const char *dir)
+{
+    const struct config *c = &t->dit->config;
+    struct pictures pictures = {latents, s->count, c->channels, c->size, c->size};
+    if (!s->vae.vae)
+        return write_grid(s, t, d, &pictures, dir);
+    const struct session session = {t->dit->ctx.dev, t->dit->ctx.stream};
+    TRY(pictures_decode_on(&session, &s->vae, latents, s->count, c->channels, c->size, c->size,
+                           &pictures));
+    const int code = write_grid(s, t, d, &pictures, dir);
+    free(pictures.values);
+    return code;
 }
 
 int train_samples_write(struct train_samples *s, struct trainer *t, const struct dataset *d,
@@ -137,7 +151,7 @@ int train_samples_write(struct train_samples *s, struct trainer *t, const struct
     if (code >= 0)
         code = sampler_run(s->sampler, s->count, s->classes, NULL, latents, stop_when_wanted, NULL);
     if (code >= 0 && ranks_first())
-        code = write_grid(s, t, d, latents, dir);
+        code = write_pictures(s, t, d, latents, dir);
     free(latents);
     return code;
 }
