@@ -290,10 +290,11 @@ fails 1 "encode without an encoder" "holds no encoder" \
 fails 1 "an autoencoder that is none" "no autoencoder" \
     "$ditmoe" encode --data data --image-size 32 --vae "$vae/expected.safetensors" --out no
 fails 2 "encode without --vae" "are needed" "$ditmoe" encode --data data --out no
-full=("$ditmoe" encode --data data --image-size 32 --vae "$vae/kl.safetensors" --type f32 --out full) # 1024 KiB of latents
-fails 1 "encode onto a full disk" "shard-00000" bash -c 'ulimit -f 1000; exec "$@"' - "${full[@]}"
+full=("$ditmoe" encode --data data --image-size 48 --vae "$vae/kl.safetensors" --type f32) # 2304 KiB of latents
+works "encode in f32" "${full[@]}" --out wide
+fails 1 "encode onto a full disk" "shard-00000" bash -c 'ulimit -f 1500; exec "$@"' - "${full[@]}" --out full
 check "leaves no part of a shard" test "$(ls full)" = latents.json
-works "encode goes on when there is room" "${full[@]}"
+works "encode goes on when there is room" "${full[@]}" --out full
 head -c 5000 latents/shard-00001.safetensors >cut-shard
 cp -r latents cut-latents && cp cut-shard cut-latents/shard-00001.safetensors
 fails 1 "train on a cut shard" "shard-00001" "$ditmoe" train "${tiny[@]}" --data cut-latents --steps 1 --out no

@@ -108,7 +108,8 @@ static int write_grid(const struct train_samples *s, const struct trainer *t,
     snprintf(title, sizeof title, "step %lld", (long long)t->step);
     snprintf(text, sizeof text, "step %lld, %d %s steps, cfg %g, seed %llu, EMA weights",
              (long long)t->step, s->sampler->options.steps,
-             c->diffusion == DIFFUSION_DDPM ? "DDIM" : "Euler", (double)s->sampler->options.cfg,
+             t->dit->config.diffusion == DIFFUSION_DDPM ? "DDIM" : "Euler",
+             (double)s->sampler->options.cfg,
              (unsigned long long)s->sampler->options.seed);
     for (int i = 0; i < s->rows; i++)
         labels[i] = d->class_names ? d->class_names[i] : "";
