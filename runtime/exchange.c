@@ -238,7 +238,7 @@ static int look_around(const struct exchange *x)
         if (i == x->node_rank || pid <= 0 || kill(pid, 0) == 0 || errno != ESRCH)
             continue;
         describe(n, was, sizeof was);
-        return fail(ERR_LOST, "rank %d (process %d) %s; it was: %s", n->rank, pid,
+        return fail(ERR_LOST, "rank %d (process %d) %s; it was: %s; start the run again", n->rank, pid,
                     n->leaving ? "has left" : "has died", was);
     }
     return 0;

@@ -51,7 +51,7 @@ idx() { # idx DIRECTORY: 64 training images of 28x28 in 10 classes
 }
 idx data
 model=(--layers 2 --hidden 32 --heads 2 --patch 8 --experts 4 --topk 2 --shared 1)
-train=(train "${model[@]}" --data data --batch 6 --sample-every 0 --device opencl:0)
+train=(train "${model[@]}" --data "$work/data" --batch 6 --lr 1e-3 --sample-every 0 --device opencl:0)
 
 # Largest relative difference of loss, gradient norm and balance between two logs, and the rows compared.
 difference() {
@@ -95,3 +95,92 @@ for case in "unequal 3" "empty 3" "first 2" "copies 2" "mixed 4"; do
     ranks "$2" "${train[@]}" --steps 50 --out "$1" --placement "$1.json"
     same "$2 ranks, placement $1" "$1" one 50
 done
+
+# ---- other ways to train ------------------------------------------------------------------------------
+other() { # other NAME RANKS OPTIONS...: six steps on one process and on ranks
+    local name=$1 n=$2
+    shift 2
+    rm -rf alone together
+    run "$ditmoe" "${train[@]}" --steps 6 --out alone "$@"
+    ranks "$n" "${train[@]}" --steps 6 --out together "$@"
+    same "$name" together alone 6
+}
+other "recompute, accumulate, clip" 2 --recompute --accumulate 2 --clip 0.5
+other "balance per sequence, experts in every other block" 3 --balance-per-sequence --moe alternate --layers 3
+other "no shared expert, q and k normed, stratified times" 2 --shared 0 --qk-norm --time stratified --flip
+
+# ---- checkpoints do not know the number of ranks ---------------------------------------------------------
+ranks 3 "${train[@]}" --steps 10 --out moved
+run "$ditmoe" "${train[@]}" --steps 20 --out moved --resume
+ranks 2 "${train[@]}" --steps 50 --out moved --resume --placement first.json
+same "3 ranks, then 1, then 2" moved one 50
+
+# ---- samples -----------------------------------------------------------------------------------------------
+draw=(sample --ckpt one --steps 3 --cfg 3 --batch 4 --per-class 1 --device opencl:0)
+run "$ditmoe" "${draw[@]}" --latents one.safetensors
+for n in 2 3; do
+    ranks $n "${draw[@]}" --latents "$n.safetensors"
+    cmp one.safetensors "$n.safetensors" >/dev/null 2>&1 && ok "samples of $n ranks are those of one" ||
+        bad "samples of $n ranks" "exit status $status, or they differ"
+done
+rm -rf alone together # at rate 0, so that rounding in the steps changes no pixel
+cp -r one alone && cp -r one together
+again=("${train[@]}" --resume --lr 0 --steps 54 --sample-every 54 --sample-steps 2)
+run "$ditmoe" "${again[@]}" --out alone
+ranks 3 "${again[@]}" --out together --placement empty.json
+cmp alone/samples/step-00000054.png together/samples/step-00000054.png >/dev/null 2>&1 &&
+    ok "grids during training" || bad "grids during training" "exit status $status, or they differ"
+
+# ---- what goes wrong ---------------------------------------------------------------------------------------
+rm -rf together
+run "$ditmoe" "${train[@]}" --steps 3 --out together --device opencl:0,opencl:0
+[ "$status" -eq 0 ] && grep -q 'rank 1: ' err && ok "--device A,B starts mpirun itself" ||
+    bad "--device A,B" "exit status $status"
+run env PATH=/nowhere "$ditmoe" "${train[@]}" --out no --device opencl:0,opencl:0
+complains "no mpirun" "several devices need mpirun.*openmpi-bin"
+run mpirun -n 2 env DITMOE_MPI=/nowhere/module.so "$ditmoe" "${train[@]}" --out no
+grep -q 'no MPI module /nowhere/module.so' err && [ "$status" -ne 0 ] && ok "no module" || bad "no module" "status $status"
+ranks 2 "${train[@]}" --out no --device auto
+complains "more ranks than devices" "2 ranks on this machine, but [0-9]* device"
+run mpirun --oversubscribe -n 1 "$ditmoe" "${train[@]}" --out no : -n 1 "$ditmoe" "${train[@]}" --out no --lr 1
+complains "other options" "rank 1 was started with other options than rank 0"
+mkdir here there && cp -r moved here/run && cp -r moved there/run && rm there/run/step-00000050.safetensors
+run mpirun --oversubscribe -n 1 --wdir "$work/here" "$ditmoe" "${train[@]}" --steps 60 --out run --resume \
+    : -n 1 --wdir "$work/there" "$ditmoe" "${train[@]}" --steps 60 --out run --resume
+complains "another checkpoint" "rank 1 has found another checkpoint than rank 0"
+ranks 2 "${train[@]}" --out no --placement empty.json
+complains "a placement for other ranks" "empty.json.*3 ranks"
+ranks 2 "${train[@]}" --out no --headroom 0.5 --steps 2
+complains "too little room for rows" "layer 0: .* rows for the experts of rank .* --headroom"
+ranks 2 "${train[@]}" --out no --layers x
+complains "a mistake on all ranks is told once" "--layers x: not a number"
+ranks 2 "${train[@]}" --out no --early-update
+complains "early updates" "early updates are for one rank"
+
+# A rank dies: the others end within seconds, say who and where, and the run goes on from its checkpoint.
+slow=("${train[@]}" --lr 1e-4 --checkpoint-every 5)
+mpirun --oversubscribe --bind-to none -n 3 "$ditmoe" "${slow[@]}" --steps 100000 --out killed \
+    >out 2>err </dev/null &
+launcher=$!
+for ((i = 0; i < 600; i++)); do
+    [ -f killed/step-00000005.safetensors ] && break
+    sleep 0.05
+done
+for p in $(pgrep -P $launcher); do
+    grep -qz '^OMPI_COMM_WORLD_RANK=1$' /proc/"$p"/environ && kill -9 "$p"
+done
+start=$SECONDS
+wait $launcher
+status=$?
+complains "a rank that dies" "rank 1 \(process [0-9]+\) has died; it was: .* in step [0-9]+.* with --resume, which goes on from step"
+[ $((SECONDS - start)) -le 8 ] && ok "the others end soon" || bad "the others end soon" "$((SECONDS - start)) s"
+steps=$(ls killed | sed -n 's/^step-0*\([0-9]*\).safetensors$/\1/p' | sort -n | tail -n 1)
+steps=$((${steps:-0} + 5))
+ranks 2 "${slow[@]}" --steps $steps --out killed --resume
+resumed=$status
+run "$ditmoe" "${slow[@]}" --steps $steps --out whole
+status=$resumed
+same "and the run goes on" killed whole $steps
+
+echo "$passed passed, $failed failed"
+[ "$failed" -eq 0 ]

@@ -76,6 +76,7 @@ step tests build/ditmoe_test
 if [ "$quick" != quick ]; then
     step layers tests/layers.sh
     step cli tests/cli.sh build
+    step ranks tests/ranks.sh build
     step cuda-headers cuda_declarations
     step gpu gpu
     step build-clang build build-clang -DCMAKE_C_COMPILER=clang-14

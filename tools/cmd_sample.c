@@ -393,10 +393,13 @@ static int sample_run(const struct sample_settings *o, const struct checkpoint *
     const struct sample_noise noise = {q->noise, q->step_noise};
     guidance_text(&s, guidance, sizeof guidance);
     way_text(&s, way, sizeof way);
-    fprintf(stderr, "%d images, %s, cfg %g%s, seed %llu\n", q->count, way, (double)s.cfg, guidance,
-            (unsigned long long)o->draw.seed);
-    if (draw_samples(&o->draw, file, q->count, q->classes, &noise, q->latents) < 0 ||
-        ((o->out || o->images) && make_pictures(o, c, q) < 0) || write_results(o, file, q) < 0)
+    say("%d images, %s, cfg %g%s, seed %llu\n", q->count, way, (double)s.cfg, guidance,
+        (unsigned long long)o->draw.seed);
+    if (draw_samples(&o->draw, file, q->count, q->classes, &noise, q->latents) < 0)
+        return report_failure("sample");
+    if (!ranks_first())
+        return 0; // rank 0 has the images
+    if (((o->out || o->images) && make_pictures(o, c, q) < 0) || write_results(o, file, q) < 0)
         return report_failure("sample");
     return 0;
 }
@@ -412,6 +415,7 @@ int cmd_sample(int argc, char **argv)
         {"the autoencoder", vae_option_list, &o.vae},
         {"what is written (at least one)", output_options, &o},
         {"device", device_option_list, &o.draw.device},
+        {"several devices (README: mixed devices, cluster)", rank_option_list, &o.draw.ranks},
         {0},
     };
     const struct command command = {
@@ -438,7 +442,11 @@ int cmd_sample(int argc, char **argv)
     if (!o.out && !o.images && !o.latents)
         return usage_error("sample", "nothing to write: give --out, --images or --latents");
     struct checkpoint *file = NULL;
-    if (ckpt_open(&o.draw.from, &file) < 0)
+    status = ranks_launch(o.draw.device.device, "sample", argc, argv);
+    if (status)
+        return status;
+    if (ranks_same_start(&command) < 0 || ckpt_open(&o.draw.from, &file) < 0 ||
+        ranks_same(&file->run, sizeof file->run, "has found another checkpoint") < 0)
         return report_failure("sample");
     struct request q = {0};
     status = sample_run(&o, file, &q);

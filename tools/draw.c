@@ -60,6 +60,7 @@ static int show(void *user, int done, int total)
 {
     (void)total;
     progress_update(user, done, "sampling");
+    TRY(ranks_stop());
     return stop_wanted ? fail(ERR_STOPPED, "stopped; nothing was written") : 0;
 }
 
@@ -71,6 +72,9 @@ int draw_samples(const struct draw_options *o, const struct checkpoint *file, in
     int batch = o->batch < count ? o->batch : count;
     const struct sample_options options = draw_sampling(o, &file->config);
     struct progress progress;
+    struct rank_plan ranks;
+    TRY(ranks_plan(&o->ranks, &file->config, batch, options.cfg != 1 ? 2 : 1, &ranks));
+    options.ranks = ranks_of(&ranks);
     TRY(session_open(&o->device, &session));
     stop_on_signals();
     int code = sampler_new(session.dev, session.stream, &file->config, batch, &options, &sampler);
@@ -84,6 +88,7 @@ int draw_samples(const struct draw_options *o, const struct checkpoint *file, in
     }
     if (sampler)
         sampler_free(sampler);
+    ranks_plan_free(&ranks);
     session_close(&session);
     return code;
 }

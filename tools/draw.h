@@ -4,6 +4,7 @@
 
 #include "model/sampler.h"
 #include "tools/ckpt.h"
+#include "tools/ranks.h"
 
 struct draw_options {
     struct ckpt_options from;
@@ -18,6 +19,7 @@ struct draw_options {
     float cfg_from, cfg_to;
     uint64_t seed;
     struct device_options device;
+    struct rank_options ranks; // all zero: one process
 };
 extern const struct option_spec draw_option_list[];
 extern const char *const draw_samplers[]; // auto, then in the order of enum sampler_kind
@@ -32,7 +34,8 @@ struct sample_options draw_sampling(const struct draw_options *o, const struct c
 // The name of what will be done, in words.
 const char *draw_sampler_title(enum sampler_kind kind);
 
-// Draws `count` images on the device, with progress on stderr; noise as in sampler_run().
+// Draws `count` images on the device, or on all ranks' devices into rank 0's latents, with progress on
+// stderr; noise as in sampler_run().
 int draw_samples(const struct draw_options *o, const struct checkpoint *file, int count,
                  const int32_t *classes, const struct sample_noise *noise, float *latents);
 

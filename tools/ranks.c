@@ -88,6 +88,8 @@ void say(const char *format, ...)
 bool ranks_tell(char who[32])
 {
     who[0] = 0;
+    if (ranks_number() > 0)
+        usleep(200000); // what goes wrong on all ranks is rank 0's to tell
     if (!exchange_first_to_tell(exchange))
         return false;
     if (ranks_number() > 0)
@@ -122,8 +124,9 @@ static void item_of(const char *list, int index, char *out, size_t size)
     snprintf(out, size, "%.*s", (int)strcspn(list, ","), list);
 }
 
-// Open MPI refuses to run as root, and more ranks than cores, unless told that this is meant; ranks that are
-// asked to stop finish their step first. Other MPIs do not read these.
+// Open MPI refuses to run as root, and more ranks than cores, unless told that this is meant; it binds each
+// rank to a core, which a CPU device would then have alone; ranks that are asked to stop finish their
+// step first; of a failure our own line says all. Other MPIs do not read these.
 static void set_environment(void)
 {
     if (geteuid() == 0) {
@@ -135,6 +138,7 @@ static void set_environment(void)
     setenv("OMPI_MCA_rmaps_base_oversubscribe", "1", 0);
     setenv("OMPI_MCA_hwloc_base_binding_policy", "none", 0);
     setenv("OMPI_MCA_odls_base_sigkill_timeout", "60", 0);
+    setenv("OMPI_MCA_orte_execute_quiet", "1", 0);
     setenv("PRTE_MCA_rmaps_default_mapping_policy", ":oversubscribe", 0);
     setenv("PRTE_MCA_hwloc_default_binding_policy", "none", 0);
 }
@@ -274,7 +278,7 @@ static int read_placement(const struct rank_options *o, const struct config *c, 
                           int batch, struct placement *out)
 {
     const int ranks = ranks_count();
-    if (!strcmp(o->placement, "uniform"))
+    if (!o->placement || !strcmp(o->placement, "uniform"))
         return placement_uniform(ranks, c->layers, c->experts, moe, batch, out);
     TRY(placement_read(o->placement, out));
     int code = placement_matches(out, ranks, c->layers, c->experts, moe);
@@ -300,7 +304,7 @@ int ranks_plan(const struct rank_options *o, const struct config *c, int batch, 
 {
     *out = (struct rank_plan){0};
     if (!exchange) {
-        if (strcmp(o->placement, "uniform"))
+        if (o->placement && strcmp(o->placement, "uniform"))
             return fail(ERR_INPUT, "--placement %s: this is one process; start ranks with mpirun",
                         o->placement);
         return 0;

@@ -4,7 +4,7 @@
 set -euo pipefail
 packages=(gcc g++ make cmake ninja-build pkg-config ocl-icd-opencl-dev opencl-headers libclblast-dev
     libhwloc-dev libpng-dev libjpeg-dev zlib1g-dev libjansson-dev libcairo2-dev fonts-dejavu-core
-    pocl-opencl-icd dataset-fashion-mnist libopenblas0-pthread)
+    pocl-opencl-icd libopenmpi-dev openmpi-bin dataset-fashion-mnist libopenblas0-pthread)
 if [ "${1:-}" = --tests ]; then
     packages+=(clang-14 libclang-rt-14-dev oclgrind git)
 fi
