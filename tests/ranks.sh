@@ -107,6 +107,7 @@ other() { # other NAME RANKS OPTIONS...: six steps on one process and on ranks
 }
 other "recompute, accumulate, clip" 2 --recompute --accumulate 2 --clip 0.5
 other "balance per sequence, experts in every other block" 3 --balance-per-sequence --moe alternate --layers 3
+other "DDPM" 2 --diffusion ddpm
 other "no shared expert, q and k normed, stratified times" 2 --shared 0 --qk-norm --time stratified --flip
 
 # ---- checkpoints do not know the number of ranks ---------------------------------------------------------

@@ -70,7 +70,7 @@ int draw_samples(const struct draw_options *o, const struct checkpoint *file, in
     struct session session;
     struct sampler *sampler = NULL;
     int batch = o->batch < count ? o->batch : count;
-    const struct sample_options options = draw_sampling(o, &file->config);
+    struct sample_options options = draw_sampling(o, &file->config);
     struct progress progress;
     struct rank_plan ranks;
     TRY(ranks_plan(&o->ranks, &file->config, batch, options.cfg != 1 ? 2 : 1, &ranks));
