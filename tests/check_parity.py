@@ -3,8 +3,9 @@
     check_parity.py build/ditmoe [--device KEY] [--random 20] [--seed 1] [--only WORD] [--tolerance 2e-4]
     check_parity.py build/ditmoe --trained RUN_DIR/checkpoint.safetensors
 
-The first form writes models and inputs, runs `ditmoe forward` with and without `--loss rf`, and compares the output,
-the chosen experts, the loss and every gradient with the float64 reference. The second reads a checkpoint that
+The first form writes models and inputs, runs `ditmoe forward` with and without `--loss rf` and `--loss ddpm`, and
+compares the output, the chosen experts, the loss, DDPM's terms and every gradient with the float64 reference; and runs
+`ditmoe sample` with every kind of sampler that a DDPM model has, by a random respacing. The second reads a checkpoint that
 `ditmoe train` wrote: all names and shapes of weights, EMA and moments, and the outputs of weights and EMA.
 Each difference is the largest absolute one over the root mean square of what is expected (reference.distance).
 """
@@ -21,6 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "golden"))
+import ddpm  # noqa: E402
 import reference as ref  # noqa: E402
 
 GAP = 2e-5  # between a token's K-th and next expert; below it rounding may rightly choose another
@@ -83,22 +85,64 @@ def make_case(images, changes, seed):
     return cfg, *best
 
 
+def random_way(r, cfg):
+    """A sampler of DDPM models with its options: what ddpm.trajectory() takes."""
+    sampler = r.choice(["ddpm", "ddpm", "ddim", "euler", "heun", "dpm++"])
+    null = ref.label_rows(cfg) > cfg["classes"]
+    return dict(sampler=sampler, respacing=r.choice(["5", "6", "ddim5", "ddim4", "3,2", "1,4", "2,0,3"]),
+                cfg=r.choice([1.0, 1.5, 4.0]) if null else 1.0, channels=r.choice([3, None]),
+                eta=r.choice([0.0, 0.5, 1.0]) if sampler == "ddim" else 0.0,
+                clip=sampler in ("ddpm", "ddim") and r.random() < 0.3)
+
+
+def make_ddpm_case(images, changes, seed, ways=3):
+    """The same for DDPM, and trajectories: (cfg, gap, params, inputs, expect, [(way, latents, gap)])."""
+    cfg, best, r = ref.make_config(**changes, diffusion="ddpm"), None, random.Random(seed)
+    for attempt in range(40):
+        params = ref.random_params(cfg, seed + attempt)
+        inputs = ddpm.random_inputs(cfg, images, seed + attempt + 2000, steps=6)
+        loss_inputs = {n: inputs[n] for n in ("x", "t", "y", "noise")}
+        expect, gap = ddpm.evaluate(params, cfg, loss_inputs, torch.float64)
+        if best is None or gap > best[0]:
+            best = gap, params, inputs, expect
+        if gap > GAP:
+            break
+    found = []
+    for _ in range(ways):
+        way = random_way(r, cfg)
+        kept = len(ddpm.respace(way["respacing"]))
+        start = {n: best[2][n] for n in ("z", "label")} | {"step_noise": best[2]["step_noise"][:kept].contiguous()}
+        found.append((way, start, *ddpm.trajectory(best[1], cfg, start, torch.float64, way)))
+    return cfg, *best, found
+
+
 class Program:
     def __init__(self, path, device, folder):
         self.path, self.folder = path, folder
         self.device = ["--device", device] if device else []
 
-    def forward(self, checkpoint, inputs, *options):
-        """What `ditmoe forward` writes, or a message."""
+    def run(self, name, checkpoint, inputs, source_option, target_option, options):
         source, target = self.folder + "/input.safetensors", self.folder + "/output.safetensors"
         save_file(inputs, source)
         if os.path.exists(target):
             os.remove(target)
-        command = [self.path, "forward", "--ckpt", checkpoint, "--input", source, "--output", target]
+        command = [self.path, name, "--ckpt", checkpoint, source_option, source, target_option, target]
         done = subprocess.run(command + list(options) + self.device, capture_output=True, text=True)
-        if done.returncode:
-            return f"exit {done.returncode}: {done.stderr.strip()[-300:]}"
-        result = load_file(target)
+        return load_file(target) if done.returncode == 0 else f"exit {done.returncode}: {done.stderr.strip()[-300:]}"
+
+    def sample(self, checkpoint, start, way):
+        """The latents that `ditmoe sample` writes, or a message."""
+        options = ["--classes", str(start["label"][0].item()), "--sampler", way["sampler"], "--weights", "model",
+                   "--respacing", way["respacing"], "--cfg", str(way["cfg"]), "--eta", str(way["eta"]),
+                   "--cfg-channels", "3" if way["channels"] else "all"] + ["--clip"] * way["clip"]
+        noise = {n: start[n] for n in ("z", "step_noise")}
+        return self.run("sample", checkpoint, noise, "--noise", "--latents", options)
+
+    def forward(self, checkpoint, inputs, *options):
+        """What `ditmoe forward` writes, or a message."""
+        result = self.run("forward", checkpoint, inputs, "--input", "--output", options)
+        if isinstance(result, str):
+            return result
         if "balance" in result:  # the reference's name for the sum of the balance losses
             result["aux"] = result.pop("balance")
         return result
@@ -137,6 +181,30 @@ def check_case(program, name, case, tolerance):
     wrong += wrong_train
     note = "" if gap > GAP else f", a choice is only {gap:.0e} wide"
     print(f"{'FAILED' if wrong else 'ok':7}{name}: out {out:.1e}, gradients {far:.1e} ({where}){note}")
+    for complaint in wrong[:8]:
+        print("       " + complaint)
+    return not wrong
+
+
+def check_ddpm(program, name, case, tolerance):
+    """The loss and its terms, gradients, and latents (to five times the tolerance: rounding of several steps)."""
+    cfg, gap, params, inputs, expect, found = case
+    checkpoint = program.folder + "/model.safetensors"
+    save_file(params, checkpoint, {"ditmoe.config": json.dumps(cfg)})
+    names = [n for n in expect if n in ("loss", "mse", "vb") or n.startswith("grad.")]
+    inputs = {n: inputs[n] for n in ("x", "t", "y", "noise")}
+    got = program.forward(checkpoint, inputs, "--loss", "ddpm", "--weights", "model")
+    (far, where), wrong = compare(got, expect, names, tolerance)
+    worst = 0.0
+    for way, start, latents, _ in found:
+        got = program.sample(checkpoint, start, way)
+        d = got if isinstance(got, str) else ref.distance(got["latents"], latents)
+        worst = max(worst, 0.0 if isinstance(d, str) else d)
+        if isinstance(d, str) or not d <= 5 * tolerance:
+            wrong.append(f"{way}: {d}")
+    gap = min([gap] + [g for _, _, _, g in found])
+    note = "" if gap > GAP else f", a choice is only {gap:.0e} wide"
+    print(f"{'FAILED' if wrong else 'ok':7}ddpm, {name}: loss and gradients {far:.1e} ({where}), latents {worst:.1e}{note}")
     for complaint in wrong[:8]:
         print("       " + complaint)
     return not wrong
@@ -198,6 +266,8 @@ def main():
             cases[f"random {i}: {images} images {short}"] = images, changes
         results = [check_case(program, name, make_case(*case, a.seed + i), a.tolerance)
                    for i, (name, case) in enumerate(cases.items()) if a.only in name]
+        results += [check_ddpm(program, name, make_ddpm_case(*case, a.seed + i), a.tolerance)
+                    for i, (name, case) in enumerate(cases.items()) if a.only in name]
     print(f"{sum(results)} of {len(results)} agree")
     return 0 if all(results) else 1
 

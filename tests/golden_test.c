@@ -1,5 +1,6 @@
 // The whole network against PyTorch in float64 (tests/golden/make_golden.py): outputs, chosen experts,
-// loss, balance loss, every gradient, and ten AdamW steps, on small models of every kind.
+// loss, balance loss, every gradient, ten AdamW steps, and DDPM's terms and samplers, on small models of
+// every kind.
 #include "tests/test.h"
 
 #include <math.h>
@@ -7,6 +8,7 @@
 #include <string.h>
 
 #include "model/checkpoint.h"
+#include "model/sampler.h"
 #include "model/train.h"
 
 struct golden {
@@ -211,6 +213,75 @@ static int check_gradients(struct golden *g, double tolerance)
     return PASSED;
 }
 
+// DDPM: what the loss is the sum of.
+static int check_terms(struct golden *g, double tolerance)
+{
+    struct trainer *t = g->trainer;
+    const int64_t N = t->options.batch;
+    int64_t n = 0, m = 0;
+    float *mse = read_floats(g->expect, "mse", &n), *vb = read_floats(g->expect, "vb", &m), got[128];
+    if (t->dit->config.diffusion == DIFFUSION_RF)
+        return PASSED;
+    CHECK(mse && n == N && N <= 64, "mse is missing");
+    CHECK(t->dit->config.learn_sigma == (vb != NULL), "vb");
+    OK(tensor_read(&t->dit->ctx, &t->terms, got));
+    for (int64_t i = 0; i < N; i++) {
+        const double bound = vb ? (double)vb[i] : 0, a = (double)got[i], b = (double)got[N + i];
+        CHECK(fabs(a - (double)mse[i]) <= tolerance * (double)mse[i], "mse %.8g", a);
+        CHECK(fabs(b - bound) <= tolerance * bound, "vb %.8g, not %.8g", b, bound);
+    }
+    free(mse), free(vb);
+    return PASSED;
+}
+
+// The ways of golden/ddpm.py, by their names there.
+static const struct {
+    const char *name;
+    struct sample_options o;
+} ways[] = {
+    {"ddpm", {.kind = SAMPLER_DDPM, .respacing = "5", .cfg = 2.5f, .cfg_channels = 3}},
+    {"ddpm_all", {.kind = SAMPLER_DDPM, .respacing = "ddim5", .cfg = 2.5f}},
+    {"ddpm_clip", {.kind = SAMPLER_DDPM, .respacing = "5", .cfg = 1, .clip = true}},
+    {"ddim", {.kind = SAMPLER_DDIM, .respacing = "5", .cfg = 2.5f, .cfg_channels = 3}},
+    {"ddim_eta", {.kind = SAMPLER_DDIM, .respacing = "2,3", .cfg = 1.5f, .eta = 0.7f}},
+    {"heun", {.kind = SAMPLER_HEUN, .respacing = "5", .cfg = 2.5f}},
+    {"dpm++", {.kind = SAMPLER_DPM, .respacing = "5", .cfg = 2.5f}},
+};
+
+static int check_way(struct golden *g, int way, const struct sample_noise *noise, int64_t count,
+                     double tolerance)
+{
+    char name[32];
+    struct sampler *s;
+    int64_t n = 0;
+    const struct config *c = &g->model.config;
+    const int32_t label = c->classes / 2, labels[] = {label, label};
+    snprintf(name, sizeof name, "latents.%s", ways[way].name);
+    float *expected = read_floats(g->expect, name, &n), *got = malloc((size_t)count * sizeof *got);
+    CHECK(expected && got && n == count, "%s: missing or of another size", name);
+    OK(sampler_new(g->trainer->dit->ctx.dev, g->stream, c, 2, &ways[way].o, &s));
+    OK(checkpoint_load(&g->model, s->dit, WEIGHTS_MODEL));
+    OK(sampler_run(s, 2, labels, noise, got, NULL, NULL));
+    sampler_free(s);
+    const double error = distance(got, expected, n, 0);
+    free(got), free(expected);
+    CHECK(error <= tolerance, "%s is off by %g", name, error);
+    return PASSED;
+}
+
+static int check_trajectories(struct golden *g, double tolerance)
+{
+    int64_t n = 0, m;
+    int result = PASSED;
+    float *z = read_floats(g->input, "z", &n), *steps = read_floats(g->input, "step_noise", &m);
+    const struct sample_noise noise = {z, steps};
+    for (int i = 0; z && steps && i < (int)(sizeof ways / sizeof ways[0]); i++)
+        result |= check_way(g, i, &noise, n, tolerance);
+    CHECK((g->model.config.diffusion == DIFFUSION_DDPM) == (z && steps), "z or step_noise");
+    free(z), free(steps);
+    return result;
+}
+
 static int check_steps(struct golden *g, double tolerance)
 {
     int64_t n;
@@ -236,7 +307,11 @@ static int check_all(struct golden *g, double tolerance)
     if (result == PASSED)
         result = check_loss(g, tolerance);
     if (result == PASSED)
+        result = check_terms(g, tolerance);
+    if (result == PASSED)
         result = check_gradients(g, 4 * tolerance);
+    if (result == PASSED)
+        result = check_trajectories(g, tolerance);
     return result == PASSED ? check_steps(g, 4 * tolerance) : result;
 }
 
@@ -270,6 +345,10 @@ CASE(s_qkv)
 CASE(xl_wqkv)
 CASE(dense)
 CASE(alternate)
+CASE(ddpm_latent)
+CASE(ddpm_grey)
+CASE(ddpm_fixed)
 
 #define ROWS(name) {#name, name}, {#name "_recompute", name##_recompute}, {#name "_gpu_forms", name##_gpu_forms}
-const struct test golden_tests[] = {ROWS(s_qkv), ROWS(xl_wqkv), ROWS(dense), ROWS(alternate), {0}};
+const struct test golden_tests[] = {ROWS(s_qkv), ROWS(xl_wqkv), ROWS(dense), ROWS(alternate),
+                                    ROWS(ddpm_latent), ROWS(ddpm_grey), ROWS(ddpm_fixed), {0}};

@@ -38,6 +38,18 @@ def respace(spec):
     return sorted(set(kept))
 
 
+# Five steps each; `channels` of the output are guided (None: all of the image's).
+WAYS = {
+    "ddpm": dict(sampler="ddpm", respacing="5", cfg=2.5, channels=3),
+    "ddpm_all": dict(sampler="ddpm", respacing="ddim5", cfg=2.5),
+    "ddpm_clip": dict(sampler="ddpm", respacing="5", cfg=1.0, clip=True),
+    "ddim": dict(sampler="ddim", respacing="5", cfg=2.5, channels=3),
+    "ddim_eta": dict(sampler="ddim", respacing="2,3", cfg=1.5, eta=0.7),
+    "heun": dict(sampler="heun", respacing="5", cfg=2.5),
+    "dpm++": dict(sampler="dpm++", respacing="5", cfg=2.5),
+}
+
+
 class Process:
     """A process of the kept steps: betas that make their ab the original ones."""
 
@@ -104,16 +116,24 @@ def losses(p, cfg, x, t, y, noise):
 
 
 def evaluate(params, cfg, inputs, dtype):
-    """What the golden files hold of DDPM: loss, mse, vb, aux and grad.NAME; and the smallest top-k gap."""
+    """Everything the golden files hold: out, experts.L, loss, mse, vb, aux, grad.NAME and, where the inputs have z,
+    latents.WAY; and the smallest top-k gap."""
     p, i = ref.convert(params, dtype, trained=True), ref.convert(inputs, dtype)
-    mse, vb, aux, record = losses(p, cfg, i["x"], i["t"], i["y"], i["noise"])
+    with torch.no_grad():
+        out, record = ref.forward(p, cfg, i["x"], i["t"], i["y"])
+    result = {"out": out} | {f"experts.{r['layer']}": r["experts"] for r in record}
+    mse, vb, aux, more = losses(p, cfg, i["x"], i["t"], i["y"], i["noise"])
     loss = (mse if vb is None else mse + vb).mean()
     (loss + aux).backward()
-    result = {"loss": loss.detach().view(1), "mse": mse.detach(), "aux": aux.detach().view(1)}
+    result |= {"loss": loss.detach().view(1), "mse": mse.detach(), "aux": aux.detach().view(1)}
     if vb is not None:
         result["vb"] = vb.detach()
     result |= {"grad." + n: torch.zeros_like(v) if v.grad is None else v.grad for n, v in p.items() if v.requires_grad}
-    return result, min((r["gap"] for r in record), default=1.0)
+    gaps = [r["gap"] for r in record + more]
+    for name, way in WAYS.items() if "z" in inputs else ():
+        result["latents." + name], gap = trajectory(params, cfg, inputs, dtype, way)
+        gaps.append(gap)
+    return result, min(gaps, default=1.0)
 
 
 def guided_model(p, cfg, y, scale, channels):
@@ -124,8 +144,8 @@ def guided_model(p, cfg, y, scale, channels):
     def model(x, t):
         both = scale != 1
         null = torch.full_like(y, cfg["classes"])
-        out, record = ref.forward(p, cfg, torch.cat([x, x]) if both else x, torch.full((len(x) * (1 + both),), float(t), dtype=x.dtype),
-                                  torch.cat([y, null]) if both else y)
+        time = torch.full((len(x) * (1 + both),), float(t), dtype=x.dtype)
+        out, record = ref.forward(p, cfg, torch.cat([x, x]) if both else x, time, torch.cat([y, null]) if both else y)
         gaps.extend(r["gap"] for r in record)
         if not both:
             return out
@@ -187,9 +207,9 @@ def sample_dpm(process, model, z):
 
 
 def trajectory(params, cfg, inputs, dtype, way):
-    """(result, smallest gap) of way = dict(sampler, respacing, cfg, channels, eta, clip) from inputs z, step_noise, y."""
+    """(result, smallest gap) of way = dict(sampler, respacing, cfg, channels, eta, clip) from inputs z, step_noise, label."""
     p, i = ref.convert(params, dtype), ref.convert(inputs, dtype)
-    model, gaps = guided_model(p, cfg, i["y"], way["cfg"], way["channels"])
+    model, gaps = guided_model(p, cfg, i["label"], way["cfg"], way.get("channels") or cfg["channels"])
     process, z, noise = Process(respace(way["respacing"])), i["z"], i["step_noise"]
     clip = way.get("clip", False)
     with torch.no_grad():
@@ -202,3 +222,17 @@ def trajectory(params, cfg, inputs, dtype, way):
         else:
             z = sample_sigma(process, model, z, way["sampler"] == "heun")
     return z, min(gaps, default=1.0)
+
+
+def random_inputs(cfg, count, seed, steps=5):
+    """reference.random_inputs with whole t, both ends among them, pixels at and beyond the ends of the grey scale, and
+    what trajectories start from: z, step_noise [S,N,..] and one label."""
+    inputs = ref.random_inputs(cfg, count, seed)
+    g = torch.Generator().manual_seed(seed + 1)
+    t = torch.randint(STEPS, (count,), generator=g)
+    t[:3] = torch.tensor([0, STEPS - 1, 1])[:min(3, count)]
+    inputs["t"] = t.float()
+    inputs["x"][0].clamp_(-1, 1)
+    shape = (2, cfg["channels"], cfg["size"], cfg["size"])
+    return inputs | dict(z=torch.randn(shape, generator=g), step_noise=torch.randn((steps, *shape), generator=g),
+                         label=torch.full((2,), cfg["classes"] // 2))

@@ -2,7 +2,7 @@
 
 For each case CASE/model.safetensors (published names; the configuration as JSON in the metadata),
 CASE/input.safetensors (x, t, y, noise) and CASE/expect.safetensors (out, experts.L, loss, aux, grad.NAME and, for
-the first case, the losses of ten AdamW steps). Expected values are computed in float64 and rounded at the end; the
+the first case, the losses of ten AdamW steps; of DDPM mse, vb and the latents that ddpm.WAYS lead to). Expected values are computed in float64 and rounded at the end; the
 distance of PyTorch's own float32 from them is printed, as the measure of a fair tolerance. The seed of each case is
 the first one that leaves every token's K-th and next expert at least GAP apart, so that no rounding can change a choice.
 """
@@ -13,6 +13,7 @@ import sys
 import torch
 from safetensors.torch import save_file
 
+import ddpm
 import reference as ref
 
 GAP = 3e-4
@@ -23,15 +24,25 @@ CASES = {
     "dense": ref.make_config(hidden=24, heads=3, patch=4, channels=3, size=16, moe="none", learn_sigma=False),
     "alternate": ref.make_config(layers=3, hidden=16, heads=4, patch=1, channels=2, size=6, classes=3, experts=6, topk=3,
                                  shared=0, moe="alternate", renormalise=True, balance=0.05, balance_per_sequence=True),
+    "ddpm_latent": ref.make_config(layers=1, hidden=12, heads=2, channels=4, size=6, classes=3, experts=3, topk=2, shared=0,
+                                   diffusion="ddpm"),
+    "ddpm_grey": ref.make_config(layers=2, hidden=8, heads=1, patch=1, channels=1, size=5, classes=2, experts=2, topk=1,
+                                 shared=1, moe="alternate", qk_norm=True, diffusion="ddpm"),
+    "ddpm_fixed": ref.make_config(layers=1, hidden=8, heads=2, patch=3, channels=3, size=9, classes=2, moe="none",
+                                  learn_sigma=False, diffusion="ddpm"),
 }
 IMAGES = 3
 STEPS = 10
 
 
+def family(cfg):
+    return ddpm if cfg["diffusion"] == "ddpm" else ref
+
+
 def search(cfg, train):
     for seed in range(1, 500):
-        params, inputs = ref.random_params(cfg, seed), ref.random_inputs(cfg, IMAGES, seed + 1000)
-        expect, gap = ref.evaluate(params, cfg, inputs, torch.float64)
+        params, inputs = ref.random_params(cfg, seed), family(cfg).random_inputs(cfg, IMAGES, seed + 1000)
+        expect, gap = family(cfg).evaluate(params, cfg, inputs, torch.float64)
         if gap > GAP and train:
             expect["losses"], gap_train = ref.train_losses(params, cfg, inputs, torch.float64, STEPS)
             gap = min(gap, gap_train)
@@ -42,7 +53,7 @@ def search(cfg, train):
 
 def report(name, cfg, params, inputs, expect, seed, gap):
     """How far float32 is from float64 in PyTorch itself."""
-    single, _ = ref.evaluate(params, cfg, inputs, torch.float32)
+    single, _ = family(cfg).evaluate(params, cfg, inputs, torch.float32)
     if "losses" in expect:
         single["losses"] = ref.train_losses(params, cfg, inputs, torch.float32, STEPS)[0]
     assert all(torch.equal(single[n], v) for n, v in expect.items() if n.startswith("experts."))
@@ -54,7 +65,8 @@ def report(name, cfg, params, inputs, expect, seed, gap):
     print(f"{name}: seed {seed}, {count} parameters, gap {gap:.1e}, loss {expect['loss'].item():.6f}, "
           f"aux {expect['aux'].item():.6f}; float32 is off by: out {far['out']:.1e}, loss {far['loss']:.1e}, "
           f"gradients {far[worst]:.1e} ({worst})"
-          + (f", ten losses {far['losses']:.1e}" if "losses" in far else ""))
+          + (f", ten losses {far['losses']:.1e}" if "losses" in far else "")
+          + "".join(f", {n} {far[n]:.1e}" for n in far if n == "vb" or n.startswith("latents.")))
 
 
 def write(folder, cfg, params, inputs, expect):
