@@ -1,0 +1,176 @@
+// See cost.h. Letters as in model/config.h: T tokens, D hidden, E experts, K active ones, F = 4D.
+#include "model/cost.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "model/train.h"
+
+// ---- a device on paper --------------------------------------------------------------------------
+
+// Products want scratch for their operands' other forms: about this much on GPUs; on CPUs the weight once more.
+static size_t paper_space(struct device *dev, const struct gemm *g)
+{
+    return dev->cpu_forms ? (size_t)g->n * (size_t)g->k * sizeof(float) : 32 << 20;
+}
+
+static const struct backend paper = {.name = "paper", .gemm_space = paper_space};
+
+static struct device paper_device(const struct cost_options *o)
+{
+    struct device dev = {.api = &paper, .act = o->bf16 ? BF16 : F32};
+    dev.info.backend = &paper;
+    dev.info.kind = o->kind;
+    dev.info.align = 256;
+    dev.info.memory = dev.info.max_alloc = UINT64_MAX / 4;
+    strcpy(dev.info.key, "paper:0");
+    dev.cpu_forms = o->kind == DEVICE_CPU;
+    if (!dev.cpu_forms) {
+        dev.swiglu_columns = 64;
+        dev.rebuilds_hidden = true;
+        dev.half_weights = o->bf16;
+        dev.fused_width = o->bf16 ? 4096 : 0;
+    }
+    return dev;
+}
+
+static int training_memory(struct device *dev, const struct config *c, const struct cost_options *o,
+                           int batch, double *bytes)
+{
+    struct train_options t = train_defaults();
+    struct trainer *trainer = NULL;
+    t.batch = batch;
+    t.recompute = o->recompute;
+    t.early = o->early;
+    int code = trainer_new(dev, NULL, c, &t, &trainer);
+    if (code >= 0)
+        *bytes = (double)plan_total(trainer->dit->plan);
+    if (trainer)
+        trainer_free(trainer);
+    return code;
+}
+
+int model_memory(const struct config *c, const struct cost_options *o, int batch, double *bytes)
+{
+    struct device dev = paper_device(o);
+    struct dit *d = NULL;
+    if (o->train)
+        return training_memory(&dev, c, o, batch, bytes);
+    TRY(dit_new(&dev, NULL, c, &(struct dit_options){.batch = batch}, &d));
+    int code = dit_layout(d);
+    *bytes = (double)plan_total(d->plan);
+    dit_free(d);
+    return code;
+}
+
+// ---- lines through the plan ---------------------------------------------------------------------
+
+static int moe_layers(const struct config *c)
+{
+    int count = 0;
+    for (int l = 0; l < c->layers; l++)
+        count += config_is_moe(c, l);
+    return count;
+}
+
+// Of what a rank keeps of its own images' routed rows while other ranks work on them: the rows that it
+// sends and those that come back; in training the latter of every layer.
+static double own_rows(const struct config *c, const struct cost_options *o, int layers)
+{
+    const double row = (double)c->hidden * (o->bf16 ? 2 : 4);
+    return config_tokens(c) * c->topk * row * (1 + (o->train && !o->recompute ? layers : 1));
+}
+
+static int fill_memory(const struct config *c, const struct cost_options *o, struct model_cost *m)
+{
+    const int layers = moe_layers(c), b = o->batch > 0 ? o->batch : 1;
+    double one, two, more = 0, wider = 0;
+    struct config other = *c;
+    TRY(model_memory(c, o, b, &one));
+    TRY(model_memory(c, o, 2 * b, &two));
+    m->image_memory = (two - one) / b;
+    m->fixed_memory = one - b * m->image_memory;
+    if (layers == 0)
+        return 0;
+    other.experts = 2 * c->experts;
+    TRY(model_memory(&other, o, b, &more));
+    m->expert_memory = (more - one) / c->experts / layers;
+    m->fixed_memory -= m->expert_memory * c->experts * layers;
+    other.topk = 2 * c->topk;
+    TRY(model_memory(&other, o, b, &wider));
+    const double rows = (double)b * config_tokens(c) * c->topk; // of one layer
+    m->row_memory = (wider - more) / rows / layers;
+    m->image_memory -= m->row_memory * config_tokens(c) * c->topk * layers;
+    m->image_memory += own_rows(c, o, layers);
+    return 0;
+}
+
+// ---- operations ---------------------------------------------------------------------------------
+
+static void fill_work(const struct config *c, const struct cost_options *o, struct model_cost *m)
+{
+    const double T = config_tokens(c), D = c->hidden, E = c->experts, F = MLP_RATIO * D;
+    const double act = o->bf16 ? 2 : 4, shared = c->shared * D;
+    const double patch = (double)c->patch * c->patch;
+    const bool fused = o->kind != DEVICE_CPU;
+    m->tokens = T;
+    m->rows = T * c->topk;
+    m->row_bytes = D * act;
+    m->flops = T * (8 * D * D + 2 * D * E);
+    m->shared_flops = 6 * T * D * shared;
+    m->plain_flops = 4 * T * D * F;
+    m->attention_flops = 4 * T * T * D;
+    // LayerNorm, attention's operands, two residual sums, combination; SwiGLU where products leave it
+    m->bytes = T * act * (14 * D + (fused ? 0 : 3 * shared));
+    m->expert_flops = 6 * D * F;
+    m->expert_bytes = act * (3 * D + (fused ? 0 : 3 * F));
+    m->launches = fused ? 12 : 20;
+    m->expert_launches = fused ? 3 : 6;
+    m->image_flops = 2 * config_modulations(c) * D + 2 * D * (TIMESTEP_FEATURES + D) +
+                     2 * T * D * patch * (c->channels + config_out_channels(c));
+    m->image_bytes = act * 8 * T * D;
+    m->backward = o->train ? (o->recompute ? 3 : 2) : 0;
+    m->passes = !o->train && o->guided ? 2 : 1;
+}
+
+static void fill_parameters(const struct config *c, const struct cost_options *o,
+                            struct model_cost *m)
+{
+    const double D = c->hidden, total = (double)config_count(c).total;
+    const bool half = o->bf16 && o->kind != DEVICE_CPU;
+    m->expert_params = 3 * MLP_RATIO * D * D;
+    m->dense_params = total - m->expert_params * c->experts * moe_layers(c);
+    m->weight_bytes = half ? 2 : 4;
+    m->update_bytes = half ? 36 : 40;
+    m->host_expert = m->expert_params * (o->train ? 20 : m->weight_bytes);
+}
+
+int model_cost_new(const struct config *c, const struct cost_options *o, struct model_cost *out)
+{
+    struct model_cost m = {.layers = c->layers, .experts = c->experts, .topk = c->topk};
+    *out = (struct model_cost){0};
+    TRY(config_check(c));
+    bool *moe = calloc((size_t)c->layers, sizeof *moe);
+    if (!moe)
+        return fail(ERR_NOMEM, "no host memory for a model of %d layers", c->layers);
+    for (int l = 0; l < c->layers; l++)
+        moe[l] = config_is_moe(c, l);
+    m.moe = moe;
+    m.train = o->train;
+    m.headroom = o->headroom > 0 ? o->headroom : 1.5;
+    m.overlap = o->overlap;
+    fill_work(c, o, &m);
+    fill_parameters(c, o, &m);
+    int code = fill_memory(c, o, &m);
+    if (code < 0)
+        model_cost_free(&m);
+    else
+        *out = m;
+    return code;
+}
+
+void model_cost_free(struct model_cost *m)
+{
+    free((void *)m->moe);
+    *m = (struct model_cost){0};
+}

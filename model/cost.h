@@ -1,0 +1,25 @@
+// What a model costs, for the forecast of runtime/forecast.h: operations from its sizes, memory from its
+// own plan. The plan is made on a device that exists on paper, for a few batches, experts and active
+// experts; straight lines through these give what any rank would need.
+#ifndef DITMOE_COST_H
+#define DITMOE_COST_H
+
+#include "model/config.h"
+#include "runtime/forecast.h"
+
+struct cost_options {
+    enum device_kind kind; // of the devices whose plan counts: GPUs fuse more than CPUs
+    bool bf16, train, recompute, early;
+    bool guided;     // sampling: the null class is computed beside each image
+    int batch;       // images of a rank, about: the plan's line goes through it
+    double headroom; // as in struct model_cost; 0: 1.5
+    double overlap;
+};
+
+int model_cost_new(const struct config *c, const struct cost_options *o, struct model_cost *out);
+void model_cost_free(struct model_cost *m); // also of a zeroed struct
+
+// Bytes that the model's plan takes on one device of the kind, everything on it.
+int model_memory(const struct config *c, const struct cost_options *o, int batch, double *bytes);
+
+#endif

@@ -1,0 +1,408 @@
+// See forecast.h. Times of a rank are its device's rates times what the model counts; where ranks meet,
+// the slowest sets the pace.
+#include "runtime/forecast.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+void cluster_free(struct cluster *c)
+{
+    free(c->rank);
+    free(c->host_memory);
+    free(c->host);
+    free(c->link);
+    *c = (struct cluster){0};
+}
+
+void forecast_free(struct forecast *f)
+{
+    free(f->rank);
+    *f = (struct forecast){0};
+}
+
+static double ratio(double work, double rate)
+{
+    return work > 0 ? work / rate : 0;
+}
+
+// How much longer real steps take than their parts, as calibrate found.
+static double correction(const struct model_cost *m, const struct device_rates *r)
+{
+    return m->train ? r->train : r->sample;
+}
+
+// ---- one rank, one layer, one forward pass ------------------------------------------------------
+
+struct dense_time {
+    double before, shared; // the exchange; the shared expert, which can hide it
+};
+
+static struct dense_time dense_time(const struct model_cost *m, const struct device_rates *r,
+                                    int share, bool moe)
+{
+    const double images = (double)share * m->passes, rows = images * m->tokens;
+    const double rate = rate_at(r->dense, rows);
+    struct dense_time t = {0};
+    if (share == 0)
+        return t;
+    t.before = ratio(images * (m->flops + (moe ? 0 : m->plain_flops)), rate) +
+               ratio(images * m->attention_flops, r->attention) +
+               ratio(images * m->bytes, r->memory) + m->launches * r->launch;
+    t.shared = moe ? ratio(images * m->shared_flops, rate) : 0;
+    t.before *= correction(m, r);
+    t.shared *= correction(m, r);
+    return t;
+}
+
+// Experts with these rows in all; an expert's products run at the rate of its own rows.
+static double expert_time(const struct model_cost *m, const struct device_rates *r, double rows,
+                          int experts)
+{
+    if (experts == 0 || rows <= 0)
+        return 0;
+    return correction(m, r) *
+           (ratio(rows * m->expert_flops, rate_at(r->ragged, rows / experts)) +
+            ratio(rows * m->expert_bytes, r->memory) + m->expert_launches * r->launch);
+}
+
+// ---- roads --------------------------------------------------------------------------------------
+
+// Seconds in which `from` sends its rows to experts' owners and gets those of others. A direct road
+// carries both ways at once and all peers share its port; by the host's memory they take turns.
+static double exchange_time(const struct cluster *c, const struct model_cost *m, const int *share,
+                            const double *owned, int rank)
+{
+    double out = 0, in = 0, staged = 0, start = 0;
+    const double row_bytes = m->rows * m->passes * m->row_bytes;
+    for (int s = 0; s < c->ranks; s++) {
+        const struct link_rate *there = cluster_link(c, rank, s), *back = cluster_link(c, s, rank);
+        const double send = share[rank] * owned[s] * row_bytes;
+        const double receive = share[s] * owned[rank] * row_bytes;
+        if (s == rank || send + receive <= 0)
+            continue;
+        if (there->staged) {
+            staged +=
+                there->latency + ratio(send, there->bandwidth) + ratio(receive, back->bandwidth);
+        } else {
+            out += ratio(send, there->bandwidth);
+            in += ratio(receive, back->bandwidth);
+            start = fmax(start, there->latency);
+        }
+    }
+    return staged + start + fmax(out, in);
+}
+
+// ---- a layer ------------------------------------------------------------------------------------
+
+// What the placement makes of each rank in a layer.
+struct load_of {
+    double owned;   // share of the layer's rows that its experts get
+    double at_host; // of these, those of experts computed by the host
+    int experts, hosted, streamed;
+};
+
+static void sum_loads(const struct cluster *c, const struct model_cost *m, const double *load,
+                      const int *owner, const uint8_t *home, struct load_of *out, double *owned)
+{
+    memset(out, 0, (size_t)c->ranks * sizeof *out);
+    for (int e = 0; e < m->experts; e++) {
+        struct load_of *o = &out[owner[e]];
+        const double part = load ? load[e] : 1.0 / m->experts;
+        o->owned += part;
+        if (home[e] == HOME_HOST) {
+            o->at_host += part;
+            o->hosted++;
+        } else {
+            o->experts++;
+            o->streamed += home[e] == HOME_STREAMED;
+        }
+    }
+    for (int r = 0; r < c->ranks; r++)
+        owned[r] = out[r].owned;
+}
+
+// The host's CPU works on its rows while the device works on its own; rows go there and back.
+static double host_time(const struct cluster *c, const struct model_cost *m, int rank, double rows,
+                        int experts)
+{
+    const struct cluster_rank *k = &c->rank[rank];
+    const struct device_rates *host = &c->host[k->node];
+    if (experts == 0)
+        return 0;
+    if (host->memory <= 0)
+        return INFINITY;
+    return expert_time(m, host, rows, experts) + ratio(rows * m->row_bytes, k->rates.to_host) +
+           ratio(rows * m->row_bytes, k->rates.to_device);
+}
+
+struct phases {
+    double first, second, stream; // seconds of a rank; of its streamed experts on their way
+    double exchange;              // of these, rows on their way that nothing hides
+    double dense, expert;
+};
+
+// One pass over a layer: `work` is its work in forward passes.
+static struct phases rank_phases(const struct cluster *c, const struct model_cost *m,
+                                 const int *share, const struct load_of *load, const double *owned,
+                                 int rank, double images, double work)
+{
+    const struct device_rates *r = &c->rank[rank].rates;
+    const struct load_of *l = &load[rank];
+    const double rows = images * m->passes * m->rows;
+    const struct dense_time d = dense_time(m, r, share[rank], true);
+    const double road = exchange_time(c, m, share, owned, rank);
+    const double hidden = m->overlap * fmin(road, work * d.shared);
+    const double device = expert_time(m, r, rows * (l->owned - l->at_host), l->experts);
+    const double host = host_time(c, m, rank, rows * l->at_host, l->hosted);
+    struct phases p = {.dense = work * (d.before + d.shared), .expert = work * fmax(device, host)};
+    p.first = p.dense + road - hidden;
+    p.second = p.expert + road;
+    p.exchange = 2 * road - hidden;
+    p.stream = ratio(l->streamed * m->expert_params * m->weight_bytes, r->to_device);
+    return p;
+}
+
+// A pass takes as long as its slowest ranks; streamed experts come during the layer before.
+static double pass_time(const struct cluster *c, const struct model_cost *m, const int *share,
+                        const struct load_of *load, const double *owned, double work,
+                        struct phases *p, struct rank_forecast *parts, double *sum)
+{
+    double first = 0, second = 0, images = 0, stream = 0;
+    for (int s = 0; s < c->ranks; s++)
+        images += share[s];
+    for (int r = 0; r < c->ranks; r++) {
+        p[r] = rank_phases(c, m, share, load, owned, r, images, work);
+        first = fmax(first, p[r].first);
+        second = fmax(second, p[r].second);
+        stream = fmax(stream, p[r].stream);
+        if (sum)
+            *sum += p[r].first + p[r].second + p[r].stream;
+    }
+    const double total = fmax(first + second, stream);
+    for (int r = 0; parts && r < c->ranks; r++) {
+        const double late = fmax(0, p[r].stream - first - second);
+        parts[r].dense += p[r].dense;
+        parts[r].expert += p[r].expert;
+        parts[r].exchange += p[r].exchange;
+        parts[r].stream += late;
+        parts[r].wait += total - p[r].first - p[r].second - late;
+    }
+    return total;
+}
+
+// A layer without experts: no rank waits for another.
+static double plain_time(const struct cluster *c, const struct model_cost *m, const int *share,
+                         struct rank_forecast *parts, double *sum)
+{
+    double most = 0;
+    for (int r = 0; r < c->ranks; r++)
+        most = fmax(most, dense_time(m, &c->rank[r].rates, share[r], false).before);
+    for (int r = 0; r < c->ranks; r++) {
+        const double own = dense_time(m, &c->rank[r].rates, share[r], false).before;
+        if (sum)
+            *sum += own * (1 + m->backward);
+        if (!parts)
+            continue;
+        parts[r].dense += own * (1 + m->backward);
+        parts[r].wait += (most - own) * (1 + m->backward);
+    }
+    return most * (1 + m->backward);
+}
+
+// What a layer needs of each rank, in one piece of memory: FEW ranks find room on the stack.
+struct layer_room {
+    struct load_of load;
+    struct phases phases;
+    double owned;
+};
+
+double forecast_layer(const struct cluster *c, const struct model_cost *m, const double *load,
+                      const int *share, const int *owner, const uint8_t *home, bool moe,
+                      struct rank_forecast *parts, double *work)
+{
+    enum { FEW = 16 };
+    struct layer_room few[FEW], *room = few;
+    const size_t n = (size_t)c->ranks;
+    if (work)
+        *work = 0;
+    if (!moe)
+        return plain_time(c, m, share, parts, work);
+    if (c->ranks > FEW && !(room = malloc(n * sizeof *room)))
+        return INFINITY;
+    struct load_of *loads = (struct load_of *)room;
+    struct phases *phases = (struct phases *)(loads + n);
+    double *owned = (double *)(phases + n);
+    sum_loads(c, m, load, owner, home, loads, owned);
+    double seconds = pass_time(c, m, share, loads, owned, 1, phases, parts, work);
+    if (m->backward > 0)
+        seconds += pass_time(c, m, share, loads, owned, m->backward, phases, parts, work);
+    if (room != few)
+        free(room);
+    return seconds;
+}
+
+// ---- the rest of a step -------------------------------------------------------------------------
+
+// A ring over the slowest road between ranks: every byte goes there twice.
+static double ring_time(const struct cluster *c, double bytes)
+{
+    double slowest = INFINITY, latency = 0;
+    if (c->ranks == 1)
+        return 0;
+    for (int r = 0; r < c->ranks; r++)
+        for (int s = 0; s < c->ranks; s++) {
+            const struct link_rate *l = cluster_link(c, r, s);
+            if (r == s)
+                continue;
+            slowest = fmin(slowest, l->staged ? l->bandwidth / 2 : l->bandwidth);
+            latency = fmax(latency, l->latency);
+        }
+    const double n = c->ranks;
+    return 2 * (n - 1) * latency + ratio(2 * bytes * (n - 1) / n, slowest);
+}
+
+// Between copies, each rank with its likes, in a tree of latency log2.
+static double copies_time(const struct cluster *c, double bytes)
+{
+    if (c->copies == 1)
+        return 0;
+    return 2 * log2(c->copies) * c->between.latency +
+           ratio(2 * bytes * (c->copies - 1) / c->copies, c->between.bandwidth);
+}
+
+double forecast_rest(const struct cluster *c, const struct model_cost *m, const int *share,
+                     const int *held, double layers_seconds, struct rank_forecast *parts)
+{
+    const double dense_bytes = 4 * m->dense_params;
+    const double backward = layers_seconds * m->backward / (1 + m->backward);
+    const double ring = m->train ? ring_time(c, dense_bytes) : 0;
+    double outside = 0, reduce = 0, update = 0;
+    for (int r = 0; r < c->ranks; r++) {
+        const struct device_rates *k = &c->rank[r].rates;
+        const double images = (double)share[r] * m->passes;
+        const double own = correction(m, k) * (1 + m->backward) *
+                           (ratio(images * m->image_flops, rate_at(k->dense, images)) +
+                            ratio(images * m->image_bytes, k->memory));
+        outside = fmax(outside, own);
+        if (parts)
+            parts[r].dense += own;
+        if (!m->train)
+            continue;
+        const double optimiser =
+            ratio((m->dense_params + held[r] * m->expert_params) * m->update_bytes, k->memory);
+        const double sums =
+            ring + copies_time(c, dense_bytes / c->ranks + 4 * held[r] * m->expert_params);
+        const double seen = fmax(sums - m->overlap * backward, sums / fmax(1, m->layers));
+        update = fmax(update, optimiser);
+        reduce = fmax(reduce, seen);
+        if (parts) {
+            parts[r].update += optimiser;
+            parts[r].reduce += seen;
+        }
+    }
+    for (int r = 0; parts && r < c->ranks; r++)
+        parts[r].wait += update - parts[r].update + reduce - parts[r].reduce;
+    return outside + reduce + update;
+}
+
+double forecast_memory(const struct model_cost *m, int share, int held, int streamed, double rows)
+{
+    const double buffers =
+        streamed > 0 ? 2 * m->expert_params * m->weight_bytes * (m->train ? 2 : 1) : 0;
+    return m->fixed_memory + share * m->passes * m->image_memory + held * m->expert_memory +
+           m->headroom * rows * m->row_memory + buffers;
+}
+
+// ---- all of it ----------------------------------------------------------------------------------
+
+// Counts of a rank over all layers.
+struct holding {
+    int device, streamed, host; // experts by home
+    double rows;                // expected, of those on the device
+};
+
+static int count_holdings(const struct cluster *c, const struct model_cost *m, const double *load,
+                          const struct placement *p, struct holding *out)
+{
+    for (int l = 0; l < m->layers; l++) {
+        for (int e = 0; m->moe[l] && e < m->experts; e++) {
+            const int owner = *placement_owner(p, 0, l, e);
+            const uint8_t home = *placement_home(p, 0, l, e);
+            if (owner < 0 || owner >= c->ranks)
+                return fail(ERR_INPUT, "expert %d of layer %d has no owner among %d ranks", e, l,
+                            c->ranks);
+            struct holding *h = &out[owner];
+            h->device += home == HOME_DEVICE;
+            h->streamed += home == HOME_STREAMED;
+            h->host += home == HOME_HOST;
+            if (home != HOME_HOST)
+                h->rows += (load ? load[l * m->experts + e] : 1.0 / m->experts) * p->batch *
+                           m->passes * m->rows;
+        }
+    }
+    return 0;
+}
+
+static void judge_memory(const struct cluster *c, const struct model_cost *m,
+                         const struct placement *p, const struct holding *h, double *host,
+                         struct forecast *out)
+{
+    double most = 0;
+    memset(host, 0, (size_t)c->nodes * sizeof *host);
+    for (int r = 0; r < c->ranks; r++) {
+        struct rank_forecast *f = &out->rank[r];
+        f->memory = forecast_memory(m, p->share[r], h[r].device, h[r].streamed, h[r].rows);
+        f->host_memory = (h[r].streamed + h[r].host) * m->host_expert;
+        f->rows = h[r].rows / fmax(1, m->layers);
+        host[c->rank[r].node] += f->host_memory;
+        // a CPU device's memory is the host's
+        if (c->rank[r].kind == DEVICE_CPU)
+            host[c->rank[r].node] += f->memory;
+        const double over = f->memory - (double)c->rank[r].memory;
+        if (over > 0) {
+            out->missing += over;
+            out->missing_rank = over > most ? r : out->missing_rank;
+            most = fmax(most, over);
+        }
+    }
+    for (int n = 0; n < c->nodes; n++)
+        out->missing += fmax(0, host[n] - (double)c->host_memory[n]);
+}
+
+int forecast_step(const struct cluster *c, const struct model_cost *m, const double *load,
+                  const struct placement *p, struct forecast *out)
+{
+    int code = 0;
+    *out = (struct forecast){.ranks = c->ranks, .missing_rank = -1};
+    BUG_IF(p->ranks != c->ranks || p->layers != m->layers || p->experts != m->experts);
+    struct holding *h = calloc((size_t)c->ranks, sizeof *h);
+    int *held = calloc((size_t)c->ranks, sizeof *held);
+    double *host = calloc((size_t)c->nodes, sizeof *host);
+    out->rank = calloc((size_t)c->ranks, sizeof *out->rank);
+    if (!h || !held || !host || !out->rank)
+        code = fail(ERR_NOMEM, "no host memory for a forecast of %d ranks", c->ranks);
+    if (code >= 0)
+        code = count_holdings(c, m, load, p, h);
+    for (int l = 0; code >= 0 && l < m->layers; l++)
+        out->step += forecast_layer(c, m, load ? load + (size_t)l * (size_t)m->experts : NULL,
+                                    p->share, placement_owner(p, 0, l, 0),
+                                    placement_home(p, 0, l, 0), m->moe[l], out->rank, NULL);
+    for (int r = 0; code >= 0 && r < c->ranks; r++)
+        held[r] = h[r].device + h[r].streamed + h[r].host;
+    if (code >= 0) {
+        out->step += forecast_rest(c, m, p->share, held, out->step, out->rank);
+        judge_memory(c, m, p, h, host, out);
+        for (int r = 0; r < c->ranks; r++) {
+            out->exchange_share += out->rank[r].exchange / out->step / c->ranks;
+            out->reduce_share += out->rank[r].reduce / out->step / c->ranks;
+        }
+        out->images_per_second = (double)p->batch * c->copies / out->step;
+    }
+    free(h);
+    free(held);
+    free(host);
+    if (code < 0)
+        forecast_free(out);
+    return code;
+}

@@ -1,0 +1,270 @@
+// See policy.h: the policies that follow a rule. The search of `cost` is policy_search.c.
+#include "runtime/policy.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+const char *const policy_names[] = {"uniform", "memory", "frequency", "cost", NULL};
+
+static double load_at(const struct model_cost *m, const double *load, int l, int e)
+{
+    return load ? load[(size_t)l * (size_t)m->experts + (size_t)e] : 1.0 / m->experts;
+}
+
+// Whole parts of `total` in proportion to weight[count], the sum exact: largest remainders.
+static int divide(const double *weight, int count, int total, int *out)
+{
+    double sum = 0, *rest = calloc((size_t)count, sizeof *rest);
+    int left = total;
+    if (!rest)
+        return fail(ERR_NOMEM, "no host memory for a placement");
+    for (int i = 0; i < count; i++)
+        sum += weight[i];
+    for (int i = 0; i < count; i++) {
+        const double exact = sum > 0 ? total * weight[i] / sum : (double)total / count;
+        out[i] = (int)exact;
+        rest[i] = exact - out[i];
+        left -= out[i];
+    }
+    for (; left > 0; left--) {
+        int best = 0;
+        for (int i = 1; i < count; i++)
+            if (rest[i] > rest[best] + 1e-12)
+                best = i;
+        out[best]++;
+        rest[best] -= 1;
+    }
+    free(rest);
+    return 0;
+}
+
+// ---- memory -------------------------------------------------------------------------------------
+
+// Experts of each layer in proportion to `room` [ranks]; what rounding took in one layer is given back in
+// the next.
+static int spread_by(const double *room, const struct model_cost *m, struct placement *p)
+{
+    double sum = 0;
+    double *due = calloc((size_t)p->ranks, sizeof *due);
+    if (!due)
+        return fail(ERR_NOMEM, "no host memory for a placement");
+    for (int r = 0; r < p->ranks; r++)
+        sum += room[r];
+    for (int l = 0; l < p->layers; l++) {
+        if (!m->moe[l])
+            continue;
+        for (int r = 0; r < p->ranks; r++)
+            due[r] += m->experts * (sum > 0 ? room[r] / sum : 1.0 / p->ranks);
+        for (int e = 0; e < m->experts; e++) {
+            int most = 0;
+            for (int r = 1; r < p->ranks; r++)
+                if (due[r] > due[most] + 1e-9)
+                    most = r;
+            *placement_owner(p, 0, l, e) = most;
+            due[most] -= 1;
+        }
+    }
+    free(due);
+    return 0;
+}
+
+static int by_memory(const struct cluster *c, const struct model_cost *m, struct placement *p)
+{
+    double *room = calloc((size_t)c->ranks, sizeof *room);
+    if (!room)
+        return fail(ERR_NOMEM, "no host memory for a placement");
+    for (int r = 0; r < c->ranks; r++)
+        room[r] = fmax(0, (double)c->rank[r].memory - m->fixed_memory);
+    int code = divide(room, c->ranks, p->batch, p->share);
+    for (int r = 0; r < c->ranks; r++)
+        room[r] = fmax(0, room[r] - p->share[r] * m->passes * m->image_memory);
+    if (code >= 0)
+        code = spread_by(room, m, p);
+    free(room);
+    return code;
+}
+
+// ---- frequency, and speed -----------------------------------------------------------------------
+
+// The experts of a layer, the most loaded first (the lower number among equals).
+static void sort_by_load(const struct model_cost *m, const double *load, int l, int *order)
+{
+    for (int e = 0; e < m->experts; e++) {
+        int at = e;
+        for (; at > 0 && load_at(m, load, l, order[at - 1]) < load_at(m, load, l, e); at--)
+            order[at] = order[at - 1];
+        order[at] = e;
+    }
+}
+
+// Each expert, the most loaded first, to the rank that will be done with its own first (Graham 1969);
+// among equals to the one that has had least in the layers before. speed [ranks].
+static int spread_load(const struct model_cost *m, const double *load, const double *speed,
+                       struct placement *p)
+{
+    const size_t n = (size_t)p->ranks;
+    double *sum = calloc(2 * n, sizeof *sum), *all = sum + n;
+    int *order = calloc((size_t)m->experts, sizeof *order);
+    for (int l = 0; sum && order && l < p->layers; l++) {
+        if (!m->moe[l])
+            continue;
+        memset(sum, 0, n * sizeof *sum);
+        sort_by_load(m, load, l, order);
+        for (int i = 0; i < m->experts; i++) {
+            const double part = load_at(m, load, l, order[i]);
+            int best = 0;
+            for (int r = 1; r < p->ranks; r++) {
+                const double gain = (sum[best] + part) / speed[best] - (sum[r] + part) / speed[r];
+                if (gain > 1e-12 ||
+                    (fabs(gain) <= 1e-12 && all[r] / speed[r] < all[best] / speed[best]))
+                    best = r;
+            }
+            *placement_owner(p, 0, l, order[i]) = best;
+            sum[best] += part;
+            all[best] += part;
+        }
+    }
+    const bool good = sum && order;
+    free(sum);
+    free(order);
+    return good ? 0 : fail(ERR_NOMEM, "no host memory for a placement");
+}
+
+static int by_frequency(const struct model_cost *m, const double *load, struct placement *p)
+{
+    double *speed = malloc((size_t)p->ranks * sizeof *speed);
+    if (!speed)
+        return fail(ERR_NOMEM, "no host memory for a placement");
+    for (int r = 0; r < p->ranks; r++)
+        speed[r] = 1;
+    int code = spread_load(m, load, speed, p);
+    free(speed);
+    return code;
+}
+
+// Shares and experts in proportion to what the devices do in a second, at an equal part of the work: a
+// start for the search.
+static int by_speed(const struct cluster *c, const struct model_cost *m, const double *load,
+                    struct placement *p)
+{
+    const double rows = fmax(1, (double)p->batch * m->passes * m->rows / c->ranks);
+    double *speed = malloc((size_t)p->ranks * sizeof *speed);
+    if (!speed)
+        return fail(ERR_NOMEM, "no host memory for a placement");
+    for (int r = 0; r < p->ranks; r++)
+        speed[r] = rate_at(c->rank[r].rates.dense, rows / m->topk) /
+                   (m->train ? c->rank[r].rates.train : c->rank[r].rates.sample);
+    int code = divide(speed, c->ranks, p->batch, p->share);
+    for (int r = 0; r < p->ranks; r++)
+        speed[r] = rate_at(c->rank[r].rates.ragged, rows / m->experts);
+    if (code >= 0)
+        code = spread_load(m, load, speed, p);
+    free(speed);
+    return code;
+}
+
+// ---- memory that is not there -------------------------------------------------------------------
+
+// Sends experts of `rank` to host memory until the rest fits: one of each layer in turn, so that there
+// is work in every layer behind which they can come.
+static void stream_experts(const struct cluster *c, const struct model_cost *m, const double *load,
+                           int rank, struct placement *p)
+{
+    double rows = 0;
+    int device = 0, streamed = 0;
+    for (int l = 0; l < p->layers; l++)
+        for (int e = 0; m->moe[l] && e < m->experts; e++)
+            if (*placement_owner(p, 0, l, e) == rank) {
+                const uint8_t home = *placement_home(p, 0, l, e);
+                device += home == HOME_DEVICE;
+                streamed += home == HOME_STREAMED;
+                rows +=
+                    home == HOME_HOST ? 0 : load_at(m, load, l, e) * p->batch * m->passes * m->rows;
+            }
+    for (int e = 0; e < m->experts; e++)
+        for (int l = 0; l < p->layers; l++) {
+            if (forecast_memory(m, p->share[rank], device, streamed, rows) <=
+                (double)c->rank[rank].memory)
+                return;
+            if (!m->moe[l] || *placement_owner(p, 0, l, e) != rank ||
+                *placement_home(p, 0, l, e) != HOME_DEVICE)
+                continue;
+            *placement_home(p, 0, l, e) = HOME_STREAMED;
+            device--;
+            streamed++;
+        }
+}
+
+int policy_fit(const struct cluster *c, const struct model_cost *m, const double *load,
+               struct placement *p)
+{
+    for (int r = 0; r < c->ranks; r++)
+        if (c->rank[r].kind != DEVICE_CPU) // whose memory is the host's
+            stream_experts(c, m, load, r, p);
+    return 0;
+}
+
+// ---- the policies -------------------------------------------------------------------------------
+
+static int follow(enum policy policy, const struct cluster *c, const struct model_cost *m,
+                  const double *load, int batch, struct placement *out)
+{
+    TRY(placement_uniform(c->ranks, m->layers, m->experts, m->moe, batch, out));
+    int code = policy == POLICY_MEMORY      ? by_memory(c, m, out)
+               : policy == POLICY_FREQUENCY ? by_frequency(m, load, out)
+               : policy == POLICY_COST      ? by_speed(c, m, load, out)
+                                            : 0;
+    if (code >= 0)
+        code = policy_fit(c, m, load, out);
+    if (code < 0)
+        placement_free(out);
+    return code;
+}
+
+// Whether a is the better forecast: what fits before what does not, then the faster.
+static bool better(const struct forecast *a, const struct forecast *b)
+{
+    if (a->missing != b->missing)
+        return a->missing < b->missing;
+    return a->step < b->step;
+}
+
+// Every rule's placement, improved; the best of them.
+static int by_cost(const struct cluster *c, const struct model_cost *m, const double *load,
+                   int batch, struct placement *out)
+{
+    struct forecast best = {0};
+    int code = 0;
+    *out = (struct placement){0};
+    for (int start = 0; start < POLICIES && code >= 0; start++) {
+        struct placement p = {0};
+        struct forecast f = {0};
+        code = follow((enum policy)start, c, m, load, batch, &p);
+        if (code >= 0)
+            code = policy_improve(c, m, load, &p);
+        if (code >= 0)
+            code = forecast_step(c, m, load, &p, &f);
+        if (code >= 0 && (!out->owner || better(&f, &best))) {
+            placement_free(out);
+            forecast_free(&best);
+            *out = p;
+            best = f;
+        } else {
+            placement_free(&p);
+            forecast_free(&f);
+        }
+    }
+    forecast_free(&best);
+    if (code < 0)
+        placement_free(out);
+    return code;
+}
+
+int policy_place(enum policy policy, const struct cluster *c, const struct model_cost *m,
+                 const double *load, int batch, struct placement *out)
+{
+    if (policy == POLICY_COST)
+        return by_cost(c, m, load, batch, out);
+    return follow(policy, c, m, load, batch, out);
+}
