@@ -101,7 +101,7 @@ static int fill_memory(const struct config *c, const struct cost_options *o, str
     const double rows = (double)b * config_tokens(c) * c->topk; // of one layer
     m->row_memory = (wider - more) / rows / layers;
     m->image_memory -= m->row_memory * config_tokens(c) * c->topk * layers;
-    m->image_memory += own_rows(c, o, layers);
+    m->image_memory += o->alone ? 0 : own_rows(c, o, layers);
     return 0;
 }
 
@@ -157,7 +157,7 @@ int model_cost_new(const struct config *c, const struct cost_options *o, struct 
         moe[l] = config_is_moe(c, l);
     m.moe = moe;
     m.train = o->train;
-    m.headroom = o->headroom > 0 ? o->headroom : 1.5;
+    m.headroom = o->alone ? 1 : o->headroom > 0 ? o->headroom : 1.5;
     m.overlap = o->overlap;
     fill_work(c, o, &m);
     fill_parameters(c, o, &m);

@@ -12,6 +12,7 @@ struct cost_options {
     bool bf16, train, recompute, early;
     bool guided;     // sampling: the null class is computed beside each image
     int batch;       // images of a rank, about: the plan's line goes through it
+    bool alone;      // one rank has all experts: no rows are sent or received
     double headroom; // as in struct model_cost; 0: 1.5
     double overlap;
 };

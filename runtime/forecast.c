@@ -21,6 +21,9 @@ void forecast_free(struct forecast *f)
     *f = (struct forecast){0};
 }
 
+// Bytes a second that one rank's experts in host memory are updated at, by the host.
+static const double HOST_UPDATE = 20e9;
+
 static double ratio(double work, double rate)
 {
     return work > 0 ? work / rate : 0;
@@ -145,7 +148,7 @@ struct phases {
 // One pass over a layer: `work` is its work in forward passes.
 static struct phases rank_phases(const struct cluster *c, const struct model_cost *m,
                                  const int *share, const struct load_of *load, const double *owned,
-                                 int rank, double images, double work)
+                                 int rank, double images, double work, bool back)
 {
     const struct device_rates *r = &c->rank[rank].rates;
     const struct load_of *l = &load[rank];
@@ -160,19 +163,21 @@ static struct phases rank_phases(const struct cluster *c, const struct model_cos
     p.second = p.expert + road;
     p.exchange = 2 * road - hidden;
     p.stream = ratio(l->streamed * m->expert_params * m->weight_bytes, r->to_device);
+    if (back) // gradients go the other way
+        p.stream = fmax(p.stream, ratio(l->streamed * m->expert_params * 4, r->to_host));
     return p;
 }
 
 // A pass takes as long as its slowest ranks; streamed experts come during the layer before.
 static double pass_time(const struct cluster *c, const struct model_cost *m, const int *share,
-                        const struct load_of *load, const double *owned, double work,
+                        const struct load_of *load, const double *owned, double work, bool back,
                         struct phases *p, struct rank_forecast *parts, double *sum)
 {
     double first = 0, second = 0, images = 0, stream = 0;
     for (int s = 0; s < c->ranks; s++)
         images += share[s];
     for (int r = 0; r < c->ranks; r++) {
-        p[r] = rank_phases(c, m, share, load, owned, r, images, work);
+        p[r] = rank_phases(c, m, share, load, owned, r, images, work, back);
         first = fmax(first, p[r].first);
         second = fmax(second, p[r].second);
         stream = fmax(stream, p[r].stream);
@@ -234,9 +239,9 @@ double forecast_layer(const struct cluster *c, const struct model_cost *m, const
     struct phases *phases = (struct phases *)(loads + n);
     double *owned = (double *)(phases + n);
     sum_loads(c, m, load, owner, home, loads, owned);
-    double seconds = pass_time(c, m, share, loads, owned, 1, phases, parts, work);
+    double seconds = pass_time(c, m, share, loads, owned, 1, false, phases, parts, work);
     if (m->backward > 0)
-        seconds += pass_time(c, m, share, loads, owned, m->backward, phases, parts, work);
+        seconds += pass_time(c, m, share, loads, owned, m->backward, true, phases, parts, work);
     if (room != few)
         free(room);
     return seconds;
@@ -244,22 +249,27 @@ double forecast_layer(const struct cluster *c, const struct model_cost *m, const
 
 // ---- the rest of a step -------------------------------------------------------------------------
 
-// A ring over the slowest road between ranks: every byte goes there twice.
-static double ring_time(const struct cluster *c, double bytes)
+// A rank without images and experts is left out of the run.
+static bool is_idle(const int *share, const int *held, int rank)
 {
-    double slowest = INFINITY, latency = 0;
-    if (c->ranks == 1)
-        return 0;
-    for (int r = 0; r < c->ranks; r++)
+    return share[rank] == 0 && held[rank] == 0;
+}
+
+// A ring over the slowest road between ranks: every byte goes there twice.
+static double ring_time(const struct cluster *c, const int *share, const int *held, double bytes)
+{
+    double slowest = INFINITY, latency = 0, n = 0;
+    for (int r = 0; r < c->ranks; r++) {
+        n += !is_idle(share, held, r);
         for (int s = 0; s < c->ranks; s++) {
             const struct link_rate *l = cluster_link(c, r, s);
-            if (r == s)
+            if (r == s || is_idle(share, held, r) || is_idle(share, held, s))
                 continue;
             slowest = fmin(slowest, l->staged ? l->bandwidth / 2 : l->bandwidth);
             latency = fmax(latency, l->latency);
         }
-    const double n = c->ranks;
-    return 2 * (n - 1) * latency + ratio(2 * bytes * (n - 1) / n, slowest);
+    }
+    return n > 1 ? 2 * (n - 1) * latency + ratio(2 * bytes * (n - 1) / n, slowest) : 0;
 }
 
 // Between copies, each rank with its likes, in a tree of latency log2.
@@ -272,11 +282,12 @@ static double copies_time(const struct cluster *c, double bytes)
 }
 
 double forecast_rest(const struct cluster *c, const struct model_cost *m, const int *share,
-                     const int *held, double layers_seconds, struct rank_forecast *parts)
+                     const int *held, const int *away, double layers_seconds,
+                     struct rank_forecast *parts)
 {
     const double dense_bytes = 4 * m->dense_params;
     const double backward = layers_seconds * m->backward / (1 + m->backward);
-    const double ring = m->train ? ring_time(c, dense_bytes) : 0;
+    const double ring = m->train ? ring_time(c, share, held, dense_bytes) : 0;
     double outside = 0, reduce = 0, update = 0;
     for (int r = 0; r < c->ranks; r++) {
         const struct device_rates *k = &c->rank[r].rates;
@@ -287,10 +298,12 @@ double forecast_rest(const struct cluster *c, const struct model_cost *m, const 
         outside = fmax(outside, own);
         if (parts)
             parts[r].dense += own;
-        if (!m->train)
+        if (!m->train || is_idle(share, held, r))
             continue;
         const double optimiser =
-            ratio((m->dense_params + held[r] * m->expert_params) * m->update_bytes, k->memory);
+            m->update_bytes *
+            (ratio(m->dense_params + (held[r] - away[r]) * m->expert_params, k->memory) +
+             ratio(away[r] * m->expert_params, fmin(HOST_UPDATE, k->memory)));
         const double sums =
             ring + copies_time(c, dense_bytes / c->ranks + 4 * held[r] * m->expert_params);
         const double seen = fmax(sums - m->overlap * backward, sums / fmax(1, m->layers));
@@ -353,6 +366,8 @@ static void judge_memory(const struct cluster *c, const struct model_cost *m,
     for (int r = 0; r < c->ranks; r++) {
         struct rank_forecast *f = &out->rank[r];
         f->memory = forecast_memory(m, p->share[r], h[r].device, h[r].streamed, h[r].rows);
+        if (p->share[r] == 0 && h[r].device + h[r].streamed + h[r].host == 0)
+            f->memory = 0; // idle
         f->host_memory = (h[r].streamed + h[r].host) * m->host_expert;
         f->rows = h[r].rows / fmax(1, m->layers);
         host[c->rank[r].node] += f->host_memory;
@@ -377,7 +392,7 @@ int forecast_step(const struct cluster *c, const struct model_cost *m, const dou
     *out = (struct forecast){.ranks = c->ranks, .missing_rank = -1};
     BUG_IF(p->ranks != c->ranks || p->layers != m->layers || p->experts != m->experts);
     struct holding *h = calloc((size_t)c->ranks, sizeof *h);
-    int *held = calloc((size_t)c->ranks, sizeof *held);
+    int *held = calloc(2 * (size_t)c->ranks, sizeof *held), *away = held + c->ranks;
     double *host = calloc((size_t)c->nodes, sizeof *host);
     out->rank = calloc((size_t)c->ranks, sizeof *out->rank);
     if (!h || !held || !host || !out->rank)
@@ -388,10 +403,12 @@ int forecast_step(const struct cluster *c, const struct model_cost *m, const dou
         out->step += forecast_layer(c, m, load ? load + (size_t)l * (size_t)m->experts : NULL,
                                     p->share, placement_owner(p, 0, l, 0),
                                     placement_home(p, 0, l, 0), m->moe[l], out->rank, NULL);
-    for (int r = 0; code >= 0 && r < c->ranks; r++)
-        held[r] = h[r].device + h[r].streamed + h[r].host;
+    for (int r = 0; code >= 0 && r < c->ranks; r++) {
+        away[r] = h[r].streamed + h[r].host;
+        held[r] = h[r].device + away[r];
+    }
     if (code >= 0) {
-        out->step += forecast_rest(c, m, p->share, held, out->step, out->rank);
+        out->step += forecast_rest(c, m, p->share, held, away, out->step, out->rank);
         judge_memory(c, m, p, h, host, out);
         for (int r = 0; r < c->ranks; r++) {
             out->exchange_share += out->rank[r].exchange / out->step / c->ranks;

@@ -114,9 +114,11 @@ int forecast_step(const struct cluster *c, const struct model_cost *m, const dou
 double forecast_layer(const struct cluster *c, const struct model_cost *m, const double *load,
                       const int *share, const int *owner, const uint8_t *home, bool moe,
                       struct rank_forecast *parts, double *work);
-// What a step takes beside its layers.
+// What a step takes beside its layers; held[ranks] experts of each rank, away[ranks] of these not on its
+// device.
 double forecast_rest(const struct cluster *c, const struct model_cost *m, const int *share,
-                     const int *held, double layers_seconds, struct rank_forecast *parts);
+                     const int *held, const int *away, double layers_seconds,
+                     struct rank_forecast *parts);
 // Bytes of device memory of a rank; `rows` received in all layers together, expected.
 double forecast_memory(const struct model_cost *m, int share, int held, int streamed, double rows);
 

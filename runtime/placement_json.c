@@ -158,7 +158,7 @@ static int read_group(const json_t *group, struct placement *p, int g)
 
 static int read_all(const json_t *json, const json_t *groups, struct placement *p)
 {
-    TRY(get_number(json, "batch", 0, INT32_MAX, &p->batch));
+    TRY(get_number(json, "batch", 1, INT32_MAX, &p->batch));
     TRY(get_integers(json_object_get(json, "shares"), "\"shares\"", p->ranks, p->share));
     for (int r = 0; r < p->ranks; r++)
         p->group[r] = -1;

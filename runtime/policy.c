@@ -99,7 +99,7 @@ static void sort_by_load(const struct model_cost *m, const double *load, int l, 
 }
 
 // Each expert, the most loaded first, to the rank that will be done with its own first (Graham 1969);
-// among equals to the one that has had least in the layers before. speed [ranks].
+// among equals to the one that has had least in the layers before. speed [ranks], 0: gets none.
 static int spread_load(const struct model_cost *m, const double *load, const double *speed,
                        struct placement *p)
 {
@@ -114,7 +114,11 @@ static int spread_load(const struct model_cost *m, const double *load, const dou
         for (int i = 0; i < m->experts; i++) {
             const double part = load_at(m, load, l, order[i]);
             int best = 0;
-            for (int r = 1; r < p->ranks; r++) {
+            while (speed[best] <= 0)
+                best++;
+            for (int r = best + 1; r < p->ranks; r++) {
+                if (speed[r] <= 0)
+                    continue;
                 const double gain = (sum[best] + part) / speed[best] - (sum[r] + part) / speed[r];
                 if (gain > 1e-12 ||
                     (fabs(gain) <= 1e-12 && all[r] / speed[r] < all[best] / speed[best]))
@@ -143,24 +147,51 @@ static int by_frequency(const struct model_cost *m, const double *load, struct p
     return code;
 }
 
-// Shares and experts in proportion to what the devices do in a second, at an equal part of the work: a
-// start for the search.
-static int by_speed(const struct cluster *c, const struct model_cost *m, const double *load,
-                    struct placement *p)
+// What each device does in a second, of products with these rows.
+static void find_speeds(const struct cluster *c, const struct model_cost *m, double rows,
+                        bool ragged, double *speed)
 {
-    const double rows = fmax(1, (double)p->batch * m->passes * m->rows / c->ranks);
-    double *speed = malloc((size_t)p->ranks * sizeof *speed);
-    if (!speed)
+    for (int r = 0; r < c->ranks; r++) {
+        const struct device_rates *k = &c->rank[r].rates;
+        speed[r] = rate_at(ragged ? k->ragged : k->dense, rows) / (m->train ? k->train : k->sample);
+    }
+}
+
+// The `count` fastest keep their speed, the others get none: a rank that is slow enough is better left
+// out. Returns whether the last of them is faster than the next, so that the cut is one.
+static bool leave_out(const double *by, int ranks, int count, double *speed)
+{
+    double last = INFINITY, next = 0;
+    for (int r = 0; r < ranks; r++) {
+        int before = 0;
+        for (int q = 0; q < ranks; q++)
+            before += by[q] > by[r] || (by[q] == by[r] && q < r);
+        if (before >= count)
+            speed[r] = 0;
+        last = before == count - 1 ? by[r] : last;
+        next = before == count ? by[r] : next;
+    }
+    return last > 1.01 * next;
+}
+
+// Shares and experts in proportion to speed, on the `count` fastest ranks: a start for the search.
+// *cut: whether these are a number of ranks of their own.
+static int by_speed(const struct cluster *c, const struct model_cost *m, const double *load,
+                    int count, struct placement *p, bool *cut)
+{
+    const double rows = fmax(1, (double)p->batch * m->passes * m->rows / count);
+    double *by = malloc(2 * (size_t)p->ranks * sizeof *by), *speed = by + p->ranks;
+    if (!by)
         return fail(ERR_NOMEM, "no host memory for a placement");
-    for (int r = 0; r < p->ranks; r++)
-        speed[r] = rate_at(c->rank[r].rates.dense, rows / m->topk) /
-                   (m->train ? c->rank[r].rates.train : c->rank[r].rates.sample);
+    find_speeds(c, m, rows / m->topk, false, by);
+    find_speeds(c, m, rows / m->topk, false, speed);
+    *cut = leave_out(by, p->ranks, count, speed);
     int code = divide(speed, c->ranks, p->batch, p->share);
-    for (int r = 0; r < p->ranks; r++)
-        speed[r] = rate_at(c->rank[r].rates.ragged, rows / m->experts);
+    find_speeds(c, m, rows / m->experts, true, speed);
+    leave_out(by, p->ranks, count, speed);
     if (code >= 0)
         code = spread_load(m, load, speed, p);
-    free(speed);
+    free(by);
     return code;
 }
 
@@ -213,7 +244,6 @@ static int follow(enum policy policy, const struct cluster *c, const struct mode
     TRY(placement_uniform(c->ranks, m->layers, m->experts, m->moe, batch, out));
     int code = policy == POLICY_MEMORY      ? by_memory(c, m, out)
                : policy == POLICY_FREQUENCY ? by_frequency(m, load, out)
-               : policy == POLICY_COST      ? by_speed(c, m, load, out)
                                             : 0;
     if (code >= 0)
         code = policy_fit(c, m, load, out);
@@ -230,34 +260,57 @@ static bool better(const struct forecast *a, const struct forecast *b)
     return a->step < b->step;
 }
 
-// Every rule's placement, improved; the best of them.
+struct best {
+    struct placement place;
+    struct forecast forecast;
+};
+
+// Improves p, and keeps it where it is the best so far. Takes p over.
+static int consider(const struct cluster *c, const struct model_cost *m, const double *load,
+                    struct placement *p, struct best *best)
+{
+    struct forecast f = {0};
+    int code = policy_improve(c, m, load, p);
+    if (code >= 0)
+        code = forecast_step(c, m, load, p, &f);
+    if (code >= 0 && (!best->place.owner || better(&f, &best->forecast))) {
+        placement_free(&best->place);
+        forecast_free(&best->forecast);
+        *best = (struct best){*p, f};
+        return 0;
+    }
+    placement_free(p);
+    forecast_free(&f);
+    return code;
+}
+
+// The rules' placements, and those by speed on all ranks and on the fastest alone, each improved.
 static int by_cost(const struct cluster *c, const struct model_cost *m, const double *load,
                    int batch, struct placement *out)
 {
-    struct forecast best = {0};
+    struct best best = {0};
     int code = 0;
-    *out = (struct placement){0};
-    for (int start = 0; start < POLICIES && code >= 0; start++) {
-        struct placement p = {0};
-        struct forecast f = {0};
-        code = follow((enum policy)start, c, m, load, batch, &p);
+    for (int rule = 0; rule < POLICY_COST && code >= 0; rule++) {
+        struct placement p;
+        code = follow((enum policy)rule, c, m, load, batch, &p);
         if (code >= 0)
-            code = policy_improve(c, m, load, &p);
-        if (code >= 0)
-            code = forecast_step(c, m, load, &p, &f);
-        if (code >= 0 && (!out->owner || better(&f, &best))) {
-            placement_free(out);
-            forecast_free(&best);
-            *out = p;
-            best = f;
-        } else {
-            placement_free(&p);
-            forecast_free(&f);
-        }
+            code = consider(c, m, load, &p, &best);
     }
-    forecast_free(&best);
+    for (int count = c->ranks; count > 0 && code >= 0; count--) {
+        struct placement p;
+        bool cut = true;
+        code = placement_uniform(c->ranks, m->layers, m->experts, m->moe, batch, &p);
+        if (code >= 0)
+            code = by_speed(c, m, load, count, &p, &cut);
+        if (code >= 0 && (cut || count == c->ranks))
+            code = policy_fit(c, m, load, &p) < 0 ? ERR_NOMEM : consider(c, m, load, &p, &best);
+        else
+            placement_free(&p);
+    }
+    forecast_free(&best.forecast);
     if (code < 0)
-        placement_free(out);
+        placement_free(&best.place);
+    *out = best.place;
     return code;
 }
 

@@ -12,16 +12,19 @@
 
 #include "runtime/policy.h"
 
+static const double GUIDE = 0.05;
+
 struct search {
     const struct cluster *c;
     const struct model_cost *m;
     const double *load;
     struct placement *p;
-    double *seconds, *work;               // [layers]
-    int *device, *streamed, *host, *held; // [ranks] experts by home, and all
-    double *rows;                         // [ranks] expected, of experts on the device
-    double *host_bytes;                   // [nodes] scratch
-    double guide;                         // weight of all ranks' work beside the time
+    double *seconds, *work; // [layers]
+    int *device, *streamed, *host, *held,
+        *away;          // [ranks] experts by home, all, and all not on the device
+    double *rows;       // [ranks] expected, of experts on the device
+    double *host_bytes; // [nodes] scratch
+    double guide;       // weight of all ranks' work beside the time
 };
 
 static const double *layer_load(const struct search *s, int l)
@@ -69,6 +72,7 @@ static void count(struct search *s, int l, int e, int sign)
     s->streamed[r] += home == HOME_STREAMED ? sign : 0;
     s->host[r] += home == HOME_HOST ? sign : 0;
     s->held[r] += sign;
+    s->away[r] += home == HOME_DEVICE ? 0 : sign;
     if (home != HOME_HOST)
         s->rows[r] += sign * part * s->p->batch * s->m->passes * s->m->rows;
 }
@@ -80,8 +84,10 @@ static double missing(struct search *s)
     double sum = 0;
     memset(s->host_bytes, 0, (size_t)c->nodes * sizeof *s->host_bytes);
     for (int r = 0; r < c->ranks; r++) {
-        const double need = forecast_memory(s->m, s->p->share[r], s->device[r], s->streamed[r],
-                                            fmax(0, s->rows[r]));
+        const bool idle = s->p->share[r] == 0 && s->held[r] == 0;
+        const double need = idle ? 0
+                                 : forecast_memory(s->m, s->p->share[r], s->device[r],
+                                                   s->streamed[r], fmax(0, s->rows[r]));
         double *host = &s->host_bytes[c->rank[r].node];
         *host += (s->streamed[r] + s->host[r]) * s->m->host_expert;
         *host += c->rank[r].kind == DEVICE_CPU ? need : 0;
@@ -101,7 +107,7 @@ static double judge(struct search *s)
         seconds += s->seconds[l];
         work += s->work[l];
     }
-    seconds += forecast_rest(s->c, s->m, s->p->share, s->held, seconds, NULL);
+    seconds += forecast_rest(s->c, s->m, s->p->share, s->held, s->away, seconds, NULL);
     seconds += s->guide * work / s->c->ranks;
     return lack > 0 ? seconds + 1e6 * (1 + ceil(lack / fmax(1, s->m->expert_memory))) : seconds;
 }
@@ -294,6 +300,7 @@ static void restore(struct search *s, const struct saved *from)
     memset(s->streamed, 0, n * sizeof(int));
     memset(s->host, 0, n * sizeof(int));
     memset(s->held, 0, n * sizeof(int));
+    memset(s->away, 0, n * sizeof(int));
     memset(s->rows, 0, n * sizeof(double));
     for (int l = 0; l < p->layers; l++)
         for (int e = 0; s->m->moe[l] && e < p->experts; e++)
@@ -301,18 +308,54 @@ static void restore(struct search *s, const struct saved *from)
     compute_layers(s);
 }
 
-static void descend(struct search *s)
+// All images of a rank to another, and its experts wherever the forecast wants them: a rank without
+// work need not take part.
+static bool evacuate(struct search *s, int from, int to, double *best, struct saved *kept)
 {
-    static const double guides[] = {0.05, 0};
-    for (int i = 0; i < 2; i++) {
-        bool moved = true;
-        s->guide = guides[i];
-        double best = judge(s);
-        for (int round = 0; moved && round < 32; round++) {
-            moved = improve_experts(s, &best);
-            moved |= move_images(s, &best);
-        }
+    save(s->p, kept);
+    s->p->share[to] += s->p->share[from];
+    s->p->share[from] = 0;
+    for (int l = 0; l < s->m->layers; l++)
+        for (int e = 0; s->m->moe[l] && e < s->m->experts; e++)
+            if (*placement_owner(s->p, 0, l, e) == from)
+                sit(s, l, e, (struct seat){to, *placement_home(s->p, 0, l, e)});
+    compute_layers(s);
+    double now = judge(s);
+    improve_experts(s, &now);
+    if (gains(now, *best)) {
+        *best = now;
+        return true;
     }
+    restore(s, kept);
+    return false;
+}
+
+static bool evacuate_ranks(struct search *s, double *best, struct saved *kept)
+{
+    bool any = false;
+    for (int from = 0; from < s->c->ranks; from++)
+        for (int to = 0; to < s->c->ranks; to++)
+            if (from != to && (s->p->share[from] > 0 || s->held[from] > 0))
+                any |= evacuate(s, from, to, best, kept);
+    return any;
+}
+
+static void descend(struct search *s, double guide)
+{
+    bool moved = true;
+    s->guide = guide;
+    double best = judge(s);
+    for (int round = 0; moved && round < 32; round++) {
+        moved = improve_experts(s, &best);
+        moved |= move_images(s, &best);
+    }
+    s->guide = 0;
+}
+
+static void descend_twice(struct search *s)
+{
+    descend(s, GUIDE);
+    descend(s, 0);
 }
 
 // ---- looking further ----------------------------------------------------------------------------
@@ -323,22 +366,32 @@ static uint32_t draw(uint32_t *state, uint32_t below)
     return (uint32_t)((uint64_t)(*state >> 8) * below >> 24);
 }
 
-// Changes a placement at random: some experts of one layer, sometimes some images.
-static void kick(struct search *s, uint32_t *state)
+static void kick_layer(struct search *s, int l, uint32_t *state)
 {
-    const int layers = s->m->layers, experts = s->m->experts, ranks = s->c->ranks;
-    int l = (int)draw(state, (uint32_t)layers);
-    for (int i = 0; i < layers && !s->m->moe[l]; i++)
-        l = (l + 1) % layers;
-    const int moves = s->m->moe[l] ? 1 + (int)draw(state, (uint32_t)experts) : 0;
-    for (int i = 0; i < moves; i++)
-        sit(s, l, (int)draw(state, (uint32_t)experts),
-            (struct seat){(int)draw(state, (uint32_t)ranks), HOME_DEVICE});
+    const uint32_t experts = (uint32_t)s->m->experts, ranks = (uint32_t)s->c->ranks;
+    for (uint32_t moves = 1 + draw(state, experts); moves > 0; moves--)
+        sit(s, l, (int)draw(state, experts), (struct seat){(int)draw(state, ranks), HOME_DEVICE});
+}
+
+// Changes a placement at random: some experts of one layer, or of every layer, and some images.
+static void kick(struct search *s, bool everywhere, uint32_t *state)
+{
+    const int layers = s->m->layers, ranks = s->c->ranks;
+    const int one = (int)draw(state, (uint32_t)layers);
+    for (int l = 0; l < layers; l++)
+        if (s->m->moe[l] && (everywhere || l == one))
+            kick_layer(s, l, state);
     const int from = (int)draw(state, (uint32_t)ranks), to = (int)draw(state, (uint32_t)ranks);
     const int images = (int)draw(state, (uint32_t)s->p->share[from] + 1);
     s->p->share[from] -= images;
     s->p->share[to] += images;
     compute_layers(s);
+}
+
+// Cases in which moves that undo much can be tried.
+static bool is_small(const struct search *s)
+{
+    return s->c->ranks * s->c->ranks * s->m->layers * s->m->experts <= 8192;
 }
 
 // Kicks and descents, from the best so far each time (iterated local search); as many as a small case
@@ -349,12 +402,14 @@ static void look_further(struct search *s, struct saved *kept)
     const int size = s->c->ranks * s->m->layers * s->m->experts;
     const int kicks = WORK / (size > 0 ? size : 1);
     uint32_t state = 1;
-    s->guide = 0;
     double best = judge(s);
     save(s->p, kept);
     for (int i = 0; i < (kicks < KICKS_MOST ? kicks : KICKS_MOST); i++) {
-        kick(s, &state);
-        descend(s);
+        kick(s, i % 3 == 0, &state);
+        if (i % 2)
+            descend_twice(s);
+        else
+            descend(s, 0);
         if (gains(judge(s), best)) {
             best = judge(s);
             save(s->p, kept);
@@ -369,7 +424,7 @@ static bool search_room(struct search *s, struct saved *kept)
     const size_t L = (size_t)s->m->layers, R = (size_t)s->c->ranks, n = places(s->p);
     s->seconds = calloc(2 * L, sizeof *s->seconds);
     s->rows = calloc(R, sizeof *s->rows);
-    s->device = calloc(4 * R, sizeof *s->device);
+    s->device = calloc(5 * R, sizeof *s->device);
     s->host_bytes = calloc((size_t)s->c->nodes, sizeof *s->host_bytes);
     kept->share = malloc(R * sizeof *kept->share);
     kept->owner = malloc((n + 1) * sizeof *kept->owner);
@@ -381,6 +436,7 @@ static bool search_room(struct search *s, struct saved *kept)
     s->streamed = s->device + R;
     s->host = s->streamed + R;
     s->held = s->host + R;
+    s->away = s->held + R;
     return true;
 }
 
@@ -394,10 +450,12 @@ int policy_improve(const struct cluster *c, const struct model_cost *m, const do
         save(p, &kept);
         restore(&s, &kept);
         const double before = judge(&s);
-        descend(&s);
-        s.guide = 0;
+        descend_twice(&s);
         if (judge(&s) > before) // the guided part went astray
             restore(&s, &kept);
+        double best = judge(&s);
+        if (is_small(&s) && evacuate_ranks(&s, &best, &kept))
+            descend_twice(&s);
         look_further(&s, &kept);
     } else {
         code = fail(ERR_NOMEM, "no host memory for a search over %d ranks", c->ranks);

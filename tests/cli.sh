@@ -76,7 +76,7 @@ train=("$ditmoe" train "${tiny[@]}" --data data --batch 4 --sample-every 0)
 works "ditmoe --help" "$ditmoe" --help
 check "ditmoe --help fits a screen" test "$(wc -l <out)" -le 24
 works "ditmoe --version" "$ditmoe" --version
-for command in devices info train sample encode decode eval forward convert bench; do
+for command in devices info train sample encode decode eval forward convert plan bench; do
     run "$ditmoe" $command --help
     if [ $status -eq 0 ] && grep -q "^usage: ditmoe $command" out && [ ! -s err ] &&
         [ "$(awk '{ if (length > m) m = length } END { print m }' out)" -le 100 ]; then
@@ -128,6 +128,33 @@ fails 1 "no topology file" "none.xml: No such file" "$ditmoe" devices --topology
 echo "not XML" >bad.xml
 fails 1 "no XML" "bad.xml: not a topology" "$ditmoe" devices --topology --xml bad.xml
 fails 2 "--xml without --topology" "xml needs --topology" "$ditmoe" devices --xml bad.xml
+
+# ---- plan --------------------------------------------------------------------------------------------
+plan=("$ditmoe" plan --model S/2-8E2A --batch 64)
+works "plan for another machine" "${plan[@]}" --topology "$machines/mixed.xml" --cpu --out placement.json --png plan.png
+check "which says how long" grep -Eq '^step [0-9.]+ ms; [0-9.]+ images/s; exchange' out
+check "its placement" grep -q '"ditmoe_placement": 1' placement.json
+check "its figure" test -s plan.png
+works "the same by hand" "${plan[@]}" --topology "$machines/mixed.xml" --cpu --placement placement.json
+works "plan for this machine" "${plan[@]}" --here --precision f32 --json
+check "as JSON" grep -q '"images_per_second"' out
+works "plan for many machines" "${plan[@]}" --topology "$machines/hgx8.xml" --nodes 1,4,1024 --policy uniform --png many.png
+check "a row for each" test "$(wc -l <out)" -eq 4
+works "16.5 billion parameters, sampled on one GPU of 24 GiB" "$ditmoe" plan --sample -m G/2-16E2A -b 8 \
+    --topology "$machines/hgx8.xml" --group 1 --memory 24GiB
+check "experts are streamed" grep -q 'GiB of experts live in host memory' out
+fails 1 "a placement for other ranks" "is for 3 ranks; this run has 2" "${plan[@]}" --topology "$machines/mixed.xml" --placement placement.json
+run "$ditmoe" plan -m G/2-16E2A -b 64 --topology "$machines/mixed.xml"
+check "what does not fit has status 1" test $status -eq 1
+check "and says how many bytes" grep -Eq '^does not fit: [0-9]+ bytes' out
+fails 1 "no machine" "bad.xml: not a topology" "${plan[@]}" --topology bad.xml
+fails 2 "no place to plan for" "either --here or --topology" "${plan[@]}"
+fails 2 "machines in no order" "nodes 4,2: not ascending" "${plan[@]}" --here --nodes 4,2
+echo '{"ditmoe_rates": 1, "devices": []}' >rates.json
+fails 1 "rates of another machine" "rates.json has no f32 rates of opencl:0" "${plan[@]}" --here --precision f32 --rates rates.json
+fails 1 "rates that are none" "placement.json: not a file of rates" "${plan[@]}" --here --rates placement.json
+fails 1 "load that is none" "rates.json: not a file of expert loads" "${plan[@]}" --here --load rates.json
+fails 1 "too few images" "too small for" "$ditmoe" plan -b 2 --topology "$machines/hgx8.xml" --nodes 1024
 
 # ---- info --------------------------------------------------------------------------------------------
 while read -r preset total active macs with; do

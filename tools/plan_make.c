@@ -1,0 +1,272 @@
+// Making a plan: how many ranks share a set of experts, where these are, what it takes. See plan.h.
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "tools/plan.h"
+
+enum { GROUP_MOST = 64 }; // ranks that share one set of experts, at most
+
+// ---- expert load --------------------------------------------------------------------------------
+
+static int normalise(const json_t *rows, int layers, int experts, double *out)
+{
+    if (json_array_size(rows) != (size_t)layers)
+        return fail(ERR_INPUT, "\"load\" is not an array of %d layers", layers);
+    for (int l = 0; l < layers; l++) {
+        const json_t *row = json_array_get(rows, (size_t)l);
+        double sum = 0, *to = out + (size_t)l * (size_t)experts;
+        if (json_is_null(row)) // a layer without experts
+            continue;
+        if (json_array_size(row) != (size_t)experts)
+            return fail(ERR_INPUT, "layer %d of \"load\" is not an array of %d numbers", l,
+                        experts);
+        for (int e = 0; e < experts; e++) {
+            const json_t *value = json_array_get(row, (size_t)e);
+            to[e] = json_number_value(value);
+            if (!json_is_number(value) || !isfinite(to[e]) || to[e] < 0)
+                return fail(ERR_INPUT, "layer %d of \"load\", expert %d: not a number from 0 up", l,
+                            e);
+            sum += to[e];
+        }
+        for (int e = 0; e < experts; e++)
+            to[e] = sum > 0 ? to[e] / sum : 1.0 / experts;
+    }
+    return 0;
+}
+
+int load_read(const char *path, int layers, int experts, double **out)
+{
+    json_error_t wrong;
+    json_t *json = json_load_file(path, JSON_REJECT_DUPLICATES, &wrong);
+    *out = NULL;
+    if (!json && json_error_code(&wrong) == json_error_cannot_open_file)
+        return fail(ERR_IO, "%s: cannot be read", path);
+    if (!json)
+        return fail(ERR_INPUT, "%s: not JSON: line %d: %s", path, wrong.line, wrong.text);
+    double *load = calloc((size_t)layers * (size_t)experts + 1, sizeof *load);
+    int code = 0;
+    if (!load)
+        code = fail(ERR_NOMEM, "no host memory for %d layers", layers);
+    else if (json_integer_value(json_object_get(json, "ditmoe_load")) != 1)
+        code = fail(ERR_INPUT, "not a file of expert loads (no \"ditmoe_load\": 1)");
+    else
+        code = normalise(json_object_get(json, "load"), layers, experts, load);
+    json_decref(json);
+    if (code < 0) {
+        free(load);
+        return fail_in(code, "%s", path);
+    }
+    *out = load;
+    return 0;
+}
+
+// ---- the model ----------------------------------------------------------------------------------
+
+static int make_cost(const struct plan_settings *o, const struct cluster *c, int batch,
+                     struct plan_result *r)
+{
+    struct cost_options options = {.kind = DEVICE_CPU, .bf16 = o->precision, .train = o->what == 0};
+    for (int i = 0; i < c->ranks; i++)
+        if (c->rank[i].kind != DEVICE_CPU)
+            options.kind = c->rank[i].kind;
+    options.recompute = o->recompute;
+    options.early = o->early;
+    options.guided = o->guided;
+    options.batch = batch / c->ranks > 0 ? batch / c->ranks : 1;
+    options.alone = c->ranks == 1;
+    options.headroom = (double)o->headroom;
+    options.overlap = o->overlap;
+    model_cost_free(&r->cost);
+    TRY(model_cost_new(&r->config, &options, &r->cost));
+    model_title(o->model, &r->config, r->title);
+    return 0;
+}
+
+// ---- how many ranks share experts ---------------------------------------------------------------
+
+// All devices of a set alike, so that any part of it is like any other.
+static bool alike(const struct cluster *c)
+{
+    for (int r = 1; r < c->ranks; r++)
+        if (strcmp(c->rank[r].rates.name, c->rank[0].rates.name) ||
+            c->rank[r].memory != c->rank[0].memory)
+            return false;
+    return true;
+}
+
+static int group_batch(const struct plan_settings *o, const struct cluster *c, int batch)
+{
+    (void)o;
+    return (batch + c->copies - 1) / c->copies;
+}
+
+// The forecast with a rule's placement, for a group of this size.
+static int forecast_group(const struct plan_settings *o, struct machines *m, int nodes, int ranks,
+                          int batch, struct plan_result *r, double *step, double *missing)
+{
+    struct cluster c = {0};
+    struct placement p = {0};
+    struct forecast f = {0};
+    TRY(machines_cluster(m, o, nodes, ranks, &c));
+    const int images = group_batch(o, &c, batch);
+    int code = make_cost(o, &c, images, r);
+    if (code >= 0)
+        code = policy_place(POLICY_UNIFORM, &c, &r->cost, r->load, images, &p);
+    if (code >= 0)
+        code = forecast_step(&c, &r->cost, r->load, &p, &f);
+    *step = f.step;
+    *missing = f.missing;
+    placement_free(&p);
+    forecast_free(&f);
+    cluster_free(&c);
+    return code;
+}
+
+// Is a group of `ranks` possible: whole parts of a set, or whole sets?
+static bool group_possible(int ranks, int in_set, int nodes, int batch)
+{
+    const int total = in_set * nodes;
+    return ranks >= 1 && ranks <= GROUP_MOST && total % ranks == 0 &&
+           (in_set % ranks == 0 || ranks % in_set == 0) && batch >= total / ranks;
+}
+
+// May a group be a part of a set of machines? Where all its devices are alike.
+static int can_divide(const struct plan_settings *o, struct machines *m, int nodes, bool *out)
+{
+    struct cluster set;
+    TRY(machines_cluster(m, o, nodes, machines_ranks(m, o), &set));
+    *out = alike(&set) && m->count == 1;
+    cluster_free(&set);
+    return 0;
+}
+
+// The size of group with the fastest forecast; whole sets where their devices are not alike.
+static int choose_group(const struct plan_settings *o, struct machines *m, int nodes, int batch,
+                        bool divisible, struct plan_result *r, int *out)
+{
+    const int in_set = machines_ranks(m, o);
+    double best_step = INFINITY, best_missing = INFINITY;
+    *out = 0;
+    for (int ranks = 1; ranks <= in_set * nodes && ranks <= GROUP_MOST; ranks++) {
+        double step, missing;
+        if (!group_possible(ranks, in_set, nodes, batch) || (ranks < in_set && !divisible))
+            continue;
+        TRY(forecast_group(o, m, nodes, ranks, batch, r, &step, &missing));
+        if (missing < best_missing || (missing == best_missing && step < best_step * (1 - 1e-9))) {
+            best_step = step;
+            best_missing = missing;
+            *out = ranks;
+        }
+    }
+    if (*out == 0)
+        return fail(ERR_INPUT, "a batch of %d images is too small for %d ranks in groups of %d",
+                    batch, in_set * nodes, in_set);
+    return 0;
+}
+
+// ---- a plan -------------------------------------------------------------------------------------
+
+static int place(const struct plan_settings *o, bool compare, struct plan_result *r, int images)
+{
+    for (int policy = 0; policy < POLICIES; policy++) {
+        struct placement p = {0};
+        struct forecast f = {0};
+        if (!compare && policy != o->policy)
+            continue;
+        int code = policy_place((enum policy)policy, &r->cluster, &r->cost, r->load, images, &p);
+        if (code >= 0)
+            code = forecast_step(&r->cluster, &r->cost, r->load, &p, &f);
+        r->policies[policy] = f.missing > 0 ? INFINITY : f.step;
+        if (code >= 0 && policy == o->policy && !o->placement) {
+            r->one = p;
+            r->forecast = f;
+        } else {
+            placement_free(&p);
+            forecast_free(&f);
+        }
+        TRY(code);
+    }
+    if (!o->placement)
+        return 0;
+    TRY(placement_read(o->placement, &r->one));
+    TRY(placement_matches(&r->one, r->cluster.ranks, r->cost.layers, r->cost.experts, r->cost.moe));
+    if (r->one.groups != 1)
+        return fail(ERR_INPUT, "%s: has %d groups; a plan is of one", o->placement, r->one.groups);
+    placement_rescale(&r->one, images);
+    return forecast_step(&r->cluster, &r->cost, r->load, &r->one, &r->forecast);
+}
+
+static int make(const struct plan_settings *o, struct machines *m, int nodes, int batch,
+                bool compare, struct plan_result *r)
+{
+    const int in_set = machines_ranks(m, o);
+    int group = o->group;
+    TRY(model_config(o->model, &o->overrides, &r->config));
+    if (o->load)
+        TRY(load_read(o->load, r->config.layers, r->config.experts, &r->load));
+    bool divisible;
+    TRY(can_divide(o, m, nodes, &divisible));
+    if (group && (!group_possible(group, in_set, nodes, batch) || (group < in_set && !divisible)))
+        return fail(
+            ERR_INPUT,
+            "--group %d: %d machines of %d ranks and %d images cannot be so divided (%d at most)",
+            group, nodes, in_set, batch, GROUP_MOST);
+    if (!group)
+        TRY(choose_group(o, m, nodes, batch, divisible, r, &group));
+    TRY(machines_cluster(m, o, nodes, group, &r->cluster));
+    const int images = group_batch(o, &r->cluster, batch);
+    TRY(make_cost(o, &r->cluster, images, r));
+    return place(o, compare, r, images);
+}
+
+int plan_make(const struct plan_settings *o, struct machines *m, int nodes, int batch, bool compare,
+              struct plan_result *out)
+{
+    *out = (struct plan_result){.nodes = nodes, .batch = batch};
+    int code = make(o, m, nodes, batch, compare, out);
+    if (code < 0)
+        plan_result_free(out);
+    return code;
+}
+
+void plan_result_free(struct plan_result *r)
+{
+    cluster_free(&r->cluster);
+    model_cost_free(&r->cost);
+    placement_free(&r->one);
+    forecast_free(&r->forecast);
+    free(r->load);
+    *r = (struct plan_result){0};
+}
+
+int plan_expand(const struct plan_result *r, struct placement *out)
+{
+    const int ranks = r->cluster.ranks, copies = r->cluster.copies;
+    const size_t places = (size_t)r->one.layers * (size_t)r->one.experts;
+    TRY(placement_new(ranks * copies, copies, r->one.layers, r->one.experts, out));
+    out->batch = r->batch;
+    for (int g = 0; g < copies; g++) {
+        struct placement part = r->one;
+        int images = r->batch / copies + (g < r->batch % copies);
+        part.share = malloc((size_t)ranks * sizeof *part.share);
+        if (!part.share) {
+            placement_free(out);
+            return fail(ERR_NOMEM, "no host memory for a placement");
+        }
+        memcpy(part.share, r->one.share, (size_t)ranks * sizeof *part.share);
+        placement_rescale(&part, images);
+        for (int i = 0; i < ranks; i++) {
+            out->share[g * ranks + i] = part.share[i];
+            out->group[g * ranks + i] = g;
+        }
+        free(part.share);
+        for (size_t i = 0; i < places; i++) {
+            const int owner = r->one.owner[i];
+            out->owner[(size_t)g * places + i] = owner == NO_OWNER ? NO_OWNER : owner + g * ranks;
+            out->home[(size_t)g * places + i] = r->one.home[i];
+        }
+    }
+    return 0;
+}
