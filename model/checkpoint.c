@@ -20,16 +20,16 @@ static int parse_metadata(const char *key, const char *text, json_t **out)
     return 0;
 }
 
-// A file that says what it is may not be told otherwise.
-static int check_hints(const struct config *c, const struct config_hints *hints)
+// A file that says what its network is may not be told otherwise; what it was trained to answer may be
+// another thing than a configuration from elsewhere says.
+static int apply_hints(struct config *c, const struct config_hints *hints)
 {
     if (hints->heads > 0 && hints->heads != c->heads)
         return fail(ERR_INPUT, "--heads %d: its configuration says %d", hints->heads, c->heads);
     if (hints->topk > 0 && hints->topk != c->topk)
         return fail(ERR_INPUT, "--topk %d: its configuration says %d", hints->topk, c->topk);
-    if (hints->diffusion >= 0 && hints->diffusion != (int)c->diffusion)
-        return fail(ERR_INPUT, "--diffusion %s: its configuration says %s",
-                    diffusion_name((enum diffusion)hints->diffusion), diffusion_name(c->diffusion));
+    if (hints->diffusion >= 0)
+        c->diffusion = (enum diffusion)hints->diffusion;
     return 0;
 }
 
@@ -44,7 +44,7 @@ static int read_config(struct checkpoint *c, const struct config_hints *hints)
     int code = config_from_json(json, &c->config);
     json_decref(json);
     c->has_config = code >= 0;
-    return code < 0 ? code : check_hints(&c->config, hints);
+    return code < 0 ? code : apply_hints(&c->config, hints);
 }
 
 static int read_run(struct checkpoint *c)

@@ -414,6 +414,54 @@ check "eval prints JSON" grep -q '"share"' out
 works "eval draws by itself" "$ditmoe" eval --knn --data data --ckpt whole --per-class 1 --steps 2
 works "info of a run" "$ditmoe" info whole
 check "says what is inside" grep -q "model, EMA, Adam moments" out
+
+# ---- DDPM --------------------------------------------------------------------------------------------
+ddpm=("${train[@]}" --diffusion ddpm)
+works "train with DDPM" "${ddpm[@]}" --steps 4 --out noisy --sample-every 4 --sample-steps 2
+works "train with DDPM, 2 of 4 steps" "${ddpm[@]}" --steps 2 --out noisy-2
+works "goes on with DDPM" "$ditmoe" train --resume --steps 4 --out noisy-2
+check "as if never stopped" cmp noisy/model.safetensors noisy-2/model.safetensors
+works "info of it" "$ditmoe" info noisy
+check "says DDPM" grep -Eq '^diffusion +DDPM' out
+fails 1 "DDPM is not resumed as rectified flow" "another model" \
+    "$ditmoe" train --resume --out noisy --steps 9 --diffusion rf
+fails 2 "t is uniform with DDPM" "--time" "${ddpm[@]}" --time uniform --out no
+noisy=("$ditmoe" sample --ckpt noisy --classes 0-2 --seed 7 --cfg 3)
+works "sample: DDPM of itself" "${noisy[@]}" --steps 4 --latents a.safetensors --out noisy.png --batch 3
+check "says so" grep -qa "4 DDPM steps" noisy.png
+works "one at a time" "${noisy[@]}" --steps 4 --latents b.safetensors --batch 1
+check "the same noise in every step" cmp a.safetensors b.safetensors
+works "respaced alike" "${noisy[@]}" --respacing 4 --latents b.safetensors
+check "is the same" cmp a.safetensors b.safetensors
+for way in "--respacing ddim4" "--respacing 1,3" "--sampler ddim" "--sampler ddim --eta 1" "--sampler heun" \
+    "--sampler dpm++" "--clip" "--cfg-channels 3" "--cfg-to 0.5" "--diffusion rf"; do
+    # shellcheck disable=SC2086 # options and their values
+    works "sample $way" "${noisy[@]}" --steps 4 $way --latents way.safetensors
+    check "differs from the plain one" bash -c '! cmp -s a.safetensors way.safetensors'
+done
+works "rectified flow with noise" "$ditmoe" sample --ckpt whole --classes 0 --sampler ddpm --steps 3 --latents way.safetensors
+fails 1 "a respacing that is none" "respacing '4;4'" "${noisy[@]}" --respacing "4;4" --latents no.safetensors
+fails 1 "a section too short" "section 2 has only 500 steps" "${noisy[@]}" --respacing 1,501 --latents no.safetensors
+fails 1 "no such stride" "no whole stride makes 999" "${noisy[@]}" --respacing ddim999 --latents no.safetensors
+fails 1 "more steps than there are" "must be 1 to 1000" "${noisy[@]}" --steps 1001 --latents no.safetensors
+fails 1 "rectified flow is not respaced" "only DDPM models" \
+    "$ditmoe" sample --ckpt whole --classes 0 --respacing 5 --latents no.safetensors
+fails 2 "eta out of range" "eta" "${noisy[@]}" --sampler ddim --eta 2 --latents no.safetensors
+works "eval of a DDPM model" "$ditmoe" eval --knn --data data --ckpt noisy --per-class 1 --steps 2
+latent=$root/tests/golden/ddpm_latent
+given=("$ditmoe" sample --ckpt "$latent/model.safetensors" --classes 1 --noise "$latent/input.safetensors")
+works "noise of every step from a file" "${given[@]}" --steps 5 --latents way.safetensors
+fails 1 "noise of another number of steps" "step_noise is for 5 steps, and there are 7" \
+    "${given[@]}" --steps 7 --latents no.safetensors
+works "of one step more, which takes none" "${given[@]}" --steps 6 --latents way.safetensors
+fails 1 "noise for other images" "step_noise|z holds" "${given[@]}" --per-class 3 --steps 5 --latents no.safetensors
+compare=("$ditmoe" forward --ckpt "$latent/model.safetensors" --output loss.safetensors --input)
+works "forward --loss ddpm" "${compare[@]}" "$latent/input.safetensors" --loss ddpm
+check "writes mse and vb" bash -c 'head -c 4000 loss.safetensors | grep -qa "\"mse\".*\"vb\""'
+fails 1 "t that are no steps" "t\[0\] is .* wants whole numbers from 0 to 999" \
+    "$ditmoe" forward --ckpt "$root/tests/golden/s_qkv/model.safetensors" --loss ddpm \
+    --input "$root/tests/golden/s_qkv/input.safetensors" --output no.safetensors
+
 interop=$root/tests/interop
 works "info of DeepSpeed's directory" "$ditmoe" info "$interop/zero2" --heads 2
 check "says how it was written" grep -q "DeepSpeed, ZeRO 2 of 3 ranks" out
