@@ -229,17 +229,31 @@ int gaussian_read(struct npz *z, const char *mean, const char *covariance, int d
     return code;
 }
 
+static int write_doubles(struct zip_writer *z, const char *name, const double *values, int ndim,
+                         int dim)
+{
+    const size_t n = (size_t)dim;
+    TRY(npz_write_begin(z, name, ST_F64, ndim, (int64_t[]){dim, dim}));
+    return zip_write(z, values, (ndim == 2 ? n * n : n) * sizeof *values);
+}
+
+static int write_gaussian(struct zip_writer *z, const char *mean, const char *covariance,
+                          const struct gaussian *g)
+{
+    TRY(write_doubles(z, mean, g->mean, 1, g->dim));
+    return write_doubles(z, covariance, g->covariance, 2, g->dim);
+}
+
 int gaussian_write(const char *path, const struct gaussian *pool, const struct gaussian *spatial)
 {
-    struct npz_layout layout = {0};
-    const void *data[4] = {pool->mean, pool->covariance};
-    npz_layout_add(&layout, "mu", ST_F64, 1, (int64_t[]){pool->dim});
-    npz_layout_add(&layout, "sigma", ST_F64, 2, (int64_t[]){pool->dim, pool->dim});
-    if (spatial) {
-        npz_layout_add(&layout, "mu_s", ST_F64, 1, (int64_t[]){spatial->dim});
-        npz_layout_add(&layout, "sigma_s", ST_F64, 2, (int64_t[]){spatial->dim, spatial->dim});
-        data[2] = spatial->mean;
-        data[3] = spatial->covariance;
+    struct zip_writer *z;
+    TRY(zip_create(path, &z));
+    int code = write_gaussian(z, "mu", "sigma", pool);
+    if (code >= 0 && spatial)
+        code = write_gaussian(z, "mu_s", "sigma_s", spatial);
+    if (code < 0) {
+        zip_abort(z);
+        return code;
     }
-    return npz_write(path, &layout, data);
+    return zip_commit(z);
 }

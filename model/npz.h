@@ -10,6 +10,7 @@
 #include <stdbool.h>
 
 #include "model/safetensors.h"
+#include "model/zip_write.h"
 
 enum { NPY_DIMS = 8 };
 
@@ -41,36 +42,9 @@ void npz_read_close(struct npz_reader *r); // NULL is allowed
 
 // ---- writing ------------------------------------------------------------------------------------
 
-// The archive is laid out before there is any data, so that arrays can be filled in any order, from
-// several runs (tools/sample_npz.c). All arrays are stored, with 64-bit sizes.
-enum { NPZ_ARRAYS = 8, NPZ_NAME = 32, NPZ_HEADER_MAX = 512 };
-
-struct npz_entry {
-    char name[NPZ_NAME];
-    struct npy_array array;
-    uint64_t start; // of the entry's header in the file
-    uint64_t data;  // of the elements
-    uint64_t bytes; // of the elements
-};
-
-struct npz_layout {
-    int count;
-    struct npz_entry entries[NPZ_ARRAYS];
-    uint64_t end; // of the last element: where the directory goes
-};
-
-// Adds an array behind the others.
-void npz_layout_add(struct npz_layout *l, const char *name, enum st_dtype dtype, int ndim,
+// Starts an array in an archive (model/zip_write.h); zip_write() then brings its elements, little-endian
+// and row by row.
+int npz_write_begin(struct zip_writer *z, const char *name, enum st_dtype dtype, int ndim,
                     const int64_t *shape);
-// What lies in [entry->start, entry->data): the zip header and the .npy header. `crc` covers the
-// entry: npz_layout_crc() with the elements appended (zlib's crc32). Returns the bytes.
-size_t npz_entry_header(const struct npz_entry *e, uint32_t crc, uint8_t out[NPZ_HEADER_MAX]);
-uint32_t npz_entry_crc(const struct npz_entry *e); // of the .npy header alone
-// What lies behind layout->end. `crcs`: one an array. Returns the bytes.
-size_t npz_directory(const struct npz_layout *l, const uint32_t *crcs,
-                     uint8_t out[NPZ_ARRAYS * NPZ_HEADER_MAX]);
-
-// Writes whole arrays at once; appears whole or not at all (model/atomic_file.h).
-int npz_write(const char *path, const struct npz_layout *l, const void *const *data);
 
 #endif
