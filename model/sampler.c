@@ -252,7 +252,7 @@ static int write_numbers(struct sampler *s, const struct part *b)
     if (!number)
         return fail(ERR_NOMEM, "no host memory for a batch of %d", s->batch);
     for (int n = 0; n < s->batch; n++)
-        number[n] = image_number(s, b, n);
+        number[n] = s->number + image_number(s, b, n);
     int code = tensor_write(&s->dit->ctx, &s->numbers, number);
     free(number);
     return code;
@@ -273,7 +273,8 @@ static int start_batch(struct sampler *s, const struct part *b, const int32_t *c
         if (b->noise && b->noise->start)
             memcpy(z, b->noise->start + (size_t)i * image, image * sizeof *z);
         else
-            rng_normal_fill(s->options.seed, rng_stream(RNG_SAMPLE, (uint64_t)i), 0, z, image);
+            rng_normal_fill(s->options.seed, rng_stream(RNG_SAMPLE, (uint64_t)(s->number + i)), 0,
+                            z, image);
     }
     for (int step = 1; step < d->options.ahead; step++)
         memcpy(s->labels + (size_t)step * rows, s->labels, rows * sizeof *s->labels);

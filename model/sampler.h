@@ -30,6 +30,7 @@ struct sampler {
     struct dit *dit;        // planned for 2*batch images with guidance, else batch
     struct sample_options options;
     int all;                // images at a time, on all ranks
+    int number;             // of the first image of a run: what its noise depends on (0)
     int batch, first;       // of these, this rank's: how many, and the number of its first
     struct schedule schedule;
     int passes;             // of the network through one batch: one or two a step

@@ -18,6 +18,7 @@ enum rng_purpose {
     RNG_SAMPLE,     // sampling noise; low bits: image number
     RNG_STEP,       // noise of a sampler's passes; low bits: pass (24 bits), image number (32 bits)
     RNG_LATENT,     // samples of stored latents; low bits: position in the run
+    RNG_CLASS,      // classes of samples, where they are drawn; index: image number
 };
 static inline uint64_t rng_stream(enum rng_purpose purpose, uint64_t low)
 {

@@ -9,10 +9,12 @@
 #include "tools/decoder.h"
 #include "tools/draw.h"
 #include "tools/grid.h"
+#include "tools/sample_npz.h"
 
 struct sample_settings {
     struct draw_options draw;
     struct vae_settings vae;
+    struct npz_settings npz;
     const char *classes, *names, *out, *images, *latents, *noise;
     int per_class;
 };
@@ -101,7 +103,7 @@ static int parse_classes(const char *text, int classes, struct request *q)
 {
     char *end;
     if (!strcmp(text, "all")) {
-        if (classes > 100 && !options_given("classes"))
+        if (classes > 100 && !options_given("classes") && !options_given("npz"))
             return usage_error("sample", "the model has %d classes: choose some with --classes",
                                classes);
         for (int i = 0; i < classes; i++)
@@ -365,6 +367,14 @@ static int write_results(const struct sample_settings *o, const struct checkpoin
 
 // ---- the command --------------------------------------------------------------------------------
 
+static int sample_archive(const struct sample_settings *o, const struct checkpoint *file,
+                          const struct request *q)
+{
+    return sample_npz(&o->npz, &o->draw, &o->vae, file, q->list, q->list_count) < 0
+               ? report_failure("sample")
+               : 0;
+}
+
 static int make_pictures(const struct sample_settings *o, const struct config *c, struct request *q)
 {
     if (o->vae.vae)
@@ -378,7 +388,7 @@ static int sample_run(const struct sample_settings *o, const struct checkpoint *
                       struct request *q)
 {
     const struct config *c = &file->config;
-    if ((o->out || o->images) && !o->vae.vae && c->channels != 1 && c->channels != 3)
+    if ((o->out || o->images || o->npz.npz) && !o->vae.vae && c->channels != 1 && c->channels != 3)
         return usage_error("sample",
                            "this model makes latents of %d channels: give the autoencoder that "
                            "makes images of them with --vae FILE, or use --latents FILE",
@@ -386,6 +396,8 @@ static int sample_run(const struct sample_settings *o, const struct checkpoint *
     int status = parse_classes(o->classes, c->classes, q);
     if (status)
         return status;
+    if (o->npz.npz)
+        return sample_archive(o, file, q);
     if (prepare_request(o, c, file->path, q) < 0)
         return report_failure("sample");
     char guidance[80], way[160];
@@ -414,6 +426,7 @@ int cmd_sample(int argc, char **argv)
         {"the way from noise to image", sampler_options, &o},
         {"the autoencoder", vae_option_list, &o.vae},
         {"what is written (at least one)", output_options, &o},
+        {"many images for an evaluator", npz_option_list, &o.npz},
         {"device", device_option_list, &o.draw.device},
         {"several devices (README: mixed devices, cluster)", rank_option_list, &o.draw.ranks},
         {0},
@@ -439,8 +452,12 @@ int cmd_sample(int argc, char **argv)
     if (o.draw.cfg_from > o.draw.cfg_to)
         return usage_error("sample", "--cfg-from %g is above --cfg-to %g", (double)o.draw.cfg_from,
                            (double)o.draw.cfg_to);
-    if (!o.out && !o.images && !o.latents)
-        return usage_error("sample", "nothing to write: give --out, --images or --latents");
+    if (!o.out && !o.images && !o.latents && !o.npz.npz)
+        return usage_error("sample", "nothing to write: give --out, --images, --latents or --npz");
+    if (o.npz.npz && (o.out || o.images || o.latents || o.noise))
+        return usage_error("sample", "--npz does not go with --out, --images, --latents, --noise");
+    if (!o.npz.npz != !o.npz.count)
+        return usage_error("sample", "--count N and --npz FILE go together");
     struct checkpoint *file = NULL;
     status = ranks_launch(o.draw.device.device, "sample", argc, argv);
     if (status)

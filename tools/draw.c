@@ -64,32 +64,46 @@ static int show(void *user, int done, int total)
     return stop_wanted ? fail(ERR_STOPPED, "stopped; nothing was written") : 0;
 }
 
+int drawing_open(const struct draw_options *o, const struct checkpoint *file, int count,
+                 struct drawing *out)
+{
+    const int batch = o->batch < count ? o->batch : count;
+    struct sample_options options = draw_sampling(o, &file->config);
+    *out = (struct drawing){0};
+    TRY(ranks_plan(&o->ranks, &file->config, batch, options.cfg != 1 ? 2 : 1, &out->ranks));
+    options.ranks = ranks_of(&out->ranks);
+    int code = session_open(&o->device, &out->session);
+    stop_on_signals();
+    if (code >= 0)
+        code = sampler_new(out->session.dev, out->session.stream, &file->config, batch, &options,
+                           &out->sampler);
+    if (code >= 0)
+        code = checkpoint_load(file, out->sampler->dit, (enum weights_choice)o->from.weights);
+    if (code < 0)
+        drawing_close(out);
+    return code;
+}
+
+void drawing_close(struct drawing *d)
+{
+    if (d->sampler)
+        sampler_free(d->sampler);
+    ranks_plan_free(&d->ranks);
+    session_close(&d->session);
+    *d = (struct drawing){0};
+}
+
 int draw_samples(const struct draw_options *o, const struct checkpoint *file, int count,
                  const int32_t *classes, const struct sample_noise *noise, float *latents)
 {
-    struct session session;
-    struct sampler *sampler = NULL;
-    int batch = o->batch < count ? o->batch : count;
-    struct sample_options options = draw_sampling(o, &file->config);
+    struct drawing d;
     struct progress progress;
-    struct rank_plan ranks;
-    TRY(ranks_plan(&o->ranks, &file->config, batch, options.cfg != 1 ? 2 : 1, &ranks));
-    options.ranks = ranks_of(&ranks);
-    TRY(session_open(&o->device, &session));
-    stop_on_signals();
-    int code = sampler_new(session.dev, session.stream, &file->config, batch, &options, &sampler);
-    if (code >= 0)
-        code = checkpoint_load(file, sampler->dit, (enum weights_choice)o->from.weights);
-    if (code >= 0) {
-        const int64_t batches = (count + batch - 1) / batch;
-        progress_start(&progress, "step", 0, batches * sampler->schedule.steps, 0);
-        code = sampler_run(sampler, count, classes, noise, latents, show, &progress);
-        progress_clear(&progress);
-    }
-    if (sampler)
-        sampler_free(sampler);
-    ranks_plan_free(&ranks);
-    session_close(&session);
+    TRY(drawing_open(o, file, count, &d));
+    const int64_t batches = (count + d.sampler->all - 1) / d.sampler->all;
+    progress_start(&progress, "step", 0, batches * d.sampler->schedule.steps, 0);
+    int code = sampler_run(d.sampler, count, classes, noise, latents, show, &progress);
+    progress_clear(&progress);
+    drawing_close(&d);
     return code;
 }
 

@@ -34,6 +34,17 @@ struct sample_options draw_sampling(const struct draw_options *o, const struct c
 // The name of what will be done, in words.
 const char *draw_sampler_title(enum sampler_kind kind);
 
+// A model on its device, ready to draw.
+struct drawing {
+    struct session session;
+    struct rank_plan ranks;
+    struct sampler *sampler; // it reads `ranks`: a drawing stays where it is
+};
+// For batches of o->batch, or of `count` where that is less.
+int drawing_open(const struct draw_options *o, const struct checkpoint *file, int count,
+                 struct drawing *out);
+void drawing_close(struct drawing *d); // also of a zeroed struct
+
 // Draws `count` images on the device, or on all ranks' devices into rank 0's latents, with progress on
 // stderr; noise as in sampler_run().
 int draw_samples(const struct draw_options *o, const struct checkpoint *file, int count,
