@@ -237,23 +237,9 @@ static int write_doubles(struct zip_writer *z, const char *name, const double *v
     return zip_write(z, values, (ndim == 2 ? n * n : n) * sizeof *values);
 }
 
-static int write_gaussian(struct zip_writer *z, const char *mean, const char *covariance,
-                          const struct gaussian *g)
+int gaussian_write(struct zip_writer *z, const char *mean, const char *covariance,
+                   const struct gaussian *g)
 {
     TRY(write_doubles(z, mean, g->mean, 1, g->dim));
     return write_doubles(z, covariance, g->covariance, 2, g->dim);
-}
-
-int gaussian_write(const char *path, const struct gaussian *pool, const struct gaussian *spatial)
-{
-    struct zip_writer *z;
-    TRY(zip_create(path, &z));
-    int code = write_gaussian(z, "mu", "sigma", pool);
-    if (code >= 0 && spatial)
-        code = write_gaussian(z, "mu_s", "sigma_s", spatial);
-    if (code < 0) {
-        zip_abort(z);
-        return code;
-    }
-    return zip_commit(z);
 }

@@ -44,7 +44,8 @@ int frechet_distance(const struct gaussian *a, const struct gaussian *b, double 
 // (ADM's of the spatial features: "mu_s", "sigma_s"). `dim`: what D must be.
 int gaussian_read(struct npz *z, const char *mean, const char *covariance, int dim,
                   struct gaussian *out);
-// Writes mu and sigma, and mu_s and sigma_s unless `spatial` is NULL.
-int gaussian_write(const char *path, const struct gaussian *pool, const struct gaussian *spatial);
+// Writes such arrays.
+int gaussian_write(struct zip_writer *z, const char *mean, const char *covariance,
+                   const struct gaussian *g);
 
 #endif

@@ -412,6 +412,55 @@ fails 1 "forward without x" "'?x'?" "$ditmoe" forward --ckpt whole --input a.saf
 works "eval of samples" "$ditmoe" eval --knn --data data --samples a.safetensors --references 64 --json
 check "eval prints JSON" grep -q '"share"' out
 works "eval draws by itself" "$ditmoe" eval --knn --data data --ckpt whole --per-class 1 --steps 2
+
+# ---- many samples, and their figures -----------------------------------------------------------------
+many=("$ditmoe" sample --ckpt whole --steps 1 --seed 5 --count 600)
+works "sample --npz" "${many[@]}" --npz many.npz --batch 64
+check "holds the images" test "$(stat -c %s many.npz)" -gt $((600 * 3 * 32 * 32))
+check "leaves no part behind" test ! -e many.npz.part
+fails 1 "sample --npz onto a full disk" "again.npz.part: cannot be written" \
+    bash -c 'ulimit -f 1500; exec "$@"' - "${many[@]}" --npz again.npz --batch 60
+check "writes no archive" test ! -e again.npz
+fails 1 "going on with another seed" "other settings" "${many[@]}" --npz again.npz --seed 6
+works "going on with another batch" "${many[@]}" --npz again.npz --batch 50
+check "goes on where it was" grep -Eq "600 images, [1-5]?[0-9]?[0-9] to draw" err
+check "gives the same archive" cmp many.npz again.npz
+works "sample --npz --balanced" "$ditmoe" sample --ckpt whole --steps 1 --count 20 --classes 3,5 --balanced --npz few.npz
+fails 2 "--npz without --count" "go together" "$ditmoe" sample --ckpt whole --npz no.npz
+fails 2 "--npz with --out" "does not go with" "${many[@]}" --npz no.npz --out no.png
+echo nonsense >wrong.npz.part
+fails 1 "a part file that is none" "wrong.npz.part" "${many[@]}" --npz wrong.npz
+eval=$root/tests/eval
+fid=("$ditmoe" eval fid --inception "$eval/narrow.pth" --batch 16)
+near() { awk -v key="\"$1\"" -v want="$2" -F'[:,]' \
+    'index($0, key) { d = $2 / want - 1; near = d * d < 1e-6 } END { exit !near }' out; }
+works "eval fid" "${fid[@]}" --samples "$eval/samples.npz" --reference "$eval/reference.npz" --json
+check "FID as in Python" near fid 0.0253563288
+check "sFID as in Python" near sfid 25.6702694
+check "Inception Score as in Python" near inception_score 1.71725848
+check "recall as in Python" near recall 0.923076923
+check "says that 18 samples are few" grep -q "note: 18 samples" err
+works "eval fid --as adm --save-stats" "${fid[@]}" --as adm --reference "$eval/reference.npz" --save-stats stats.npz
+works "eval fid against statistics" "${fid[@]}" --as adm --samples "$eval/samples.npz" --reference stats.npz --json
+check "the same FID" near fid 0.0265332526
+check "no precision" grep -q '"precision": null' out
+works "eval fid of directories" "${fid[@]}" --samples single --reference single --pr-images 0
+check "nothing between equal sets" grep -Eq "^FID +-?0.0000" out
+works "eval fid of what was drawn" "${fid[@]}" --samples few.npz --reference "$eval/reference.npz"
+works "eval knn" "$ditmoe" eval knn --data data --samples a.safetensors --references 64
+fails 2 "eval fid without --reference" "reference PATH" "${fid[@]}" --samples few.npz
+fails 2 "eval fid without weights" "inception FILE" "$ditmoe" eval fid --samples few.npz --reference few.npz
+fails 1 "weights of another network" "not FID's Inception" "$ditmoe" eval fid --inception whole/step-00000006.safetensors \
+    --samples few.npz --reference few.npz
+head -c 9000 few.npz >cut.npz
+fails 1 "an archive cut short" "cut.npz" "${fid[@]}" --samples cut.npz --reference few.npz
+fails 1 "statistics of another network" "'mu' is not \[64\]" "${fid[@]}" --samples few.npz --reference "$eval/frechet.npz"
+fails 1 "an array of objects" "objects.npz.*'arr_0'" "${fid[@]}" --samples "$eval/objects.npz" --reference few.npz
+fails 1 "a directory without images" "no PNG or JPEG" "${fid[@]}" --samples data --reference few.npz
+fails 1 "no such directory" "nowhere" "${fid[@]}" --samples nowhere --reference few.npz
+fails 1 "nowhere to keep statistics" "nodir/no.npz" "${fid[@]}" --reference few.npz --save-stats nodir/no.npz
+
+# ---- what files hold ---------------------------------------------------------------------------------
 works "info of a run" "$ditmoe" info whole
 check "says what is inside" grep -q "model, EMA, Adam moments" out
 

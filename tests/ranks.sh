@@ -124,6 +124,10 @@ for n in 2 3; do
     cmp one.safetensors "$n.safetensors" >/dev/null 2>&1 && ok "samples of $n ranks are those of one" ||
         bad "samples of $n ranks" "exit status $status, or they differ"
 done
+"$ditmoe" "${draw[@]}" --count 10 --npz one.npz >/dev/null 2>&1
+ranks 2 "${draw[@]}" --count 10 --npz two.npz
+cmp one.npz two.npz >/dev/null 2>&1 && ok "an archive of 2 ranks is that of one" ||
+    bad "an archive of 2 ranks" "exit status $status, or they differ"
 rm -rf alone together # at rate 0, so that rounding in the steps changes no pixel
 cp -r one alone && cp -r one together
 again=("${train[@]}" --resume --lr 0 --steps 54 --sample-every 54 --sample-steps 2)

@@ -49,16 +49,68 @@ static int open_that_fits(const struct session *s, const struct vae_file *f, str
     return code;
 }
 
-static int decode_all(struct vae *v, int batch, const float *latents, int64_t each,
-                      const struct pictures *out)
+static int make_decoder(const struct session *s, const struct vae_settings *o, int count,
+                        int channels, int height, int width, struct decoder *d)
+{
+    const struct vae_file *f = &d->file;
+    if (channels != f->latent_channels)
+        return fail(ERR_INPUT, "%s: takes latents of %d channels, not %d", f->path,
+                    f->latent_channels, channels);
+    d->channels = f->image_channels;
+    d->height = height * f->factor;
+    d->width = width * f->factor;
+    d->latent_size = (int64_t)channels * height * width;
+    d->size = (int64_t)d->channels * d->height * d->width;
+    struct vae_options options = {.part = VAE_DECODER,
+                                  .batch =
+                                      vae_batch(o, s->dev, (int64_t)d->height * d->width, count),
+                                  .height = height,
+                                  .width = width,
+                                  .tile = o->tile};
+    TRY(open_that_fits(s, f, &options, &d->vae));
+    d->batch = options.batch;
+    return 0;
+}
+
+int decoder_open(const struct session *session, const struct vae_settings *o, int count,
+                 int channels, int height, int width, struct decoder *out)
+{
+    *out = (struct decoder){0};
+    TRY(vae_file_open(o->vae, &out->file));
+    const int code = make_decoder(session, o, count, channels, height, width, out);
+    if (code < 0)
+        decoder_close(out);
+    return code;
+}
+
+void decoder_close(struct decoder *d)
+{
+    vae_free(d->vae);
+    vae_file_close(&d->file);
+    *d = (struct decoder){0};
+}
+
+int decoder_run(struct decoder *d, const float *latents, int count, float *images)
+{
+    const int64_t values = count * d->latent_size;
+    float *own = malloc((size_t)values * sizeof *own); // the autoencoder's latents
+    if (!own)
+        return fail(ERR_NOMEM, "out of memory for %d latents", count);
+    for (int64_t i = 0; i < values; i++)
+        own[i] = latents[i] / d->file.scale + d->file.shift;
+    const int code = vae_decode(d->vae, own, count, images);
+    free(own);
+    return code;
+}
+
+static int decode_all(struct decoder *d, const float *latents, const struct pictures *out)
 {
     struct progress progress;
-    const int64_t made = (int64_t)out->channels * out->height * out->width;
     int code = 0;
     progress_start(&progress, "image", 0, out->count, 0);
-    for (int first = 0; code == 0 && first < out->count; first += batch) {
-        const int n = out->count - first < batch ? out->count - first : batch;
-        code = vae_decode(v, latents + first * each, n, out->values + first * made);
+    for (int first = 0; code == 0 && first < out->count; first += d->batch) {
+        const int n = out->count - first < d->batch ? out->count - first : d->batch;
+        code = decoder_run(d, latents + first * d->latent_size, n, out->values + first * d->size);
         progress_update(&progress, first + n, "decoding");
         if (code == 0 && stop_wanted)
             code = fail(ERR_STOPPED, "stopped; nothing was written");
@@ -67,53 +119,20 @@ static int decode_all(struct vae *v, int batch, const float *latents, int64_t ea
     return code;
 }
 
-// The autoencoder's own latents.
-static float *unscale(const struct vae_file *f, const float *latents, int64_t count)
-{
-    float *own = malloc((size_t)count * sizeof *own);
-    for (int64_t i = 0; own && i < count; i++)
-        own[i] = latents[i] / f->scale + f->shift;
-    return own;
-}
-
-static int decode_with(const struct session *s, const struct vae_file *f,
-                       const struct vae_settings *o, const float *latents, int channels, int height,
-                       int width, struct pictures *out)
-{
-    struct vae *v = NULL;
-    const int64_t each = (int64_t)channels * height * width;
-    if (channels != f->latent_channels)
-        return fail(ERR_INPUT, "%s: takes latents of %d channels, not %d", f->path,
-                    f->latent_channels, channels);
-    out->channels = f->image_channels;
-    out->height = height * f->factor;
-    out->width = width * f->factor;
-    const int64_t pixels = (int64_t)out->height * out->width;
-    struct vae_options options = {.part = VAE_DECODER,
-                                  .batch = vae_batch(o, s->dev, pixels, out->count),
-                                  .height = height,
-                                  .width = width,
-                                  .tile = o->tile};
-    TRY(open_that_fits(s, f, &options, &v));
-    float *own = unscale(f, latents, out->count * each);
-    out->values = malloc((size_t)(out->count * out->channels * pixels) * sizeof *out->values);
-    int code = own && out->values ? 0 : fail(ERR_NOMEM, "out of memory for %d images", out->count);
-    if (code == 0)
-        code = decode_all(v, options.batch, own, each, out);
-    free(own);
-    vae_free(v);
-    return code;
-}
-
 int pictures_decode_on(const struct session *session, const struct vae_settings *o,
                        const float *latents, int count, int channels, int height, int width,
                        struct pictures *out)
 {
-    struct vae_file file;
+    struct decoder d;
     *out = (struct pictures){.count = count};
-    TRY(vae_file_open(o->vae, &file));
-    const int code = decode_with(session, &file, o, latents, channels, height, width, out);
-    vae_file_close(&file);
+    TRY(decoder_open(session, o, count, channels, height, width, &d));
+    out->channels = d.channels;
+    out->height = d.height;
+    out->width = d.width;
+    out->values = malloc((size_t)(count * d.size) * sizeof *out->values);
+    const int code = out->values ? decode_all(&d, latents, out)
+                                 : fail(ERR_NOMEM, "out of memory for %d images", count);
+    decoder_close(&d);
     if (code < 0) {
         free(out->values);
         out->values = NULL;
@@ -128,8 +147,7 @@ int pictures_decode(const struct vae_settings *o, const struct device_options *d
     struct session session;
     TRY(session_open(device, &session));
     stop_on_signals();
-    const int code =
-        pictures_decode_on(&session, o, latents, count, channels, height, width, out);
+    const int code = pictures_decode_on(&session, o, latents, count, channels, height, width, out);
     session_close(&session);
     return code;
 }

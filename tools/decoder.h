@@ -21,9 +21,25 @@ struct pictures {
     int count, channels, height, width;
 };
 
+// A decoder on a device, for latents of one size.
+struct decoder {
+    struct vae_file file;
+    struct vae *vae;
+    int batch;                   // images at a time
+    int channels, height, width; // of an image
+    int64_t latent_size, size;   // values of a latent, of an image
+};
+
+// For up to `count` latents [channels, height, width] at once. Where memory does not do it takes fewer
+// images at a time, then tiles, and says so.
+int decoder_open(const struct session *session, const struct vae_settings *o, int count,
+                 int channels, int height, int width, struct decoder *out);
+void decoder_close(struct decoder *d); // also of a zeroed struct
+// Latents [count] as a diffusion model has them -> images [count]; count <= batch.
+int decoder_run(struct decoder *d, const float *latents, int count, float *images);
+
 // Opens o->vae on the device and decodes latents [count, channels, height, width] as a diffusion
-// model has them, with progress on stderr. Where memory does not do it takes fewer images at a time, then
-// tiles, and says so. The caller frees out->values.
+// model has them, with progress on stderr. The caller frees out->values.
 int pictures_decode(const struct vae_settings *o, const struct device_options *device,
                     const float *latents, int count, int channels, int height, int width,
                     struct pictures *out);

@@ -226,27 +226,45 @@ static int open_inception(const struct fid_settings *o, const struct session *se
     return 0;
 }
 
-static int run(const struct fid_settings *o, struct session *session, struct inception **n,
-               struct features *reference, struct features *samples)
+struct state {
+    struct session session;
+    struct inception *n;
+    struct features reference, samples;
+    struct zip_writer *stats;
+};
+
+static int save_stats(struct state *s, const char *path)
+{
+    const struct features *f = &s->reference;
+    TRY(gaussian_write(s->stats, "mu", "sigma", &f->pool));
+    if (f->spatial.dim)
+        TRY(gaussian_write(s->stats, "mu_s", "sigma_s", &f->spatial));
+    const int code = zip_commit(s->stats);
+    s->stats = NULL;
+    if (code >= 0)
+        fprintf(stderr, "%s\n", path);
+    return code;
+}
+
+static int run(const struct fid_settings *o, struct state *s)
 {
     struct figures figures;
     TRY(lapack_open());
-    TRY(session_open(&o->device, session));
-    TRY(open_inception(o, session, n));
+    if (o->save_stats) // first of all: a place that cannot be written is told before the work
+        TRY(zip_create(o->save_stats, &s->stats));
+    TRY(session_open(&o->device, &s->session));
+    TRY(open_inception(o, &s->session, &s->n));
     stop_on_signals();
-    TRY(open_images(o, *n, o->reference, "reference", false, reference));
+    TRY(open_images(o, s->n, o->reference, "reference", false, &s->reference));
     if (o->save_stats)
-        TRY(gaussian_write(o->save_stats, &reference->pool,
-                           reference->spatial.dim ? &reference->spatial : NULL));
-    if (!o->samples) {
-        printf("%s\n", o->save_stats);
+        TRY(save_stats(s, o->save_stats));
+    if (!o->samples)
         return 0;
-    }
-    TRY(open_images(o, *n, o->samples, "samples", true, samples));
-    warn_of("reference images", reference);
-    warn_of("samples", samples);
-    TRY(compare(o, session, reference, samples, &figures));
-    print_figures(o, reference, samples, &figures);
+    TRY(open_images(o, s->n, o->samples, "samples", true, &s->samples));
+    warn_of("reference images", &s->reference);
+    warn_of("samples", &s->samples);
+    TRY(compare(o, &s->session, &s->reference, &s->samples, &figures));
+    print_figures(o, &s->reference, &s->samples, &figures);
     return 0;
 }
 
@@ -276,13 +294,12 @@ int eval_fid(int argc, char **argv)
         return usage_error("eval fid", "--reference PATH is needed");
     if (!o.samples && !o.save_stats)
         return usage_error("eval fid", "--samples PATH or --save-stats FILE is needed");
-    struct session session = {0};
-    struct inception *n = NULL;
-    struct features reference = {0}, samples = {0};
-    int code = run(&o, &session, &n, &reference, &samples);
-    features_free(&reference);
-    features_free(&samples);
-    inception_free(n);
-    session_close(&session);
+    struct state s = {0};
+    const int code = run(&o, &s);
+    zip_abort(s.stats);
+    features_free(&s.reference);
+    features_free(&s.samples);
+    inception_free(s.n);
+    session_close(&s.session);
     return code < 0 ? report_failure("eval fid") : 0;
 }

@@ -121,6 +121,13 @@ int part_file_open(const char *path, const char *description, int64_t count, siz
     return code;
 }
 
+int part_file_follow(int64_t count, size_t item, struct part_file *out)
+{
+    *out = (struct part_file){.fd = -1, .count = count, .item = item, .left = count};
+    out->done = calloc((size_t)count, 1);
+    return out->done ? 0 : fail(ERR_NOMEM, "out of memory for %lld images", (long long)count);
+}
+
 void part_file_close(struct part_file *f)
 {
     if (f->path && f->fd >= 0)
@@ -141,14 +148,15 @@ int part_file_remove(struct part_file *f)
 
 int part_file_put(struct part_file *f, int64_t first, int64_t count, const void *items)
 {
-    TRY(write_at(f, items_at(f, first), items, (size_t)count * f->item));
-    if (fdatasync(f->fd) < 0)
+    if (f->fd >= 0)
+        TRY(write_at(f, items_at(f, first), items, (size_t)count * f->item));
+    if (f->fd >= 0 && fdatasync(f->fd) < 0)
         return io_error(f, "be written");
     for (int64_t i = first; i < first + count; i++) {
         f->left -= !f->done[i];
         f->done[i] = 1;
     }
-    return write_at(f, PAGE + first, f->done + first, (size_t)count);
+    return f->fd >= 0 ? write_at(f, PAGE + first, f->done + first, (size_t)count) : 0;
 }
 
 int part_file_get(const struct part_file *f, int64_t first, int64_t count, void *items)

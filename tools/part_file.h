@@ -21,6 +21,8 @@ struct part_file {
 // Opens the file, or makes it. ERR_INPUT: made for another description (a line of text).
 int part_file_open(const char *path, const char *description, int64_t count, size_t item,
                    struct part_file *out);
+// Of a process that follows another's: what is there is noted, nothing is kept.
+int part_file_follow(int64_t count, size_t item, struct part_file *out);
 // Items [first, first+count) are there from here on, even after a power cut.
 int part_file_put(struct part_file *f, int64_t first, int64_t count, const void *items);
 int part_file_get(const struct part_file *f, int64_t first, int64_t count, void *items);

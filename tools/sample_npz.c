@@ -12,10 +12,6 @@
 #include "tools/part_file.h"
 #include "tools/progress.h"
 
-enum {
-    CHUNK = 256
-}; // images that are drawn, then decoded, then kept; or a batch, where that is more
-
 #define AT(member) offsetof(struct npz_settings, member)
 const struct option_spec npz_option_list[] = {
     {"npz", 0, OPTION_STRING, "FILE.npz", NULL,
@@ -36,14 +32,16 @@ struct archive {
     const struct checkpoint *file;
     const int *classes;
     int class_count;
-    int chunk;
+    int batch;
     int height, width; // of an image
     struct drawing drawing;
+    struct decoder decoder; // with an autoencoder, on rank 0
     struct part_file part;
     struct progress progress;
-    int32_t *labels; // [chunk]
-    float *latents;  // [chunk, image_elements]
-    uint8_t *pixels; // [chunk, height, width, 3]
+    int32_t *labels; // [batch]
+    float *latents;  // [batch, image_elements]
+    float *decoded;  // [batch, channels, height, width]
+    uint8_t *pixels; // [batch, height, width, 3]
 };
 
 static int32_t class_of(const struct archive *a, int i)
@@ -97,19 +95,31 @@ static int measure(struct archive *a, char identity[17])
     return 0;
 }
 
-static int open_part(struct archive *a)
+static int open_first(struct archive *a, const char *identity, size_t item)
 {
-    char path[4200], identity[17];
-    TRY(measure(a, identity));
+    char path[4200];
     char *description = describe(a, identity);
     if (!description)
         return fail(ERR_NOMEM, "out of memory");
-    const size_t item = 3 * (size_t)a->height * (size_t)a->width;
     int code = (size_t)snprintf(path, sizeof path, "%s.part", a->o->npz) < sizeof path
                    ? part_file_open(path, description, a->o->count, item, &a->part)
                    : fail(ERR_INPUT, "%.64s...: path too long", a->o->npz);
     free(description);
     return code;
+}
+
+// Rank 0 has the file; all know what is in it.
+static int open_part(struct archive *a)
+{
+    char identity[17];
+    TRY(measure(a, identity));
+    const size_t item = 3 * (size_t)a->height * (size_t)a->width;
+    TRY(ranks_first() ? open_first(a, identity, item)
+                      : part_file_follow(a->o->count, item, &a->part));
+    if (!ranks_exchange())
+        return 0;
+    TRY(exchange_broadcast(ranks_exchange(), &a->part.left, sizeof a->part.left, 0));
+    return exchange_broadcast(ranks_exchange(), a->part.done, (size_t)a->part.count, 0);
 }
 
 // ---- drawing ------------------------------------------------------------------------------------
@@ -118,72 +128,92 @@ static int show(void *user, int done, int total)
 {
     struct archive *a = user;
     (void)done, (void)total;
-    progress_update(&a->progress, a->part.count - a->part.left, "sampling");
+    if (ranks_first())
+        progress_update(&a->progress, a->part.count - a->part.left, "sampling");
+    TRY(ranks_stop());
     return stop_wanted ? fail(ERR_STOPPED, "stopped; call it again to go on") : 0;
 }
 
 // Grey becomes RGB.
-static int to_pixels(struct archive *a, const struct pictures *p, int i, uint8_t *out)
+static int to_pixels(const struct archive *a, const float *values, int channels, uint8_t *out)
 {
     struct image image;
-    const size_t pixels = (size_t)p->height * (size_t)p->width;
-    TRY(image_from_floats(p->values + (size_t)i * (size_t)p->channels * pixels, p->width, p->height,
-                          p->channels, &image));
-    BUG_IF(p->height != a->height || p->width != a->width);
-    for (size_t k = 0; k < 3 * pixels; k++)
-        out[k] = image.pixels[p->channels == 3 ? k : k / 3];
+    const size_t samples = 3 * (size_t)a->height * (size_t)a->width;
+    TRY(image_from_floats(values, a->width, a->height, channels, &image));
+    for (size_t k = 0; k < samples; k++)
+        out[k] = image.pixels[channels == 3 ? k : k / 3];
     image_free(&image);
     return 0;
 }
 
-static int draw_chunk(struct archive *a, int first, int count)
+// What rank 0 does with latents that are drawn.
+static int make_pixels(struct archive *a, int count)
 {
-    const struct config *c = &a->file->config;
-    struct pictures p = {a->latents, count, c->channels, c->size, c->size};
+    struct decoder *d = &a->decoder;
+    const float *values = a->latents;
+    int channels = a->file->config.channels;
+    if (d->vae) {
+        for (int i = 0; i < count; i += d->batch)
+            TRY(decoder_run(d, a->latents + i * d->latent_size,
+                            count - i < d->batch ? count - i : d->batch, a->decoded + i * d->size));
+        values = a->decoded;
+        channels = d->channels;
+    }
+    const size_t each = (size_t)channels * (size_t)a->height * (size_t)a->width;
+    for (int i = 0; i < count; i++)
+        TRY(to_pixels(a, values + (size_t)i * each, channels,
+                      a->pixels + (size_t)i * a->part.item));
+    return 0;
+}
+
+static int draw_batch(struct archive *a, int first, int count)
+{
     for (int i = 0; i < count; i++)
         a->labels[i] = class_of(a, first + i);
     a->drawing.sampler->number = first;
     TRY(sampler_run(a->drawing.sampler, count, a->labels, NULL, a->latents, show, a));
-    if (a->vae->vae)
-        TRY(pictures_decode(a->vae, &a->draw->device, a->latents, count, c->channels, c->size,
-                            c->size, &p));
-    int code = 0;
-    for (int i = 0; i < count && code >= 0; i++)
-        code = to_pixels(a, &p, i, a->pixels + (size_t)i * a->part.item);
-    if (p.values != a->latents)
-        free(p.values);
-    TRY(code);
+    if (ranks_first())
+        TRY(make_pixels(a, count));
     return part_file_put(&a->part, first, count, a->pixels);
 }
 
 // The next images that are not there: returns how many, from *first on.
-static int next_chunk(const struct archive *a, int *first)
+static int next_batch(const struct archive *a, int *first)
 {
     const uint8_t *done = a->part.done;
     int n = 0;
     while (*first < a->o->count && done[*first])
         ++*first;
-    while (n < a->chunk && *first + n < a->o->count && !done[*first + n])
+    while (n < a->batch && *first + n < a->o->count && !done[*first + n])
         n++;
     return n;
 }
 
-static int draw_all(struct archive *a)
+static int prepare(struct archive *a)
 {
     const struct config *c = &a->file->config;
-    a->chunk = a->vae->vae && a->draw->batch < CHUNK ? CHUNK : a->draw->batch;
-    a->chunk = a->chunk < a->part.left ? a->chunk : (int)a->part.left;
-    const size_t chunk = (size_t)a->chunk;
-    a->labels = malloc(chunk * sizeof *a->labels);
-    a->latents = malloc(chunk * image_elements(c) * sizeof *a->latents);
-    a->pixels = malloc(chunk * a->part.item);
-    if (!a->labels || !a->latents || !a->pixels)
-        return fail(ERR_NOMEM, "out of memory for images");
-    TRY(drawing_open(a->draw, a->file, a->chunk, &a->drawing));
-    int code = 0;
+    a->batch = a->draw->batch < a->part.left ? a->draw->batch : (int)a->part.left;
+    const size_t batch = (size_t)a->batch;
+    TRY(drawing_open(a->draw, a->file, a->batch, &a->drawing));
+    if (a->vae->vae && ranks_first()) {
+        TRY(decoder_open(&a->drawing.session, a->vae, a->batch, c->channels, c->size, c->size,
+                         &a->decoder));
+        a->decoded = malloc(batch * (size_t)a->decoder.size * sizeof *a->decoded);
+        if (!a->decoded)
+            return fail(ERR_NOMEM, "out of memory for images");
+    }
+    a->labels = malloc(batch * sizeof *a->labels);
+    a->latents = malloc(batch * image_elements(c) * sizeof *a->latents);
+    a->pixels = malloc(batch * a->part.item);
+    return a->labels && a->latents && a->pixels ? 0 : fail(ERR_NOMEM, "out of memory for images");
+}
+
+static int draw_all(struct archive *a)
+{
+    int code = prepare(a);
     progress_start(&a->progress, "image", a->part.count - a->part.left, a->part.count, 0);
-    for (int first = 0, n; code >= 0 && (n = next_chunk(a, &first)) > 0; first += n)
-        code = draw_chunk(a, first, n);
+    for (int first = 0, n; code >= 0 && (n = next_batch(a, &first)) > 0; first += n)
+        code = draw_batch(a, first, n);
     progress_clear(&a->progress);
     return code;
 }
@@ -236,13 +266,14 @@ int sample_npz(const struct npz_settings *o, const struct draw_options *draw,
                         .part = {.fd = -1}};
     int code = open_part(&a);
     if (code >= 0) {
-        fprintf(stderr, "%d images, %lld to draw\n", o->count, (long long)a.part.left);
+        say("%d images, %lld to draw\n", o->count, (long long)a.part.left);
         code = a.part.left ? draw_all(&a) : 0;
     }
+    decoder_close(&a.decoder);
     drawing_close(&a.drawing);
-    if (code >= 0)
+    if (code >= 0 && ranks_first())
         code = write_archive(&a);
     part_file_close(&a.part);
-    free(a.labels), free(a.latents), free(a.pixels);
+    free(a.labels), free(a.latents), free(a.decoded), free(a.pixels);
     return code;
 }
