@@ -3638,18 +3638,20 @@ inline void split_halves(GLOBAL ushort *high, GLOBAL ushort *low, float value)
     *low = (ushort)(bits - (nearest << 16));
 }
 
-// w rounded to bf16, or in both halves where low is not NULL
+// w rounded to bf16, or in both halves where low is not NULL; where `added` is not NULL w and it,
+// repeated after `period`
 KERNEL(256, 1)
-void round_bf16(GLOBAL ushort *high, GLOBAL ushort *low, const GLOBAL float *w, uint count_low,
-                uint count_high)
+void round_bf16(GLOBAL ushort *high, GLOBAL ushort *low, const GLOBAL float *w,
+                const GLOBAL float *added, uint period, uint count_low, uint count_high)
 {
     size_t i = get_global_id(0);
     if (i >= ((size_t)count_high << 32 | count_low))
         return;
+    float value = added ? w[i] + added[i % period] : w[i];
     if (low)
-        split_halves(high + i, low + i, w[i]);
+        split_halves(high + i, low + i, value);
     else
-        high[i] = float_to_bf16(w[i]);
+        high[i] = float_to_bf16(value);
 }
 
 // out = the f32 of both halves; of bf16 alone where low is NULL

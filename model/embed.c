@@ -52,8 +52,7 @@ int embed_forward(struct dit *d)
     TRY(op_patchify(c, &a->patches, &d->input, d->config.patch, PATCH_CPQ));
     struct tensor x = dit_stream(d, 0), *sum = x.low ? &a->sum : &x;
     TRY(op_linear(c, sum, &a->patches, &d->w.patch_w, &d->w.patch_b));
-    TRY(op_add_pos(c, sum, &d->w.pos));
-    return x.low ? op_round(c, &x, x.low, sum) : 0;
+    return op_add_pos(c, &x, sum, &d->w.pos);
 }
 
 int condition_forward(struct dit *d)

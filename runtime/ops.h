@@ -121,8 +121,9 @@ int op_patchify(struct context *c, struct tensor *out, const struct tensor *x, i
 // out[N,C,H,W] (f32) from in[N*T, p*p*C] (ACT), column order PATCH_PQC
 int op_unpatchify(struct context *c, struct tensor *out, const struct tensor *in, int patch);
 
-// x[N*T,D] (ACT) += pos[T,D] (f32)
-int op_add_pos(struct context *c, struct tensor *x, const struct tensor *pos);
+// x[N*T,D] (ACT) = sum + pos[T,D] (f32). sum: x itself; or f32, where x is in two halves.
+int op_add_pos(struct context *c, struct tensor *x, const struct tensor *sum,
+               const struct tensor *pos);
 
 // out[N,F] (ACT): cos(t*w_i) for i < F/2, then sin(t*w_i); w_i = 10000^(-i/(F/2)); t[N] f32, unscaled
 int op_timestep_embed(struct context *c, struct tensor *out, const struct tensor *t);

@@ -12,6 +12,7 @@
 #define BUF_OR_NULL(tensor) ((union arg){.b = (tensor) ? (tensor)->mem : NULL})
 #define LOW(tensor) ((tensor) ? (tensor)->low : NULL)
 #define MEM(tensor) ((tensor) ? (tensor)->mem : NULL) // for the structs of devices/accelerate.h
+#define NO_BUF ((union arg){.b = NULL})
 #define INT(value) ((union arg){.i = arg_int(value)})
 #define UINT(value) ((union arg){.u = arg_uint(value)})
 #define FLOAT(value) ((union arg){.f = (value)})

@@ -131,11 +131,19 @@ int op_add(struct context *c, struct tensor *y, const struct tensor *x)
     return add_repeated(c, y, x);
 }
 
-int op_add_pos(struct context *c, struct tensor *x, const struct tensor *pos)
+int op_add_pos(struct context *c, struct tensor *x, const struct tensor *sum,
+               const struct tensor *pos)
 {
     BUG_IF(x->ndim != 2 || pos->ndim != 2 || x->shape[1] != pos->shape[1]);
     BUG_IF(x->shape[0] % pos->shape[0] || pos->dtype != F32);
-    return add_repeated(c, x, pos);
+    if (!x->low) {
+        BUG_IF(sum != x);
+        return add_repeated(c, x, pos);
+    }
+    const int64_t count = tensor_count(x);
+    BUG_IF(x->dtype != BF16 || sum->dtype != F32 || tensor_count(sum) != count);
+    return LAUNCH(c, KERNEL_round_bf16, cover(count, 256), 1, 1, BUF(x), BUF(x->low), BUF(sum),
+                  BUF(pos), UINT(tensor_count(pos)), UINT(count), UINT(0));
 }
 
 // ---- LayerNorm, adaLN, gated residual -----------------------------------------------------------

@@ -214,7 +214,7 @@ int op_round(struct context *c, struct tensor *high, struct tensor *low, const s
     BUG_IF(!is_f32_vector(w, count) || !is_bf16_vector(high, count));
     BUG_IF(low && !is_bf16_vector(low, count));
     return LAUNCH(c, KERNEL_round_bf16, cover(count, GROUP), 1, 1, BUF(high), BUF_OR_NULL(low),
-                  BUF(w), HALVES(count));
+                  BUF(w), NO_BUF, UINT(1), HALVES(count));
 }
 
 int op_widen(struct context *c, struct tensor *out, const struct tensor *high,

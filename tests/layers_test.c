@@ -67,8 +67,21 @@ static int add_pos_case(struct op_run *r, const int *s)
     double *want = op_doubles(r, x->count);
     for (int64_t i = 0; i < x->count; i++)
         want[i] = x->v[i] + pos->v[i % pos->count];
-    OK(OP_RUN(r, op_add_pos(&r->c, &x->t, &pos->t)));
+    OK(OP_RUN(r, op_add_pos(&r->c, &x->t, &x->t, &pos->t)));
     op_judge(r, x, want, op_tolerance(r, 1e-6), "add_pos %d images %d x %d", s[0], s[1], s[2]);
+    if (r->act != BF16)
+        return PASSED;
+    // into two halves
+    struct operand *sum = op_random(r, F32, -2, 2, DIMS(s[0] * s[1], s[2]));
+    struct operand *low = op_output(r, BF16, DIMS(s[0] * s[1], s[2]));
+    struct operand *joined = op_output(r, F32, DIMS(s[0] * s[1], s[2]));
+    for (int64_t i = 0; i < x->count; i++)
+        want[i] = sum->v[i] + pos->v[i % pos->count];
+    x->t.low = &low->t;
+    OK(OP_RUN(r, op_add_pos(&r->c, &x->t, &sum->t, &pos->t)));
+    OK(OP_RUN(r, op_widen(&r->c, &joined->t, &x->t, &low->t)));
+    op_judge(r, joined, want, 1e-6, "add_pos into halves, %d images", s[0]);
+    op_judge(r, x, want, op_tolerance(r, 1e-6), "add_pos into halves, the high one");
     return PASSED;
 }
 
