@@ -83,7 +83,8 @@ int rates_guess(const char *name, enum device_kind kind, int cores, bool bf16, d
     static const double per_core = 96e9, memory_of_cpu = 40e9, most_memory = 300e9;
     const struct published *p = kind == DEVICE_CPU ? NULL : rates_published(name);
     const double link = pcie > 0 ? 0.8 * pcie : 12e9;
-    *out = (struct device_rates){.bf16 = bf16, .width = 1152, .sample = 1, .train = 1};
+    *out =
+        (struct device_rates){.bf16 = bf16, .sharing = 1, .width = 1152, .sample = 1, .train = 1};
     snprintf(out->name, sizeof out->name, "%s", name);
     snprintf(out->driver, sizeof out->driver, "published");
     if (kind == DEVICE_CPU) {
@@ -122,21 +123,35 @@ void rates_identity(const struct device_info *d, char out[160])
     snprintf(out, 160, "%.128s%s%s", d->name, d->pci[0] ? " " : "", d->pci);
 }
 
-const struct device_rates *rates_find(const struct rates *r, const struct device_info *d, bool bf16)
+const struct device_rates *rates_find(const struct rates *r, const struct device_info *d, bool bf16,
+                                      int sharing)
 {
     for (int i = 0; i < r->count; i++) {
         const struct device_rates *e = &r->list[i];
         if (e->bf16 == bf16 && !strcmp(e->name, d->name) && !strcmp(e->pci, d->pci) &&
-            !strcmp(e->driver, d->driver))
+            !strcmp(e->driver, d->driver) && e->sharing == sharing)
             return e;
     }
     return NULL;
 }
 
+struct device_rates rates_shared(const struct device_rates *alone, int sharing)
+{
+    struct device_rates d = *alone;
+    for (int i = 0; i < RATE_CLASSES; i++) {
+        d.dense[i] /= sharing;
+        d.ragged[i] /= sharing;
+    }
+    d.attention /= sharing;
+    d.memory /= sharing;
+    d.sharing = sharing;
+    return d;
+}
+
 const struct device_rates *rates_like(const struct rates *r, const char *name, bool bf16)
 {
     for (int i = 0; i < r->count; i++)
-        if (r->list[i].bf16 == bf16 && !strcmp(r->list[i].name, name))
+        if (r->list[i].bf16 == bf16 && r->list[i].sharing == 1 && !strcmp(r->list[i].name, name))
             return &r->list[i];
     return NULL;
 }
@@ -145,7 +160,8 @@ int rates_put(struct rates *r, const struct device_rates *d)
 {
     for (int i = 0; i < r->count; i++) {
         struct device_rates *e = &r->list[i];
-        if (e->bf16 == d->bf16 && !strcmp(e->name, d->name) && !strcmp(e->pci, d->pci)) {
+        if (e->bf16 == d->bf16 && e->sharing == d->sharing && !strcmp(e->name, d->name) &&
+            !strcmp(e->pci, d->pci)) {
             *e = *d;
             return 0;
         }

@@ -20,13 +20,14 @@ struct device_rates {
     char name[128], driver[96], pci[20]; // identity: what the rates are valid for
     char key[24];                        // as it was called then; no part of the identity
     bool bf16;                           // of activations; rates of f32 are another entry
-    int width;                           // of the model that was measured, D
-    double dense[RATE_CLASSES];          // flop/s of a product by rows
-    double ragged[RATE_CLASSES];         // flop/s of experts' products by rows of an expert
-    double attention;                    // flop/s
-    double memory;                       // bytes/s, read and written
-    double launch;                       // seconds that an operation costs beside its work
-    double to_device, to_host;           // bytes/s of copies
+    int sharing;                 // ranks that worked on these cores together: 1 but for CPUs
+    int width;                   // of the model that was measured, D
+    double dense[RATE_CLASSES];  // flop/s of a product by rows
+    double ragged[RATE_CLASSES]; // flop/s of experts' products by rows of an expert
+    double attention;            // flop/s
+    double memory;               // bytes/s, read and written
+    double launch;               // seconds that an operation costs beside its work
+    double to_device, to_host;   // bytes/s of copies
     // A real step, measured, over what these figures say that it takes: what they leave out.
     double sample, train;
     bool measured; // or published
@@ -81,8 +82,10 @@ bool rates_store(const struct rates *r); // false: cannot be written
 // What a device is called in links: name, PCI id.
 void rates_identity(const struct device_info *d, char out[160]);
 // The entry of this device, driver and precision, or NULL: unknown, or measured with another driver.
-const struct device_rates *rates_find(const struct rates *r, const struct device_info *d,
-                                      bool bf16);
+const struct device_rates *rates_find(const struct rates *r, const struct device_info *d, bool bf16,
+                                      int sharing);
+// What is left of a CPU's rates for each of `sharing` ranks on it, where that was not measured.
+struct device_rates rates_shared(const struct device_rates *alone, int sharing);
 // An entry by name alone, for machines that are not here.
 const struct device_rates *rates_like(const struct rates *r, const char *name, bool bf16);
 // Puts the entry in the place of the same device's older one.

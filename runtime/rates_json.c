@@ -21,12 +21,13 @@ static json_t *classes(const double table[RATE_CLASSES])
 
 static json_t *device_to_json(const struct device_rates *d)
 {
-    return json_pack("{s:s, s:s, s:s, s:s, s:s, s:i, s:o, s:o, s:f, s:f, s:f, s:f, s:f, s:f, s:f}",
-                     "name", d->name, "driver", d->driver, "pci", d->pci, "key", d->key,
-                     "precision", d->bf16 ? "bf16" : "f32", "width", d->width, "dense",
-                     classes(d->dense), "ragged", classes(d->ragged), "attention", d->attention,
-                     "memory", d->memory, "launch", d->launch, "to_device", d->to_device, "to_host",
-                     d->to_host, "sample", d->sample, "train", d->train);
+    return json_pack(
+        "{s:s, s:s, s:s, s:s, s:s, s:i, s:i, s:o, s:o, s:f, s:f, s:f, s:f, s:f, s:f, s:f}", "name",
+        d->name, "driver", d->driver, "pci", d->pci, "key", d->key, "precision",
+        d->bf16 ? "bf16" : "f32", "sharing", d->sharing, "width", d->width, "dense",
+        classes(d->dense), "ragged", classes(d->ragged), "attention", d->attention, "memory",
+        d->memory, "launch", d->launch, "to_device", d->to_device, "to_host", d->to_host, "sample",
+        d->sample, "train", d->train);
 }
 
 json_t *rates_to_json(const struct rates *r)
@@ -86,7 +87,7 @@ static int get_classes(const json_t *json, const char *key, double out[RATE_CLAS
 static int device_from_json(const json_t *json, struct device_rates *d)
 {
     char precision[16];
-    double width = 1152;
+    double width = 1152, sharing = 1;
     *d = (struct device_rates){.sample = 1, .train = 1, .measured = true};
     TRY(get_text(json, "name", false, d->name, sizeof d->name));
     TRY(get_text(json, "driver", true, d->driver, sizeof d->driver));
@@ -96,6 +97,8 @@ static int device_from_json(const json_t *json, struct device_rates *d)
     if (strcmp(precision, "bf16") && strcmp(precision, "f32"))
         return fail(ERR_INPUT, "\"precision\" is '%s'; it is bf16 or f32", precision);
     d->bf16 = !strcmp(precision, "bf16");
+    TRY(get_rate(json, "sharing", true, &sharing));
+    d->sharing = sharing < 1e6 ? (int)sharing : 1;
     TRY(get_rate(json, "width", true, &width));
     d->width = width < 1e6 ? (int)width : 0;
     TRY(get_classes(json, "dense", d->dense));

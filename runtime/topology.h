@@ -65,8 +65,8 @@ int topology_cores(const struct topology *t);
 const char *topology_kind_name(enum topology_kind kind);
 
 // Binds this process, and the threads that it starts from now on, to the cores near `device`. One
-// without a PCI place (a CPU) gets part `part` of `parts` of the cores that the process may use, as
-// NUMA nodes come. What was done goes to `words` ("cores 0-23, near 0000:3b:00.0"). Where the system
+// without a PCI place (a CPU) gets part `part` of `parts` of the NUMA nodes, or all cores where these
+// cannot be so divided. What was done goes to `words` ("cores 0-23, near 0000:3b:00.0"). Where the system
 // does not allow it, that is said there and is no error.
 int topology_bind(const struct device_info *device, int part, int parts, char *words, size_t size);
 

@@ -114,21 +114,19 @@ int topology_join(struct topology *t, const struct device_info *list, int count)
 
 // ---- binding ------------------------------------------------------------------------------------
 
-// Part `part` of `parts` of the cores of `all`, in the order of the machine's tree; a whole core at
-// least, so parts share cores where there are more parts than cores.
+// Part `part` of `parts` of the NUMA nodes, where these can be so divided; otherwise all cores, since
+// ranks on a CPU have unequal work and threads that move share it better than bound ones.
 static void take_part(hwloc_topology_t h, hwloc_const_cpuset_t all, int part, int parts,
                       hwloc_bitmap_t out)
 {
-    const int cores = hwloc_get_nbobjs_inside_cpuset_by_type(h, all, HWLOC_OBJ_CORE);
-    int first = (int)((int64_t)cores * part / parts);
-    const int last = (int)((int64_t)cores * (part + 1) / parts);
+    const int nodes = hwloc_get_nbobjs_by_type(h, HWLOC_OBJ_NUMANODE);
     hwloc_bitmap_zero(out);
-    do {
-        hwloc_obj_t core =
-            hwloc_get_obj_inside_cpuset_by_type(h, all, HWLOC_OBJ_CORE, (unsigned)first);
-        if (core)
-            hwloc_bitmap_or(out, out, core->cpuset);
-    } while (++first < last);
+    for (int n = 0; nodes % parts == 0 && n < nodes / parts; n++) {
+        hwloc_obj_t node =
+            hwloc_get_obj_by_type(h, HWLOC_OBJ_NUMANODE, (unsigned)(part * (nodes / parts) + n));
+        if (node)
+            hwloc_bitmap_or(out, out, node->cpuset);
+    }
     hwloc_bitmap_and(out, out, all);
     if (hwloc_bitmap_iszero(out))
         hwloc_bitmap_copy(out, all);

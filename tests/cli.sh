@@ -76,7 +76,7 @@ train=("$ditmoe" train "${tiny[@]}" --data data --batch 4 --sample-every 0)
 works "ditmoe --help" "$ditmoe" --help
 check "ditmoe --help fits a screen" test "$(wc -l <out)" -le 24
 works "ditmoe --version" "$ditmoe" --version
-for command in devices info train sample encode decode eval forward convert plan bench; do
+for command in devices info train sample encode decode eval forward convert calibrate plan bench; do
     run "$ditmoe" $command --help
     if [ $status -eq 0 ] && grep -q "^usage: ditmoe $command" out && [ ! -s err ] &&
         [ "$(awk '{ if (length > m) m = length } END { print m }' out)" -le 100 ]; then
@@ -155,6 +155,28 @@ fails 1 "rates of another machine" "rates.json has no f32 rates of opencl:0" "${
 fails 1 "rates that are none" "placement.json: not a file of rates" "${plan[@]}" --here --rates placement.json
 fails 1 "load that is none" "rates.json: not a file of expert loads" "${plan[@]}" --here --load rates.json
 fails 1 "too few images" "too small for" "$ditmoe" plan -b 2 --topology "$machines/hgx8.xml" --nodes 1024
+
+# ---- calibrate ---------------------------------------------------------------------------------------
+calibrate=(env DITMOE_CACHE="$work/rates" "$ditmoe" calibrate --model S/2-8E2A --hidden 64 --heads 1 --patch 4 --batch 2)
+works "calibrate" "${calibrate[@]}" --device opencl:0 --out measured.json
+check "rates by rows" grep -Eq '^  an expert +[0-9.]+ [GT]FLOP/s' out
+works "calibrate again" "${calibrate[@]}" --device opencl:0
+check "which knows the device" grep -q 'known; --force measures again' out
+works "plan with its rates" env DITMOE_CACHE="$work/rates" "${plan[@]}" --here --precision f32
+check "says that they are measured" grep -q '^rates: measured' out
+works "plan with its file" "${plan[@]}" --here --precision f32 --rates measured.json
+sed 's/"driver": "[^"]*"/"driver": "1.0"/' measured.json >rates/rates.json
+run "${calibrate[@]}" --device opencl:0 --json
+check "another driver: measured anew" test $status -eq 0 -a "$(grep -c '"driver": "1.0"' out)" -eq 0
+echo "{" >rates/rates.json
+works "a damaged cache is measured anew" "${calibrate[@]}" --device opencl:0
+if command -v mpirun >/dev/null && [ -f "$build/ditmoe_mpi.so" ]; then
+    works "calibrate the road between two ranks" env POCL_DEVICES="pthread pthread" "${calibrate[@]}" --device opencl:0,opencl:1
+    check "its latency and bandwidth" grep -Eq ' to .*: [0-9]+ us and [0-9.]+ [GT]B/s' out
+    check "rates of two ranks on one CPU" grep -q 'one of 2 ranks on these cores' out
+fi
+fails 1 "calibrate a device that is not there" "no device 'opencl:9'" "${calibrate[@]}" --device opencl:9
+fails 2 "calibrate no model" "ditmoe calibrate: .*Q/2" "$ditmoe" calibrate --model Q/2
 
 # ---- info --------------------------------------------------------------------------------------------
 while read -r preset total active macs with; do

@@ -335,10 +335,11 @@ static int rates_both_ways(void)
     snprintf(info.name, sizeof info.name, "NVIDIA H200");
     snprintf(info.pci, sizeof info.pci, "0000:3b:00.0");
     snprintf(info.driver, sizeof info.driver, "580");
-    CHECK(rates_find(&back, &info, true) != NULL, "the device");
-    CHECK(rates_find(&back, &info, false) == NULL, "another precision");
+    CHECK(rates_find(&back, &info, true, 1) != NULL, "the device");
+    CHECK(rates_find(&back, &info, false, 1) == NULL, "another precision");
+    CHECK(rates_find(&back, &info, true, 2) == NULL, "another number of ranks on it");
     snprintf(info.driver, sizeof info.driver, "590");
-    CHECK(rates_find(&back, &info, true) == NULL, "a new driver");
+    CHECK(rates_find(&back, &info, true, 1) == NULL, "a new driver");
     rates_free(&r);
     rates_free(&back);
     return PASSED;

@@ -178,25 +178,44 @@ void machines_close(struct machines *m)
 
 // ---- ranks --------------------------------------------------------------------------------------
 
-static int fill_rates(struct machines *m, const struct plan_settings *o,
+// Ranks on the CPUs of a machine share their cores.
+static int sharing_of(const struct topology *t, const struct plan_settings *o,
+                      const struct topology_object *k)
+{
+    int count = 0;
+    for (int a = 0; a < t->accelerators && k->accelerator == DEVICE_CPU; a++)
+        count += is_rank(t, o, a) && t->objects[t->accelerator[a]].accelerator == DEVICE_CPU;
+    return count > 1 ? count : 1;
+}
+
+// As measured on this device; else on one of its name; else published.
+static int fill_rates(struct machines *m, const struct plan_settings *o, const struct topology *t,
                       const struct topology_object *k, struct device_rates *out)
 {
     const bool bf16 = o->precision;
-    const struct device_rates *found = k->device ? rates_find(&m->rates, k->device, bf16) : NULL;
-    if (!found && !(k->device && o->rates)) // another's rates are better than published ones
-        found = rates_like(&m->rates, k->name, bf16);
-    if (found) {
+    const int sharing = sharing_of(t, o, k);
+    const struct device_rates *found = NULL;
+    if (k->device && (found = rates_find(&m->rates, k->device, bf16, sharing)) != NULL) {
         *out = *found;
         return 0;
     }
-    if (k->device && o->rates)
+    found = k->device ? rates_find(&m->rates, k->device, bf16, 1) : NULL;
+    if (!found && k->device && o->rates)
         return fail(
             ERR_INPUT,
             "%s has no %s rates of %s (%.60s, driver %.40s): it is of another machine, driver or "
             "precision; ditmoe calibrate measures this one",
             o->rates, bf16 ? "bf16" : "f32", k->key, k->name, k->device->driver);
+    if (!found)
+        found = rates_like(&m->rates, k->name, bf16);
+    if (found) {
+        *out = rates_shared(found, sharing);
+        return 0;
+    }
     m->guessed = true;
-    return rates_guess(k->name, k->accelerator, k->cores, bf16, k->slowest, out);
+    TRY(rates_guess(k->name, k->accelerator, k->cores, bf16, k->slowest, out));
+    *out = rates_shared(out, sharing);
+    return 0;
 }
 
 static uint64_t usable_memory(const struct topology_object *k, const struct plan_settings *o)
@@ -215,7 +234,7 @@ static int fill_rank(struct machines *m, const struct plan_settings *o, const st
     const struct topology_object *k = &t->objects[t->accelerator[a]];
     *out = (struct cluster_rank){.node = node, .kind = k->accelerator};
     snprintf(out->name, sizeof out->name, "%s%s%.120s", k->key, k->key[0] ? " " : "", k->name);
-    TRY(fill_rates(m, o, k, &out->rates));
+    TRY(fill_rates(m, o, t, k, &out->rates));
     out->memory = usable_memory(k, o);
     return out->memory ? 0
                        : fail(ERR_INPUT, "%s: the memory of %s is not known", t->source, k->name);
@@ -230,7 +249,7 @@ static int fill_host(struct machines *m, const struct plan_settings *o, const st
     for (int a = 0; o->host && a < t->accelerators; a++) {
         const struct topology_object *k = &t->objects[t->accelerator[a]];
         if (k->accelerator == DEVICE_CPU && !is_rank(t, o, a))
-            return fill_rates(m, o, k, out);
+            return fill_rates(m, o, t, k, out);
     }
     return 0;
 }

@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include "model/config.h"
+#include "runtime/topology.h"
 #include "tools/command.h"
 
 enum { MOST_DEVICES = 64 };
@@ -31,7 +32,7 @@ static bool told; // this rank has said what went wrong
 
 int ranks_open(const char *command)
 {
-    static const char *const on_ranks[] = {"train", "sample"};
+    static const char *const on_ranks[] = {"train", "sample", "calibrate"};
     bool wanted = false;
     for (size_t i = 0; i < sizeof on_ranks / sizeof *on_ranks; i++)
         wanted = wanted || !strcmp(command, on_ranks[i]);
@@ -205,7 +206,7 @@ static int nth_device(int index, struct device_info *out)
                 count > 0 ? list[count - 1].key : "KEY");
 }
 
-int ranks_device(const char *devices, struct device_info *out)
+static int choose_device(const char *devices, struct device_info *out)
 {
     const int here = exchange_node_ranks(exchange), mine = exchange_node_rank(exchange);
     char key[64];
@@ -225,6 +226,19 @@ int ranks_device(const char *devices, struct device_info *out)
                     "KEY,KEY,...), or leave --device out",
                     here, devices);
     return 0;
+}
+
+// Several ranks on one machine: the threads of each stay near its device (the drivers' own, too, as they are
+// started later). Ranks that share one CPU divide its NUMA nodes.
+int ranks_device(const char *devices, struct device_info *out)
+{
+    const int here = exchange_node_ranks(exchange), mine = exchange_node_rank(exchange);
+    const bool shared = !strcmp(devices, "auto") || !strchr(devices, ',');
+    char words[160];
+    TRY(choose_device(devices, out));
+    if (here > 1 && out->pci[0])
+        return topology_bind(out, 0, 1, words, sizeof words);
+    return here > 1 && shared ? topology_bind(out, mine, here, words, sizeof words) : 0;
 }
 
 // ---- one run ------------------------------------------------------------------------------------
