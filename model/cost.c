@@ -35,13 +35,14 @@ static struct device paper_device(const struct cost_options *o)
 }
 
 static int training_memory(struct device *dev, const struct config *c, const struct cost_options *o,
-                           int batch, double *bytes)
+                           int batch, const struct dit_ranks *ranks, double *bytes)
 {
     struct train_options t = train_defaults();
     struct trainer *trainer = NULL;
     t.batch = batch;
     t.recompute = o->recompute;
     t.early = o->early;
+    t.ranks = ranks;
     int code = trainer_new(dev, NULL, c, &t, &trainer);
     if (code >= 0)
         *bytes = (double)plan_total(trainer->dit->plan);
@@ -50,16 +51,50 @@ static int training_memory(struct device *dev, const struct config *c, const str
     return code;
 }
 
-int model_memory(const struct config *c, const struct cost_options *o, int batch, double *bytes)
+static int memory_with(const struct config *c, const struct cost_options *o, int batch,
+                       const struct dit_ranks *ranks, double *bytes)
 {
     struct device dev = paper_device(o);
     struct dit *d = NULL;
     if (o->train)
-        return training_memory(&dev, c, o, batch, bytes);
-    TRY(dit_new(&dev, NULL, c, &(struct dit_options){.batch = batch}, &d));
+        return training_memory(&dev, c, o, batch, ranks, bytes);
+    TRY(dit_new(&dev, NULL, c, &(struct dit_options){.batch = batch, .ranks = ranks}, &d));
     int code = dit_layout(d);
     *bytes = (double)plan_total(d->plan);
     dit_free(d);
+    return code;
+}
+
+int model_memory(const struct config *c, const struct cost_options *o, int batch, double *bytes)
+{
+    return memory_with(c, o, batch, NULL, bytes);
+}
+
+// Without an exchange a process is rank 0: so the rank in question changes places with it.
+int model_memory_rank(const struct config *c, const struct cost_options *o,
+                      const struct placement *place, int rank, double *bytes)
+{
+    const int copies = !o->train && o->guided ? 2 : 1;
+    struct placement p;
+    TRY(placement_new(place->ranks, place->groups, place->layers, place->experts, &p));
+    const size_t places = (size_t)p.groups * (size_t)p.layers * (size_t)p.experts;
+    p.batch = place->batch;
+    for (int r = 0; r < p.ranks; r++) {
+        const int from = r == 0 ? rank : r == rank ? 0 : r;
+        p.share[r] = place->share[from];
+        p.group[r] = place->group[from];
+    }
+    for (size_t i = 0; i < places; i++) {
+        const int owner = place->owner[i];
+        p.owner[i] = owner == rank ? 0 : owner == 0 ? rank : owner;
+    }
+    const struct dit_ranks ranks = {.placement = &p,
+                                    .copies = copies,
+                                    .headroom = o->alone          ? 0
+                                                : o->headroom > 0 ? o->headroom
+                                                                  : 1.5};
+    int code = memory_with(c, o, p.share[0] * copies, p.ranks > 1 ? &ranks : NULL, bytes);
+    placement_free(&p);
     return code;
 }
 

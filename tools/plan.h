@@ -48,8 +48,9 @@ struct plan_result {
     struct cluster cluster; // of one group
     struct model_cost cost;
     struct config config;
-    double *load;         // [layers, experts] or NULL
-    struct placement one; // of the group
+    struct cost_options options; // that `cost` was made with
+    double *load;                // [layers, experts] or NULL
+    struct placement one;        // of the group
     struct forecast forecast;
     int nodes, batch;          // sets of machines; images of all groups
     char title[160];           // of the model

@@ -79,6 +79,7 @@ static int make_cost(const struct plan_settings *o, const struct cluster *c, int
     options.headroom = (double)o->headroom;
     options.overlap = o->overlap;
     model_cost_free(&r->cost);
+    r->options = options;
     TRY(model_cost_new(&r->config, &options, &r->cost));
     model_title(o->model, &r->config, r->title);
     return 0;
@@ -198,6 +199,69 @@ static int place(const struct plan_settings *o, bool compare, struct plan_result
     return forecast_step(&r->cluster, &r->cost, r->load, &r->one, &r->forecast);
 }
 
+// ---- memory to the byte -------------------------------------------------------------------------
+
+// A rank that needs what the one before it needs: as many images, experts and rows.
+static bool like_before(const struct placement *p, int rank)
+{
+    if (rank == 0 || p->share[rank] != p->share[rank - 1])
+        return false;
+    for (int l = 0; l < p->layers; l++)
+        if (placement_list(p, rank, l, NULL) != placement_list(p, rank - 1, l, NULL))
+            return false;
+    return true;
+}
+
+static bool all_on_devices(const struct placement *p)
+{
+    for (int i = 0; i < p->layers * p->experts; i++)
+        if (p->home[i] != HOME_DEVICE)
+            return false;
+    return true;
+}
+
+// The plan of the model itself in the place of the line through some of its plans; *over: by how much the
+// line was short where that makes a rank too large.
+static int plan_each_rank(struct plan_result *r, double *over)
+{
+    struct forecast *f = &r->forecast;
+    double bytes = 0;
+    *over = 0;
+    if (!all_on_devices(&r->one))
+        return 0;
+    f->missing = 0;
+    f->missing_rank = -1;
+    for (int i = 0; i < r->cluster.ranks; i++) {
+        const double limit = (double)r->cluster.rank[i].memory, line = f->rank[i].memory;
+        if (line <= 0) // idle
+            continue;
+        if (!like_before(&r->one, i))
+            TRY(model_memory_rank(&r->config, &r->options, &r->one, i, &bytes));
+        f->rank[i].memory = bytes;
+        if (bytes <= limit)
+            continue;
+        f->missing += bytes - limit;
+        f->missing_rank = i;
+        *over = line <= limit && bytes - line > *over ? bytes - line : *over;
+    }
+    return 0;
+}
+
+static int place_exactly(const struct plan_settings *o, bool compare, struct plan_result *r,
+                         int images)
+{
+    double over;
+    TRY(place(o, compare, r, images));
+    TRY(plan_each_rank(r, &over));
+    if (over <= 0 || o->placement)
+        return 0;
+    r->cost.fixed_memory += over; // the line is too low: once more, with what it left out
+    placement_free(&r->one);
+    forecast_free(&r->forecast);
+    TRY(place(o, compare, r, images));
+    return plan_each_rank(r, &over);
+}
+
 static int make(const struct plan_settings *o, struct machines *m, int nodes, int batch,
                 bool compare, struct plan_result *r)
 {
@@ -218,7 +282,7 @@ static int make(const struct plan_settings *o, struct machines *m, int nodes, in
     TRY(machines_cluster(m, o, nodes, group, &r->cluster));
     const int images = group_batch(o, &r->cluster, batch);
     TRY(make_cost(o, &r->cluster, images, r));
-    return place(o, compare, r, images);
+    return place_exactly(o, compare, r, images);
 }
 
 int plan_make(const struct plan_settings *o, struct machines *m, int nodes, int batch, bool compare,

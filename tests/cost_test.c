@@ -1,0 +1,106 @@
+// What a model is said to cost, against the model's own plans and counts.
+#include "model/cost.h"
+#include "tests/test.h"
+
+#include <math.h>
+#include <string.h>
+
+static int open_model(const char *preset, struct config *c)
+{
+    OK(config_preset(preset, c));
+    c->layers = c->layers < 4 ? c->layers : 4;
+    return PASSED;
+}
+
+static const struct {
+    const char *model;
+    struct cost_options options;
+} cases[] = {
+    {"S/2-8E2A", {.kind = DEVICE_GPU, .bf16 = true, .train = true, .batch = 16, .overlap = 1}},
+    {"S/2-8E2A", {.kind = DEVICE_CPU, .train = true, .batch = 4}},
+    {"XL/2-8E2A", {.kind = DEVICE_GPU, .bf16 = true, .batch = 8, .guided = true}},
+    {"B/4-8E2A", {.kind = DEVICE_GPU, .bf16 = true, .train = true, .batch = 8, .recompute = true}},
+    {"G/2-16E2A", {.kind = DEVICE_GPU, .bf16 = true, .train = true, .batch = 4}},
+};
+
+// The line through the plan at one batch meets it at another, one device holding everything.
+static int memory_of_one(void)
+{
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        struct cost_options o = cases[i].options;
+        struct model_cost m;
+        struct config c;
+        double plan;
+        o.alone = true;
+        CHECK(open_model(cases[i].model, &c) == PASSED, "%s", cases[i].model);
+        OK(model_cost_new(&c, &o, &m));
+        const int images = 3 * o.batch, held = c.experts * c.layers;
+        OK(model_memory(&c, &o, images * m.passes, &plan));
+        const double line =
+            forecast_memory(&m, images, held, 0, (double)images * m.passes * m.rows * c.layers);
+        CHECK(fabs(line / plan - 1) < 0.03, "case %zu: %.4g bytes, the plan takes %.4g", i, line,
+              plan);
+        model_cost_free(&m);
+    }
+    return PASSED;
+}
+
+// And the plan of each rank, where experts and images are spread unevenly.
+static int memory_of_ranks(void)
+{
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        struct cost_options o = cases[i].options;
+        struct model_cost m;
+        struct config c;
+        struct placement p;
+        CHECK(open_model(cases[i].model, &c) == PASSED, "%s", cases[i].model);
+        OK(model_cost_new(&c, &o, &m));
+        OK(placement_uniform(3, c.layers, c.experts, NULL, 6 * o.batch, &p));
+        p.share[0] = 4 * o.batch, p.share[1] = 2 * o.batch, p.share[2] = 0;
+        for (int rank = 0; rank < 3; rank++) {
+            double plan, rows = 0;
+            int held = 0;
+            for (int l = 0; l < c.layers; l++)
+                held += placement_list(&p, rank, l, NULL);
+            rows = (double)held / c.experts * p.batch * m.passes * m.rows;
+            OK(model_memory_rank(&c, &o, &p, rank, &plan));
+            const double line = forecast_memory(&m, p.share[rank], held, 0, rows);
+            CHECK(fabs(line / plan - 1) < 0.12,
+                  "case %zu, rank %d: %.4g bytes, the plan takes %.4g", i, rank, line, plan);
+        }
+        placement_free(&p);
+        model_cost_free(&m);
+    }
+    return PASSED;
+}
+
+// Products and parameters are those that `ditmoe info` counts.
+static int counts(void)
+{
+    static const char *const models[] = {"S/2-8E2A", "XL/2-8E2A", "G/2-16E2A"};
+    for (size_t i = 0; i < sizeof models / sizeof models[0]; i++) {
+        struct config c;
+        struct model_cost m;
+        OK(config_preset(models[i], &c));
+        const struct config_counts n = config_count(&c);
+        const struct cost_options o = {.kind = DEVICE_GPU, .bf16 = true, .batch = 1};
+        OK(model_cost_new(&c, &o, &m));
+        const double flops =
+            c.layers * (m.flops + m.shared_flops + m.rows * m.expert_flops) + m.image_flops;
+        CHECK(fabs(flops / (2 * n.macs) - 1) < 0.01, "%s: %.4g, counted %.4g", models[i], flops,
+              2 * n.macs);
+        CHECK(fabs(c.layers * m.attention_flops / (2 * n.macs_attention) - 1) < 1e-6,
+              "%s: attention", models[i]);
+        const double params = m.dense_params + m.expert_params * c.experts * c.layers;
+        CHECK(params == (double)n.total, "%s: %.0f parameters", models[i], params);
+        model_cost_free(&m);
+    }
+    return PASSED;
+}
+
+const struct test cost_tests[] = {
+    {"counts", counts},
+    {"memory_of_one", memory_of_one},
+    {"memory_of_ranks", memory_of_ranks},
+    {0},
+};
