@@ -128,6 +128,10 @@ done
 ranks 2 "${draw[@]}" --count 10 --npz two.npz
 cmp one.npz two.npz >/dev/null 2>&1 && ok "an archive of 2 ranks is that of one" ||
     bad "an archive of 2 ranks" "exit status $status, or they differ"
+run "$ditmoe" "${draw[@]}" --sampler ddpm --latents noisy.safetensors
+ranks 3 "${draw[@]}" --sampler ddpm --latents 3.safetensors
+cmp noisy.safetensors 3.safetensors >/dev/null 2>&1 && ok "and with noise in every step" ||
+    bad "samples with noise on 3 ranks" "exit status $status, or they differ"
 rm -rf alone together # at rate 0, so that rounding in the steps changes no pixel
 cp -r one alone && cp -r one together
 again=("${train[@]}" --resume --lr 0 --steps 54 --sample-every 54 --sample-steps 2)
