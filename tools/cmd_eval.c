@@ -109,8 +109,12 @@ static int draw_judged(const struct eval_settings *o, struct judged *out)
     if (code >= 0) {
         for (int i = 0; i < out->count; i++)
             out->labels[i] = i / o->per_class;
-        fprintf(stderr, "%d samples, %d steps, cfg %g, seed %llu\n", out->count, o->draw.steps,
-                (double)draw_cfg(&o->draw, c), (unsigned long long)o->draw.seed);
+        const struct sample_options s = draw_sampling(&o->draw, c);
+        char way[160], guidance[80];
+        draw_way_text(&s, way, sizeof way);
+        draw_guidance_text(&s, guidance, sizeof guidance);
+        fprintf(stderr, "%d samples, %s, cfg %g%s, seed %llu\n", out->count, way, (double)s.cfg,
+                guidance, (unsigned long long)s.seed);
         code = draw_samples(&o->draw, file, out->count, out->labels, NULL, out->images);
     }
     ckpt_close(file);
@@ -251,6 +255,7 @@ static int eval_knn(int argc, char **argv)
         {"judge", eval_options, &o},
         {"the model", ckpt_option_list, &o.draw.from},
         {"drawing", draw_option_list, &o.draw},
+        {"the way from noise to image", draw_way_list, &o.draw},
         {"device", device_option_list, &o.draw.device},
         {0},
     };
@@ -270,6 +275,9 @@ static int eval_knn(int argc, char **argv)
         return usage_error("eval", "--data PATH is needed");
     if (!o.draw.from.ckpt && !o.samples)
         return usage_error("eval", "--ckpt FILE or --samples FILE is needed");
+    status = draw_check("eval", &o.draw);
+    if (status)
+        return status;
     struct judged samples = {0}, real = {0};
     struct dataset *data = NULL;
     int code = eval_run(&o, &samples, &real, &data);

@@ -32,32 +32,6 @@ static const struct option_spec sample_options[] = {
      AT(noise), 0, 0, NULL},
     {0},
 };
-static const struct option_spec sampler_options[] = {
-    {"sampler", 0, OPTION_CHOICE, "NAME", "auto",
-     "euler; heun: second order, two passes of the network a step; dpm++: DPM-Solver++(2M), second "
-     "order in one pass; ddim; ddpm: with noise in every step; auto: ddpm for a DDPM model, else "
-     "euler",
-     AT(draw.sampler), 0, 0, draw_samplers},
-    {"respacing", 0, OPTION_STRING, "SPEC", NULL,
-     "DDPM models: which of the 1000 steps, in place of --steps: N, or A,B,C for steps in equal "
-     "sections of t, or ddimN for N steps a whole number apart",
-     AT(draw.respacing), 0, 0, NULL},
-    {"eta", 0, OPTION_FLOAT, "E", "0", "noise of ddim: 0 none, 1 as in ancestral sampling",
-     AT(draw.eta), 0, 1, NULL},
-    {"clip", 0, OPTION_FLAG, NULL, "no",
-     "clip the predicted image to [-1,1] in every step: for pixels, not for latents", AT(draw.clip),
-     0, 0, NULL},
-    {"cfg-channels", 0, OPTION_CHOICE, "WHICH", "auto",
-     "guide all channels, or the first 3 only; the others then follow the class as it is; auto: 3 "
-     "for a DDPM model with more, as published, else all",
-     AT(draw.cfg_channels), 0, 0, draw_channels},
-    {"cfg-from", 0, OPTION_FLOAT, "T", "0",
-     "guide only in passes at t of T and more (0: image; DDPM: t/1000)", AT(draw.cfg_from), 0, 1,
-     NULL},
-    {"cfg-to", 0, OPTION_FLOAT, "T", "1", "and of T and less (1: noise); steps cost the same",
-     AT(draw.cfg_to), 0, 1, NULL},
-    {0},
-};
 static const struct option_spec output_options[] = {
     {"out", 'o', OPTION_STRING, "FILE.png", NULL,
      "all images in one grid, a row a class; parameters and seed are in the PNG's text", AT(out), 0,
@@ -245,30 +219,6 @@ struct texts {
     char parameters[800], seed[24], steps[64], cfg[24], guidance[80], way[160], classes[400];
 };
 
-// What the guidance scale acts on, "" where on everything.
-static void guidance_text(const struct sample_options *s, char *out, size_t size)
-{
-    char interval[56] = "";
-    if (s->interval)
-        snprintf(interval, sizeof interval, " for t %g to %g", (double)s->cfg_from,
-                 (double)s->cfg_to);
-    snprintf(out, size, "%s%s", s->cfg_channels ? " on 3 channels" : "", interval);
-}
-
-// The sampler and its steps: "50 Euler steps", "DDIM steps by ddim25, eta 0.5".
-static void way_text(const struct sample_options *s, char *out, size_t size)
-{
-    char eta[32] = "";
-    const char *title = draw_sampler_title(s->kind);
-    if (s->kind == SAMPLER_DDIM)
-        snprintf(eta, sizeof eta, ", eta %g", (double)s->eta);
-    if (s->respacing)
-        snprintf(out, size, "%s steps by %.60s%s%s", title, s->respacing, eta,
-                 s->clip ? ", clipped" : "");
-    else
-        snprintf(out, size, "%d %s steps%s%s", s->steps, title, eta, s->clip ? ", clipped" : "");
-}
-
 static void fill_texts(const struct sample_settings *o, const struct checkpoint *file,
                        struct texts *t)
 {
@@ -282,8 +232,8 @@ static void fill_texts(const struct sample_settings *o, const struct checkpoint 
         snprintf(t->steps, sizeof t->steps, "%s", s.respacing);
     snprintf(t->cfg, sizeof t->cfg, "%g", (double)draw_cfg(d, &file->config));
     snprintf(t->classes, sizeof t->classes, "%s", o->classes);
-    guidance_text(&s, t->guidance, sizeof t->guidance);
-    way_text(&s, t->way, sizeof t->way);
+    draw_guidance_text(&s, t->guidance, sizeof t->guidance);
+    draw_way_text(&s, t->way, sizeof t->way);
     snprintf(t->parameters, sizeof t->parameters,
              "classes %.200s, %d each, %s, cfg %s%s, seed %s%s, %s weights of %.100s", o->classes,
              o->per_class, t->way, t->cfg, t->guidance, t->seed,
@@ -403,8 +353,8 @@ static int sample_run(const struct sample_settings *o, const struct checkpoint *
     char guidance[80], way[160];
     const struct sample_options s = draw_sampling(&o->draw, c);
     const struct sample_noise noise = {q->noise, q->step_noise};
-    guidance_text(&s, guidance, sizeof guidance);
-    way_text(&s, way, sizeof way);
+    draw_guidance_text(&s, guidance, sizeof guidance);
+    draw_way_text(&s, way, sizeof way);
     say("%d images, %s, cfg %g%s, seed %llu\n", q->count, way, (double)s.cfg, guidance,
         (unsigned long long)o->draw.seed);
     if (draw_samples(&o->draw, file, q->count, q->classes, &noise, q->latents) < 0)
@@ -423,7 +373,7 @@ int cmd_sample(int argc, char **argv)
         {"what to draw", sample_options, &o},
         {"the model", ckpt_option_list, &o.draw.from},
         {"how", draw_option_list, &o.draw},
-        {"the way from noise to image", sampler_options, &o},
+        {"the way from noise to image", draw_way_list, &o.draw},
         {"the autoencoder", vae_option_list, &o.vae},
         {"what is written (at least one)", output_options, &o},
         {"many images for an evaluator", npz_option_list, &o.npz},
@@ -448,10 +398,9 @@ int cmd_sample(int argc, char **argv)
         return status;
     if (!o.draw.from.ckpt)
         return usage_error("sample", "--ckpt FILE is needed");
-    o.draw.interval = options_given("cfg-from") || options_given("cfg-to");
-    if (o.draw.cfg_from > o.draw.cfg_to)
-        return usage_error("sample", "--cfg-from %g is above --cfg-to %g", (double)o.draw.cfg_from,
-                           (double)o.draw.cfg_to);
+    status = draw_check("sample", &o.draw);
+    if (status)
+        return status;
     if (!o.out && !o.images && !o.latents && !o.npz.npz)
         return usage_error("sample", "nothing to write: give --out, --images, --latents or --npz");
     if (o.npz.npz && (o.out || o.images || o.latents || o.noise))

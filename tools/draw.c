@@ -5,6 +5,9 @@
 
 #include "tools/progress.h"
 
+const char *const draw_samplers[] = {"auto", "euler", "heun", "dpm++", "ddim", "ddpm", NULL};
+const char *const draw_channels[] = {"auto", "all", "3", NULL};
+
 #define AT(member) offsetof(struct draw_options, member)
 const struct option_spec draw_option_list[] = {
     {"steps", 'n', OPTION_INT, "N", "50",
@@ -17,6 +20,31 @@ const struct option_spec draw_option_list[] = {
      65536, NULL},
     {0},
 };
+const struct option_spec draw_way_list[] = {
+    {"sampler", 0, OPTION_CHOICE, "NAME", "auto",
+     "euler; heun: second order, two passes of the network a step; dpm++: DPM-Solver++(2M), second "
+     "order in one pass; ddim; ddpm: with noise in every step; auto: ddpm for a DDPM model, else "
+     "euler",
+     AT(sampler), 0, 0, draw_samplers},
+    {"respacing", 0, OPTION_STRING, "SPEC", NULL,
+     "DDPM models: which of the 1000 steps, in place of --steps: N, or A,B,C for steps in equal "
+     "sections of t, or ddimN for N steps a whole number apart",
+     AT(respacing), 0, 0, NULL},
+    {"eta", 0, OPTION_FLOAT, "E", "0", "noise of ddim: 0 none, 1 as in ancestral sampling", AT(eta),
+     0, 1, NULL},
+    {"clip", 0, OPTION_FLAG, NULL, "no",
+     "clip the predicted image to [-1,1] in every step: for pixels, not for latents", AT(clip), 0,
+     0, NULL},
+    {"cfg-channels", 0, OPTION_CHOICE, "WHICH", "auto",
+     "guide all channels, or the first 3 only; the others then follow the class as it is; auto: 3 "
+     "for a DDPM model with more, as published, else all",
+     AT(cfg_channels), 0, 0, draw_channels},
+    {"cfg-from", 0, OPTION_FLOAT, "T", "0",
+     "guide only in passes at t of T and more (0: image; DDPM: t/1000)", AT(cfg_from), 0, 1, NULL},
+    {"cfg-to", 0, OPTION_FLOAT, "T", "1", "and of T and less (1: noise); steps cost the same",
+     AT(cfg_to), 0, 1, NULL},
+    {0},
+};
 #undef AT
 
 float draw_cfg(const struct draw_options *o, const struct config *c)
@@ -25,13 +53,43 @@ float draw_cfg(const struct draw_options *o, const struct config *c)
     return has_null || options_given("cfg") ? o->cfg : 1.0f;
 }
 
-const char *const draw_samplers[] = {"auto", "euler", "heun", "dpm++", "ddim", "ddpm", NULL};
-const char *const draw_channels[] = {"auto", "all", "3", NULL};
-
 const char *draw_sampler_title(enum sampler_kind kind)
 {
     static const char *const titles[] = {"Euler", "Heun", "DPM-Solver++(2M)", "DDIM", "DDPM"};
     return titles[kind];
+}
+
+// What the guidance scale acts on, "" where on everything.
+void draw_guidance_text(const struct sample_options *s, char *out, size_t size)
+{
+    char interval[56] = "";
+    if (s->interval)
+        snprintf(interval, sizeof interval, " for t %g to %g", (double)s->cfg_from,
+                 (double)s->cfg_to);
+    snprintf(out, size, "%s%s", s->cfg_channels ? " on 3 channels" : "", interval);
+}
+
+// The sampler and its steps: "50 Euler steps", "DDIM steps by ddim25, eta 0.5".
+void draw_way_text(const struct sample_options *s, char *out, size_t size)
+{
+    char eta[32] = "";
+    const char *title = draw_sampler_title(s->kind);
+    if (s->kind == SAMPLER_DDIM)
+        snprintf(eta, sizeof eta, ", eta %g", (double)s->eta);
+    if (s->respacing)
+        snprintf(out, size, "%s steps by %.60s%s%s", title, s->respacing, eta,
+                 s->clip ? ", clipped" : "");
+    else
+        snprintf(out, size, "%d %s steps%s%s", s->steps, title, eta, s->clip ? ", clipped" : "");
+}
+
+int draw_check(const char *command, struct draw_options *o)
+{
+    o->interval = options_given("cfg-from") || options_given("cfg-to");
+    if (o->cfg_from > o->cfg_to)
+        return usage_error(command, "--cfg-from %g is above --cfg-to %g", (double)o->cfg_from,
+                           (double)o->cfg_to);
+    return 0;
 }
 
 struct sample_options draw_sampling(const struct draw_options *o, const struct config *c)

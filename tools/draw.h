@@ -22,8 +22,12 @@ struct draw_options {
     struct rank_options ranks; // all zero: one process
 };
 extern const struct option_spec draw_option_list[];
-extern const char *const draw_samplers[]; // auto, then in the order of enum sampler_kind
-extern const char *const draw_channels[]; // auto, all, 3
+extern const struct option_spec draw_way_list[]; // --sampler and its options, and guidance's
+extern const char *const draw_samplers[];        // auto, then in the order of enum sampler_kind
+extern const char *const draw_channels[];        // auto, all, 3
+
+// After the options of draw_way_list are parsed: 0, or exit status 2 after saying what is wrong.
+int draw_check(const char *command, struct draw_options *o);
 
 // The guidance scale: as asked, or 1 where none was asked for and the model has no null class.
 float draw_cfg(const struct draw_options *o, const struct config *c);
@@ -31,8 +35,10 @@ float draw_cfg(const struct draw_options *o, const struct config *c);
 // What these options come to for a model: auto is, with rectified flow, euler and guidance on all
 // channels; with DDPM, ddpm and guidance on the first 3 of more channels, as published.
 struct sample_options draw_sampling(const struct draw_options *o, const struct config *c);
-// The name of what will be done, in words.
 const char *draw_sampler_title(enum sampler_kind kind);
+// In words: the sampler and its steps; and what guidance acts on, "" where on everything.
+void draw_way_text(const struct sample_options *s, char *out, size_t size);
+void draw_guidance_text(const struct sample_options *s, char *out, size_t size);
 
 // A model on its device, ready to draw.
 struct drawing {
