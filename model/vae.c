@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "model/vae_net.h"
+#include "runtime/recording.h"
 
 enum { TILE_OVERLAP = 4 }; // tiles overlap by a quarter of their side
 
@@ -18,6 +19,7 @@ struct vae {
     struct tensor input, output; // [N,C,H,W] f32
     int height, width;           // of the input, at present
     float *host_in, *host_out;   // of one run
+    struct recording recording;  // of the network, where there are no tiles
 };
 
 // ---- sizes --------------------------------------------------------------------------------------
@@ -80,6 +82,38 @@ static int forward(struct vae *v)
         TRY(run_step(v, &v->net.steps[i]));
     }
     return op_rows_to_images(&v->ctx, &v->output, &v->net.values[v->net.out].t);
+}
+
+static int forward_of(void *user)
+{
+    return forward(user);
+}
+
+int vae_run(struct vae *v)
+{
+    if (v->options.tile)
+        return forward(v);
+    return recording_run(&v->ctx, &v->recording, forward_of, v);
+}
+
+double vae_flops(const struct vae *v)
+{
+    double flops = 0;
+    for (int i = 0; i < v->net.step_count; i++) {
+        const struct vae_step *s = &v->net.steps[i];
+        const struct vae_value *out = &v->net.values[s->out];
+        const double pixels = (double)out->height * out->width, columns = (double)out->columns;
+        if (s->kind == VAE_CONV)
+            flops += 2 * pixels * (double)tensor_count(&v->net.weights[s->weight].t);
+        else if (s->kind == VAE_ATTENTION)
+            flops += 4 * pixels * pixels * columns;
+    }
+    return flops * v->options.batch;
+}
+
+struct context *vae_context(struct vae *v)
+{
+    return &v->ctx;
 }
 
 // ---- memory -------------------------------------------------------------------------------------
@@ -275,8 +309,10 @@ void vae_free(struct vae *v)
 {
     if (!v)
         return;
-    if (v->plan)
+    if (v->plan) {
+        recording_reset(&v->ctx, &v->recording);
         plan_free(v->plan);
+    }
     vae_net_free(&v->net);
     free(v->host_in);
     free(v->host_out);
@@ -290,16 +326,21 @@ uint64_t vae_memory(const struct vae *v)
 
 // ---- batches ------------------------------------------------------------------------------------
 
-static float tidy_in(const struct vae *v, float x)
+// TAESD's images are in [0,1], and it squeezes the latents that it gets into [-3,3].
+static void tidy_in(const struct vae *v, float *x, int64_t count)
 {
     if (v->file.kind == VAE_KL)
-        return x;
-    return v->options.part == VAE_ENCODER ? (x + 1) / 2 : tanhf(x / 3) * 3;
+        return;
+    for (int64_t i = 0; i < count; i++)
+        x[i] = v->options.part == VAE_ENCODER ? (x[i] + 1) / 2 : tanhf(x[i] / 3) * 3;
 }
 
-static float tidy_out(const struct vae *v, float y)
+static void tidy_out(const struct vae *v, float *y, int64_t count)
 {
-    return v->file.kind == VAE_TINY && v->options.part == VAE_DECODER ? 2 * y - 1 : y;
+    if (v->file.kind == VAE_KL || v->options.part == VAE_ENCODER)
+        return;
+    for (int64_t i = 0; i < count; i++)
+        y[i] = 2 * y[i] - 1;
 }
 
 // A rectangle of images [N, channels, height, width] in host memory.
@@ -312,21 +353,18 @@ struct area {
 static int run_batch(struct vae *v, const float *in, int count, struct area from)
 {
     const int planes = count * in_channels(v);
+    const size_t row = (size_t)v->width * sizeof *in;
+    const int64_t values = (int64_t)planes * v->height * v->width;
     float *to = v->host_in;
     memset(v->host_in, 0, tensor_bytes(&v->input));
     for (int p = 0; p < planes; p++)
-        for (int y = 0; y < v->height; y++) {
-            const float *row = in + ((int64_t)p * from.height + from.y + y) * from.width + from.x;
-            for (int x = 0; x < v->width; x++)
-                *to++ = tidy_in(v, row[x]);
-        }
+        for (int y = 0; y < v->height; y++, to += v->width)
+            memcpy(to, in + ((int64_t)p * from.height + from.y + y) * from.width + from.x, row);
+    tidy_in(v, v->host_in, values);
     TRY(tensor_write(&v->ctx, &v->input, v->host_in));
-    TRY(forward(v));
+    TRY(vae_run(v));
     TRY(tensor_read(&v->ctx, &v->output, v->host_out));
-    const int64_t values =
-        (int64_t)count * out_channels(v) * v->output.shape[2] * v->output.shape[3];
-    for (int64_t i = 0; i < values; i++)
-        v->host_out[i] = tidy_out(v, v->host_out[i]);
+    tidy_out(v, v->host_out, tensor_count(&v->output));
     return 0;
 }
 

@@ -61,6 +61,12 @@ int vae_encode(struct vae *v, const float *images, int count, float *moments);
 // GroupNorm and attention see one tile.
 int vae_decode(struct vae *v, const float *latents, int count, float *images);
 
+// For benchmarks: the network alone, whole images, on what the last run left in the device's memory;
+// its floating-point operations (2 a multiply-accumulate of convolutions and attention); its context.
+int vae_run(struct vae *v);
+double vae_flops(const struct vae *v);
+struct context *vae_context(struct vae *v);
+
 // A sample of `count` latents of one image as the diffusion model wants them: (mean + exp(logvar / 2) *
 // noise - shift) * scale. noise NULL: the mean. moments: mean [count], log variance [count].
 void vae_sample(const float *moments, const float *noise, int64_t count, float scale, float shift,

@@ -367,6 +367,10 @@ fails 1 "latents of other channels" "channels" "$ditmoe" decode --vae "$vae/plai
 fails 1 "no latents in a file" "latents" "$ditmoe" decode --vae "$vae/kl.safetensors" --latents "$vae/kl.safetensors" --out no.png
 fails 1 "tiles of an odd size" "tiles of 9" "$ditmoe" decode --vae "$vae/kl.safetensors" --latents l.safetensors --vae-tile 9 --out no.png
 
+works "bench vae" "$ditmoe" bench vae --vae "$vae/kl.safetensors" --image-size 16,32 --batch 1,2 --part both --rounds 1 --json
+check "a row for each part, size and batch" test "$(grep -c images_per_s out)" -eq 8
+fails 1 "bench vae of no sizes" "not a list" "$ditmoe" bench vae --vae "$vae/kl.safetensors" --image-size x --rounds 1
+
 # ---- checkpoints that cannot be used -----------------------------------------------------------------
 good=whole/step-00000006.safetensors
 sample=("$ditmoe" sample --steps 2 --classes 0,3 --latents no.safetensors)

@@ -7,14 +7,17 @@
 #include "tools/bench_compare.h"
 #include "tools/bench_ops.h"
 #include "tools/bench_step.h"
+#include "tools/bench_vae.h"
 
 struct bench_settings {
     int json;
     const char *filter, *compare;
     struct device_options device;
     struct step_settings step;
+    struct bench_vae_settings vae;
 };
 
+static const char *const part_choices[] = {"decode", "encode", "both", NULL};
 static const char *const what_choices[] = {"both", "train", "sample", NULL};
 
 #define AT(member) offsetof(struct bench_settings, member)
@@ -60,6 +63,18 @@ static const struct option_spec step_options[] = {
 };
 #undef AT
 
+#define AT(member) offsetof(struct bench_vae_settings, member)
+static const struct option_spec vae_options[] = {
+    {"vae", 0, OPTION_STRING, "FILE", NULL,
+     "the autoencoder [Stable Diffusion's architecture with random weights]", AT(vae), 0, 0, NULL},
+    {"image-size", 0, OPTION_STRING, "N", "256", "sides of images, with commas between them",
+     AT(sizes), 0, 0, NULL},
+    {"part", 0, OPTION_CHOICE, "WHICH", "decode", "decode, encode or both", AT(part), 0, 0,
+     part_choices},
+    {0},
+};
+#undef AT
+
 // ---- the command --------------------------------------------------------------------------------
 
 struct bench {
@@ -88,6 +103,9 @@ static int run_session(struct bench *b)
     json_array_append_new(b->rows, ceilings_json(&b->ceilings, s->dev));
     if (!strcmp(b->part, "ops"))
         return bench_each(&b->settings->step, ops_of, b);
+    if (!strcmp(b->part, "vae"))
+        return bench_vae(s->dev, s->stream, &b->settings->vae, &b->settings->step, &b->ceilings,
+                         b->rows, b->table);
     return bench_step(s->dev, s->stream, &b->settings->step, &b->ceilings, b->rows, b->table);
 }
 
@@ -136,18 +154,19 @@ int cmd_bench(int argc, char **argv)
         {"step, ops", step_options, &o.step},
         {"step, ops: changes to the preset", model_option_list, &o.step.overrides},
         {"step, ops: images", image_option_list, &o.step.overrides},
+        {"vae (takes --batch, --rounds, --profile and --trace too)", vae_options, &o.vae},
         {"device", device_option_list, &o.device},
         {0},
     };
     const struct command command = {
         .name = "bench",
         .summary = "Measures speed.",
-        .positional = "gemm|ops|step",
+        .positional = "gemm|ops|step|vae",
         .about =
             "gemm: matrix products at the model's shapes beside OpenBLAS and CLBlast. "
             "ops: the operations of a model, as shares of a large matrix product or of a copy. "
-            "step: whole training and sampling steps on random weights. Medians of several "
-            "rounds.",
+            "step: whole training and sampling steps on random weights. vae: decoding and "
+            "encoding of images. Medians of several rounds.",
         .example = "ditmoe bench step --model S/2-8E2A --batch 16,128 --precision bf16 --profile",
         .groups = groups,
         .positional_min = 1,
@@ -157,8 +176,8 @@ int cmd_bench(int argc, char **argv)
     int status;
     if (!options_parse(&command, argc, argv, &part, &status))
         return status;
-    if (strcmp(part, "gemm") && strcmp(part, "ops") && strcmp(part, "step"))
-        return usage_error("bench", "%s: not gemm, ops or step", part);
+    if (strcmp(part, "gemm") && strcmp(part, "ops") && strcmp(part, "step") && strcmp(part, "vae"))
+        return usage_error("bench", "%s: not gemm, ops, step or vae", part);
     if (bench_each(&o.step, nothing, NULL) < 0)
         return usage_error("bench", "%s", error_message());
     return bench_run(&o, part) < 0 ? report_failure("bench") : 0;
