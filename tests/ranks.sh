@@ -107,6 +107,9 @@ other() { # other NAME RANKS OPTIONS...: six steps on one process and on ranks
 }
 other "recompute, accumulate, clip" 2 --recompute --accumulate 2 --clip 0.5
 other "balance per sequence, experts in every other block" 3 --balance-per-sequence --moe alternate --layers 3
+export DITMOE_FORMS=gpu # what GPUs keep of the forward pass, and their kernels
+other "as on GPUs" 3 --precision f32
+unset DITMOE_FORMS
 other "DDPM" 2 --diffusion ddpm
 other "no shared expert, q and k normed, stratified times" 2 --shared 0 --qk-norm --time stratified --flip
 

@@ -63,6 +63,8 @@ int session_open(const struct device_options *o, struct session *out)
     *out = (struct session){0};
     TRY(ranks_device(o->device, &info));
     unsigned flags = (o->precision ? OPEN_BF16 : 0u) | (o->portable ? OPEN_PORTABLE : 0u);
+    const char *forms = getenv("DITMOE_FORMS"); // "gpu": a CPU device does as GPUs do, to look for errors
+    flags |= forms && !strcmp(forms, "gpu") ? OPEN_GPU_FORMS : 0u;
     TRY(info.backend->open(&info, flags, &out->dev));
     int code = info.backend->stream_new(out->dev, &out->stream);
     if (code < 0) {
