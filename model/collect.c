@@ -4,8 +4,8 @@ static int move(struct exchange *x, float *host, size_t bytes, int peer, bool se
 {
     struct transfers *t;
     TRY(transfers_new(x, &t));
-    int code = send ? exchange_send(t, host, bytes, peer, 0)
-                    : exchange_receive(t, host, bytes, peer, 0);
+    int code =
+        send ? exchange_send(t, host, bytes, peer, 0) : exchange_receive(t, host, bytes, peer, 0);
     if (code >= 0)
         code = exchange_wait(t);
     transfers_free(t);

@@ -22,9 +22,9 @@ struct layer {
     struct tensor dy, dhidden, hidden; // backward: [H,D] [H,F] [H,F]
     int held, *experts;                // this rank's experts, ascending
     int32_t *counts;                   // [ranks,E] rows of each rank for each expert, this pass
-    struct segment *own, *served;      // of a->rows, by expert; of the served rows, by expert and source
+    struct segment *own, *served; // of a->rows, by expert; of the served rows, by expert and source
     int own_count, served_count;
-    int64_t rows, room;                // served rows of this pass; H
+    int64_t rows, room; // served rows of this pass; H
     struct moe_traffic traffic;
 };
 
@@ -40,7 +40,7 @@ struct moe_exchange {
     struct transfers *transfers;
     unsigned char *out, *in; // host: a->rows and the served rows, laid out as on the device
     size_t in_bytes;
-    int32_t *numbers;        // host scratch [E+1]
+    int32_t *numbers; // host scratch [E+1]
 };
 
 // ---- who has what -------------------------------------------------------------------------------
@@ -76,7 +76,8 @@ static void bounds(const struct moe_exchange *m, int topk, int rank, int layer, 
 
 static int64_t room_for(int64_t most, double even, double headroom)
 {
-    return headroom > 0 && headroom * even + 1 < (double)most ? (int64_t)(headroom * even) + 1 : most;
+    return headroom > 0 && headroom * even + 1 < (double)most ? (int64_t)(headroom * even) + 1
+                                                              : most;
 }
 
 // ---- making it ----------------------------------------------------------------------------------
@@ -185,7 +186,8 @@ static int grow_staging(struct dit *d, int64_t room)
         m->in = malloc(bytes);
         m->in_bytes = bytes;
     }
-    return m->in && m->out ? 0 : fail(ERR_NOMEM, "no host memory for %zu bytes of rows", bytes + own);
+    return m->in && m->out ? 0
+                           : fail(ERR_NOMEM, "no host memory for %zu bytes of rows", bytes + own);
 }
 
 // The shared expert's work comes between sending rows and the experts' work on them, in the backward

@@ -10,7 +10,7 @@ struct piece {
     const struct param *param;
     struct tensor *gradient;
     int64_t start, count;
-    size_t at;         // in `host`
+    size_t at;          // in `host`
     const int *holders; // NULL: all ranks
     int holder_count;
 };
@@ -21,9 +21,9 @@ struct reduction {
     // In the order of the backward pass: blocks descending, then the rest; of a block first what all ranks
     // have, which is the same list on each, then experts that some have.
     struct piece *pieces;
-    int count, *holders;  // the lists that pieces point into
-    float *host;          // all pieces
-    float *noise;         // [N,C,S,S]
+    int count, *holders; // the lists that pieces point into
+    float *host;         // all pieces
+    float *noise;        // [N,C,S,S]
 };
 
 // ---- what is shared -----------------------------------------------------------------------------
@@ -78,8 +78,9 @@ static int list_pieces(struct trainer *t)
                 add_piece(t, p, i < all->count, &total);
         }
     r->host = malloc((total + 1) * sizeof *r->host);
-    return r->host ? 0
-                   : fail(ERR_NOMEM, "no host memory for gradients to be summed, %zu floats", total);
+    return r->host
+               ? 0
+               : fail(ERR_NOMEM, "no host memory for gradients to be summed, %zu floats", total);
 }
 
 int reduction_new(struct trainer *t)
@@ -171,8 +172,8 @@ static int device_norm(struct trainer *t, bool experts, double *sum)
         any = true;
     }
     if (any)
-        TRY(d->ctx.dev->api->read(d->ctx.stream, t->control.mem, CONTROL_NORM2 * sizeof value, &value,
-                                  sizeof value));
+        TRY(d->ctx.dev->api->read(d->ctx.stream, t->control.mem, CONTROL_NORM2 * sizeof value,
+                                  &value, sizeof value));
     *sum = (double)value;
     return 0;
 }
@@ -247,6 +248,7 @@ int reduction_noise(struct trainer *t, int64_t micro)
     if (count == 0)
         return 0;
     const uint64_t first = (uint64_t)t->first * (count / (size_t)t->options.batch);
-    rng_normal_fill(t->options.seed, rng_stream(RNG_NOISE, (uint64_t)micro), first, r->noise, count);
+    rng_normal_fill(t->options.seed, rng_stream(RNG_NOISE, (uint64_t)micro), first, r->noise,
+                    count);
     return tensor_write(&t->dit->ctx, &t->noise, r->noise);
 }

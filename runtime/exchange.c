@@ -16,21 +16,21 @@
 // A rank as the others of its machine see it, in memory that they share.
 struct notice {
     int32_t pid, rank;
-    int32_t told;      // of the first entry: someone has told what went wrong
-    int32_t leaving;   // this rank ends in good order
-    int64_t step;      // -1: none
-    int32_t layer;     // -1: none
+    int32_t told;    // of the first entry: someone has told what went wrong
+    int32_t leaving; // this rank ends in good order
+    int64_t step;    // -1: none
+    int32_t layer;   // -1: none
     char what[64];
-    char unused[96];   // entries lie 192 bytes apart
+    char unused[96]; // entries lie 192 bytes apart
 };
 
 struct exchange {
     const struct fabric *fabric;
     void *module;
     int rank, ranks, node_rank, node_ranks;
-    struct notice *board; // [node_ranks]
+    struct notice *board;   // [node_ranks]
     struct transfers *once; // of the calls that wait
-    double patience;      // seconds that a wait may take
+    double patience;        // seconds that a wait may take
     struct exchange_figures figures;
     char library[FABRIC_LIBRARY];
 };
@@ -101,7 +101,8 @@ static int find_module(struct exchange *x)
     return fail(ERR_NODEVICE,
                 "started as one of %d ranks, but %s%s: install an MPI (Debian: libopenmpi-dev) and "
                 "build again",
-                exchange_launched(), asked ? "there is no MPI module " : "this build has no MPI module",
+                exchange_launched(),
+                asked ? "there is no MPI module " : "this build has no MPI module",
                 asked ? asked : " (ditmoe_mpi.so)");
 }
 
@@ -113,8 +114,8 @@ static int open_fabric(struct exchange *x)
     if (!x->fabric || x->fabric->version != FABRIC_VERSION ||
         strcmp(x->fabric->release, DITMOE_VERSION))
         return fail(ERR_NODEVICE, "the MPI module ditmoe_mpi.so is of another version of ditmoe");
-    if (x->fabric->open(&x->rank, &x->ranks, &x->node_rank, &x->node_ranks, sizeof *x->board, &board,
-                        x->library) < 0)
+    if (x->fabric->open(&x->rank, &x->ranks, &x->node_rank, &x->node_ranks, sizeof *x->board,
+                        &board, x->library) < 0)
         return fail(ERR_NODEVICE, "MPI did not start: %s", x->fabric->error());
     x->board = board;
     struct notice *mine = &x->board[x->node_rank];
@@ -238,8 +239,8 @@ static int look_around(const struct exchange *x)
         if (i == x->node_rank || pid <= 0 || kill(pid, 0) == 0 || errno != ESRCH)
             continue;
         describe(n, was, sizeof was);
-        return fail(ERR_LOST, "rank %d (process %d) %s; it was: %s; start the run again", n->rank, pid,
-                    n->leaving ? "has left" : "has died", was);
+        return fail(ERR_LOST, "rank %d (process %d) %s; it was: %s; start the run again", n->rank,
+                    pid, n->leaving ? "has left" : "has died", was);
     }
     return 0;
 }

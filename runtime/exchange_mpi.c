@@ -48,11 +48,11 @@ static const char *fabric_error(void)
     return mpi.message;
 }
 
-#define CHECK(call)                        \
-    do {                                   \
-        int code_ = (call);                \
-        if (code_ != MPI_SUCCESS)          \
-            return failed(#call, code_);   \
+#define CHECK(call)                      \
+    do {                                 \
+        int code_ = (call);              \
+        if (code_ != MPI_SUCCESS)        \
+            return failed(#call, code_); \
     } while (0)
 
 // ---- start and end ------------------------------------------------------------------------------
@@ -159,8 +159,8 @@ static int test(struct pending *p, bool *done)
 
 // ---- transfers ----------------------------------------------------------------------------------
 
-#define NEXT(p, request)              \
-    MPI_Request *request;             \
+#define NEXT(p, request)               \
+    MPI_Request *request;              \
     if (next_request(p, &request) < 0) \
     return -1
 
@@ -173,8 +173,8 @@ static int send(struct pending *p, const void *at, size_t bytes, int peer, int t
 {
     for (size_t from = 0; from < bytes; from += CHUNK) {
         NEXT(p, r);
-        CHECK(MPI_Isend((const char *)at + from, piece(bytes - from), MPI_BYTE, peer, tag, mpi.world,
-                        r));
+        CHECK(MPI_Isend((const char *)at + from, piece(bytes - from), MPI_BYTE, peer, tag,
+                        mpi.world, r));
     }
     return 0;
 }

@@ -119,6 +119,14 @@ run "$ditmoe" "${train[@]}" --steps 20 --out moved --resume
 ranks 2 "${train[@]}" --steps 50 --out moved --resume --placement first.json
 same "3 ranks, then 1, then 2" moved one 50
 
+# ---- experts that move ---------------------------------------------------------------------------------
+DITMOE_REPLAN=random ranks 3 "${train[@]}" --steps 50 --out anywhere --replan 7
+same "experts anywhere, every 7 steps" anywhere one 50
+grep -q '^49,7,2,all,' anywhere/ranks.csv && ok "ranks.csv" || bad "ranks.csv" "no row of rank 2 after step 49"
+ranks 2 "${train[@]}" --steps 50 --out evened --replan 10
+same "experts that even the load out" evened one 50
+grep -q 'experts move after step' err && ok "and say so" || bad "and say so" "no such line"
+
 # ---- samples -----------------------------------------------------------------------------------------------
 draw=(sample --ckpt one --steps 3 --cfg 3 --batch 4 --per-class 1 --device opencl:0)
 run "$ditmoe" "${draw[@]}" --latents one.safetensors
@@ -166,6 +174,8 @@ ranks 2 "${train[@]}" --out no --headroom 0.5 --steps 2
 complains "too little room for rows" "layer 0: .* rows for the experts of rank .* --headroom"
 ranks 2 "${train[@]}" --out no --layers x
 complains "a mistake on all ranks is told once" "--layers x: not a number"
+ranks 2 "${train[@]}" --out copied --steps 3 --replan 1 --placement copies.json
+complains "copies do not move" "--replan: this placement has copies"
 ranks 2 "${train[@]}" --out no --early-update
 complains "early updates" "early updates are for one rank"
 

@@ -83,6 +83,10 @@ static const struct option_spec output_options[] = {
      10000, NULL},
     {"sample-cfg", 0, OPTION_FLOAT, "S", "2", "guidance scale of samples", AT(sample_cfg), 0, 100,
      NULL},
+    {"replan", 0, OPTION_INT64, "N", "0",
+     "on several devices: every N steps, move experts between ranks if that evens the load out; "
+     "changes no result; 0: never",
+     AT(replan), 0, 1e12, NULL},
     {"log-every", 0, OPTION_INT64, "N", "0",
      "steps between progress lines where stderr is no terminal; 0: one every five seconds",
      AT(log_every), 0, 1e12, NULL},

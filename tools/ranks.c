@@ -165,8 +165,10 @@ int ranks_launch(const char *devices, const char *command, int argc, char **argv
     execvp("mpirun", words);
     int why = errno;
     free(words);
-    return usage_error(command, "--device %s: several devices need mpirun, which cannot be started: "
-                       "%s (Debian: openmpi-bin)", devices, strerror(why));
+    return usage_error(command,
+                       "--device %s: several devices need mpirun, which cannot be started: "
+                       "%s (Debian: openmpi-bin)",
+                       devices, strerror(why));
 }
 
 static int kind_rank(const struct device_info *d)

@@ -8,6 +8,8 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "model/train_move.h"
+
 enum { SKIPPED_IN_A_ROW = 100 };
 
 struct run {
@@ -16,7 +18,8 @@ struct run {
     struct config config;
     struct dataset *data;
     struct session session;
-    struct rank_plan ranks;
+    struct rank_plan plans[2], *ranks; // now one of them, the other when experts have moved
+    struct train_ranks together;
     struct trainer *trainer;
     struct train_samples samples;
     struct loader *loader;
@@ -24,6 +27,7 @@ struct run {
     struct progress progress;
     struct checkpoint *from; // resumed from; NULL: from the beginning
     int lock;
+    int64_t first;       // step that this process began after
     int64_t saved;       // step of the last checkpoint written or resumed from
     double loss, weight; // running mean for the progress line
     int skipped_in_a_row;
@@ -169,9 +173,9 @@ static int plan_memory(struct run *r)
     uint64_t limit = o->memory ? o->memory : dev->info.memory, sampling = 0;
     char need[32], have[32];
     if (wants_samples(r))
-        TRY(train_samples_plan(&r->session, &r->config, r->o, &r->ranks, UINT64_MAX / 2, &sampling,
+        TRY(train_samples_plan(&r->session, &r->config, r->o, r->ranks, UINT64_MAX / 2, &sampling,
                                NULL));
-    struct train_options t = trainer_options(o, &r->ranks, limit > sampling ? limit - sampling : 1);
+    struct train_options t = trainer_options(o, r->ranks, limit > sampling ? limit - sampling : 1);
     int code = trainer_new(r->session.dev, r->session.stream, &r->config, &t, &r->trainer);
     if (code < 0 && (code != ERR_NOMEM || !r->trainer))
         return code;
@@ -303,6 +307,7 @@ static int take_step(struct run *r, struct train_report *report)
         TRY(trainer_micro(r->trainer, batch.images, batch.labels, &done));
     }
     TRY(trainer_report(r->trainer, report));
+    TRY(train_ranks_load(&r->together, r->trainer));
     if (ranks_first())
         TRY(train_log_row(&r->log, r->trainer->step, report, r->o->batch * r->o->accumulate,
                       now_seconds() - began));
@@ -315,27 +320,50 @@ static int take_step(struct run *r, struct train_report *report)
     return 0;
 }
 
+// Moves experts between ranks where their load asks for it.
+static int replan(struct run *r)
+{
+    const struct train_settings *o = r->o;
+    struct rank_plan *next = r->ranks == &r->plans[0] ? &r->plans[1] : &r->plans[0];
+    bool moved;
+    if (!ranks_exchange() || !o->replan || r->trainer->step % o->replan != 0)
+        return 0;
+    TRY(train_ranks_note(&r->together, r->trainer, true));
+    TRY(train_ranks_move(&r->together, r->ranks, o->seed, r->trainer->step, next, &moved));
+    if (!moved)
+        return 0;
+    const bool samples = r->samples.sampler != NULL;
+    train_samples_free(&r->samples);
+    TRY(trainer_move(&r->trainer, ranks_of(next)));
+    ranks_plan_free(r->ranks);
+    r->ranks = next;
+    return samples ? train_samples_new(&r->session, &r->config, o, next, &r->samples) : 0;
+}
+
 static int take_steps(struct run *r)
 {
     const struct train_settings *o = r->o;
-    struct trainer *t = r->trainer;
-    while (t->step < o->steps && !stop_wanted) {
+    while (r->trainer->step < o->steps && !stop_wanted) {
         struct train_report report;
         TRY(take_step(r, &report));
         TRY(ranks_stop());
         show_progress(r, &report);
-        bool last = t->step == o->steps;
-        if (o->checkpoint_every && t->step % o->checkpoint_every == 0)
+        const int64_t step = r->trainer->step;
+        const bool last = step == o->steps;
+        if (o->checkpoint_every && step % o->checkpoint_every == 0)
             TRY(save(r));
-        if (r->samples.sampler && !stop_wanted && (last || t->step % o->sample_every == 0)) {
-            int code = train_samples_write(&r->samples, t, r->data, o->out);
+        if (r->samples.sampler && !stop_wanted && (last || step % o->sample_every == 0)) {
+            int code = train_samples_write(&r->samples, r->trainer, r->data, o->out);
             if (code < 0 && code != ERR_STOPPED)
                 return code;
             r->progress.pace_time = now_seconds(); // sampling is no part of a step's time
         }
+        TRY(train_ranks_note(&r->together, r->trainer, last || stop_wanted));
+        if (!last && !stop_wanted)
+            TRY(replan(r));
     }
     progress_clear(&r->progress);
-    if (r->saved != t->step)
+    if (r->saved != r->trainer->step)
         TRY(save(r));
     return 0;
 }
@@ -346,6 +374,13 @@ static void print_summary(const struct run *r)
     double seconds = now_seconds() - r->began, wait = loader_waited(r->loader);
     say("%s in %s; waited %.1f s (%.1f%%) for data\n", stop_wanted ? "stopped" : "done",
             format_seconds(seconds, took), wait, 100 * wait / (seconds > 0 ? seconds : 1));
+    const struct config *c = &r->config;
+    int64_t layers = 0;
+    for (int l = 0; l < c->layers; l++)
+        layers += config_is_moe(c, l);
+    train_ranks_say(&r->together, (r->trainer->step - r->first) * r->o->accumulate * r->o->batch *
+                                      config_tokens(c) * c->topk * layers *
+                                      (r->o->recompute ? 2 : 1)); // rows then travel again
     int32_t applied = 0, skipped = 0;
     if (trainer_counts(r->trainer, &applied, &skipped) >= 0 && skipped)
         say("%d steps of %d were skipped: loss or gradients were not finite\n", skipped,
@@ -359,7 +394,7 @@ static int train(struct run *r)
     TRY(trainer_commit(r->trainer));
     TRY(load_or_init(r));
     if (wants_samples(r))
-        TRY(train_samples_new(&r->session, &r->config, o, &r->ranks, &r->samples));
+        TRY(train_samples_new(&r->session, &r->config, o, r->ranks, &r->samples));
     if (ranks_first()) {
         TRY(write_run_json(r));
         TRY(train_log_open(o->out, &r->config, r->trainer->step, &r->log));
@@ -369,6 +404,8 @@ static int train(struct run *r)
                           cursor, o->flip != 0, o->threads, &r->loader));
     if (r->from)
         say("resume  at step %lld of %lld\n", (long long)r->trainer->step, (long long)o->steps);
+    TRY(train_ranks_new(&r->config, o->out, &r->together));
+    r->together.noted = r->first = r->trainer->step;
     stop_on_signals();
     r->began = now_seconds();
     progress_start(&r->progress, "step", r->trainer->step, o->steps, o->log_every);
@@ -403,7 +440,8 @@ static int prepare_and_train(struct run *r)
     if (!o->dry_run)
         TRY(open_directory(r));
     TRY(same_beginning(r));
-    TRY(ranks_plan(&o->ranks, &r->config, o->batch, 1, &r->ranks));
+    r->ranks = &r->plans[0];
+    TRY(ranks_plan(&o->ranks, &r->config, o->batch, 1, r->ranks));
     if (r->from && r->from->run.step >= o->steps) {
         run_checkpoint_path(o->out, r->from->run.step, path, sizeof path);
         say("all %lld steps are done already (--steps N for more)\n", (long long)o->steps);
@@ -440,7 +478,8 @@ int train_run(const struct train_settings *o, const struct command *command)
     train_samples_free(&r.samples);
     if (r.trainer)
         trainer_free(r.trainer);
-    ranks_plan_free(&r.ranks);
+    ranks_plan_free(&r.plans[0]), ranks_plan_free(&r.plans[1]);
+    train_ranks_free(&r.together);
     session_close(&r.session);
     if (r.from) {
         checkpoint_close(r.from);

@@ -29,7 +29,7 @@ struct train_settings {
     uint64_t seed;
     int recompute, early, flip;
     int image_size, channels, threads;
-    int64_t checkpoint_every, sample_every, log_every;
+    int64_t checkpoint_every, sample_every, log_every, replan;
     int sample_steps, keep;
     float sample_cfg;
     int resume, dry_run;
@@ -88,6 +88,30 @@ void train_samples_free(struct train_samples *s);
 // Draws with the trainer's EMA weights and writes DIR/samples/step-XXXXXXXX.png.
 int train_samples_write(struct train_samples *s, struct trainer *t, const struct dataset *d,
                         const char *dir);
+
+// ---- ranks (train_ranks.c) ----------------------------------------------------------------------
+
+// Nothing of this does anything in a process by itself.
+struct train_ranks {
+    char path[4200];
+    double *load;   // [layers, experts] rows since experts moved last
+    int64_t noted;  // the step of the last rows in ranks.csv
+    double began;
+    struct exchange_figures before;
+    double sent, waited, seconds; // of the run: rows, mean of ranks, time
+};
+int train_ranks_new(const struct config *c, const char *dir, struct train_ranks *out);
+void train_ranks_free(struct train_ranks *r);
+// After a step: its load; and every hundred steps, or at the `last`, rows of RUN_DIR/ranks.csv: of each
+// rank and layer rows sent to others and received and seconds waited in `steps` steps, and in layer
+// "all" seconds waited and in all, and bytes of gradients summed.
+int train_ranks_load(struct train_ranks *r, struct trainer *t);
+int train_ranks_note(struct train_ranks *r, struct trainer *t, bool last);
+// What it came to; `rows` of all ranks that have been routed.
+void train_ranks_say(const struct train_ranks *r, int64_t rows);
+// Whether experts should lie elsewhere, and where (*next, when *moved).
+int train_ranks_move(struct train_ranks *r, const struct rank_plan *now, uint64_t seed, int64_t step,
+                     struct rank_plan *next, bool *moved);
 
 // ---- the run (train_run.c) ----------------------------------------------------------------------
 
