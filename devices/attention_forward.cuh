@@ -34,46 +34,15 @@ template <int queries> struct attention_unit {
     }
 };
 
-// The next tile of keys to ask for: ahead of the one in use, into the next unit where that is.
-template <class kernel> struct attention_cursor {
-    int index, first, stage;
-    const bf16 *head;
-
-    __device__ __forceinline__ explicit attention_cursor(const attention_forward_args &p)
-        : index(static_cast<int>(blockIdx.x)), first(0), stage(0),
-          head(typename kernel::unit(p, blockIdx.x).q)
-    {
-    }
-
-    // ring: kernel::stages stages of kernel::stage_bytes in shared memory
-    __device__ __forceinline__ void load_next(const attention_forward_args &p, uint32_t ring)
-    {
-        if (index < p.units) {
-            kernel::load_keys(p, head, ring + stage * kernel::stage_bytes, first);
-            stage = stage + 1 == kernel::stages_held ? 0 : stage + 1;
-            first += kernel::keys_at_once;
-            if (first >= p.tokens) {
-                first = 0;
-                index += gridDim.x;
-                if (index < p.units)
-                    head = typename kernel::unit(p, index).q;
-            }
-        }
-        copy_commit();
-    }
-};
-
 // width: head sizes up to it, a multiple of 8. m_tiles: of 16 queries, a warp. keys: a tile of
 // them, of which `stages` fit shared memory.
 template <int width, int m_tiles, int warps, int keys, int stages> struct attention_forward {
     using shape = tile_rows<width>;
     static constexpr int threads = 32 * warps, queries = 16 * m_tiles * warps;
-    static constexpr int keys_at_once = keys, stages_held = stages;
     static constexpr uint32_t query_tile = queries * shape::bytes, key_tile = keys * shape::bytes;
     static constexpr uint32_t stage_bytes = 2 * key_tile;
     static constexpr uint32_t shared_bytes = 2 * query_tile + stages * stage_bytes;
     using unit = attention_unit<queries>;
-    using cursor = attention_cursor<attention_forward>;
 
     struct state {
         tile_operand<width, m_tiles> q;
@@ -124,12 +93,34 @@ template <int width, int m_tiles, int warps, int keys, int stages> struct attent
         }
     }
 
+    // The next tile of keys to ask for: ahead of the one in use, into the next unit where that is.
+    struct cursor {
+        int index, first, stage;
+        const bf16 *head;
+
+        __device__ __forceinline__ void load_next(const attention_forward_args &p, uint32_t ring)
+        {
+            if (index < p.units) {
+                load_keys(p, head, ring + stage * stage_bytes, first);
+                stage = stage + 1 == stages ? 0 : stage + 1;
+                first += keys;
+                if (first >= p.tokens) {
+                    first = 0;
+                    index += gridDim.x;
+                    if (index < p.units)
+                        head = unit(p, index).q;
+                }
+            }
+            copy_commit();
+        }
+    };
+
     static __device__ __forceinline__ void run(const attention_forward_args &p)
     {
         extern __shared__ __align__(16) char shared[];
         const int own = threadIdx.x / 32 * 16 * m_tiles;
         const uint32_t base = shared_address(shared), ring = base + 2 * query_tile;
-        cursor ahead(p);
+        cursor ahead = {static_cast<int>(blockIdx.x), 0, 0, unit(p, blockIdx.x).q};
         load_queries(p, unit(p, blockIdx.x), base);
         for (int i = 0; i < stages - 1; i++)
             ahead.load_next(p, ring);

@@ -72,10 +72,10 @@ enum {
     ((2 * 64 * (tiles) + 4 * (keys)) * ATTENTION_ROW(width))
 
 // Rows of these tiles are not padded; 1024 bytes of zeros, and as many to begin at a multiple of
-// that.
-#define ATTENTION_FORWARD_SM90_SHARED(width, queries, stages, norm) \
-    (4 * ((queries) + 64 * (stages)) * (width) + 2048 +             \
-     ((norm) ? (3 * (width) + 4 + 64 + (queries)) * 4 : 0))
+// that; forward: barriers, and 48 for the thread that asks for tiles.
+#define ATTENTION_FORWARD_SM90_SHARED(width, queries, stages, norm)             \
+    (4 * ((queries) + 64 * (stages)) * (width) + 2096 + 16 * ((stages) + 2) +   \
+     ((norm) ? (3 * (width) + 4 + 2 * (queries) + (queries)) * 4 : 0))
 #define ATTENTION_BACKWARD_SM90_SHARED(width) \
     (2 * (4 * 256 + 4 * 64) * (width) + 256 * 128 + 4 * 64 * 4 + 2048)
 

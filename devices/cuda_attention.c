@@ -138,6 +138,8 @@ static const struct forward_kernel *choose_forward(struct stream *s, const struc
         const char *name = norm ? k->norm : k->name;
         if (!name || k->width != width_for(f->hd) || (best && k->queries >= best->queries))
             continue;
+        if (k->image == IMAGE_attention_sm90 && !s->dev->api->tensor_map)
+            continue;
         cuda_function found = cuda_tuned(s->dev, k->image, name, norm ? k->norm_shared : k->shared);
         if (!found)
             continue;
@@ -150,6 +152,21 @@ static const struct forward_kernel *choose_forward(struct stream *s, const struc
     return best;
 }
 
+// As attention_forward_sm90.cuh has it.
+struct maps {
+    struct cuda_map first, later;
+};
+
+static int describe(struct stream *s, const struct forward *f, struct maps *maps)
+{
+    const int sizes[] = {f->hd, 3 * f->heads, f->tokens, f->all / f->heads};
+    const int64_t row = (int64_t)3 * f->heads * f->hd, pitches[] = {f->hd, row, row * f->tokens};
+    TRY(cuda_tuned_map(s->dev, &maps->first, f->qkv, 4, sizes, pitches, (int[]){64, 1, 64, 1},
+                       true));
+    return cuda_tuned_map(s->dev, &maps->later, f->qkv, 4, sizes, pitches, (int[]){8, 1, 64, 1},
+                          false);
+}
+
 static int forward(struct stream *s, struct forward *f)
 {
     cuda_function function = NULL;
@@ -159,11 +176,16 @@ static int forward(struct stream *s, struct forward *f)
     int units = f->all * cover(f->tokens, kernel->queries);
     int places = s->dev->base.info.compute_units * kernel->resident;
     cuda_address *w = f->parameters;
-    void *values[] = {&f->o,  &f->lse,   &f->qkv, &units, &f->heads, &f->tokens,
-                      &f->hd, &f->scale, &w[0],   &w[1],  &w[2],     &w[3]};
+    struct maps maps;
+    void *values[] = {&maps,      &f->o,  &f->lse,   &f->qkv, &units, &f->heads,
+                      &f->tokens, &f->hd, &f->scale, &w[0],   &w[1],  &w[2],    &w[3]};
+    const bool mapped = kernel->image == IMAGE_attention_sm90; // the others have no such argument
+    if (mapped)
+        TRY(describe(s, f, &maps));
     const unsigned grid[3] = {(unsigned)(units < places ? units : places), 1, 1};
     return cuda_tuned_launch(s, function, grid, kernel->threads,
-                             w[0] ? kernel->norm_shared : kernel->shared, values);
+                             w[0] ? kernel->norm_shared : kernel->shared,
+                             mapped ? values : values + 1);
 }
 
 int cuda_attention_fwd(struct stream *s, const union arg *args)

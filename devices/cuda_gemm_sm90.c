@@ -11,11 +11,6 @@
 
 enum { WIDTHS = 3 };
 
-// A CUtensorMap.
-struct tensor_map {
-    _Alignas(64) uint64_t words[16];
-};
-
 enum kind { NT_BF16, NT_F32, NT_SWIGLU, NN_BF16, NN_SWIGLU, TN_F32, KINDS };
 
 static const int widths[WIDTHS] = {64, 128, 192};
@@ -175,35 +170,20 @@ bool cuda_gemm_sm90_wins(const struct cuda_device *dev, const struct gemm *g)
 
 // ---- maps ---------------------------------------------------------------------------------------
 
-// Describes an array of bf16 and the boxes that are copied of it. sizes and box: innermost first;
-// pitches: elements from one row, and one matrix, to the next.
-static int describe(const struct cuda_device *dev, struct tensor_map *map, const struct mem *mem,
-                    unsigned rank, const int sizes[3], const int64_t pitches[2], const int box[3])
+static int describe(const struct cuda_device *dev, struct cuda_map *map, const struct mem *mem,
+                    int rank, const int sizes[3], const int64_t pitches[2], const int box[3])
 {
-    uint64_t size[3], bytes[2];
-    uint32_t boxes[3], steps[3] = {1, 1, 1};
-    for (int i = 0; i < 3; i++) {
-        size[i] = (uint64_t)sizes[i];
-        boxes[i] = (uint32_t)box[i];
-    }
-    for (int i = 0; i < 2; i++)
-        bytes[i] = 2 * (uint64_t)pitches[i];
-    CU(dev->api,
-       dev->api->tensor_map((cuda_tensor_map *)(void *)map, CUDA_MAP_BF16, rank,
-                            (void *)(uintptr_t)mem->address, size, bytes, boxes, steps, 0,
-                            CUDA_MAP_SWIZZLE_128, CUDA_MAP_PROMOTE_256, 0),
-       "cuTensorMapEncodeTiled");
-    return 0;
+    return cuda_tuned_map(dev, map, mem->address, rank, sizes, pitches, box, true);
 }
 
-static int describe_a(const struct cuda_device *dev, struct tensor_map *map, const struct gemm *g)
+static int describe_a(const struct cuda_device *dev, struct cuda_map *map, const struct gemm *g)
 {
     const int columns = g->trans_a ? g->m : g->k, rows = g->trans_a ? g->k : g->m;
     return describe(dev, map, g->a, 2, (int[]){columns, rows, 1}, (int64_t[]){columns, 0},
                     (int[]){64, 64, 1}); // DEPTH of k by 64 of the rows of C
 }
 
-static int describe_b(const struct cuda_device *dev, struct tensor_map *map, const struct gemm *g,
+static int describe_b(const struct cuda_device *dev, struct cuda_map *map, const struct gemm *g,
                       int width)
 {
     const int columns = g->trans_b ? g->k : g->n, rows = g->trans_b ? g->n : g->k;
@@ -214,7 +194,7 @@ static int describe_b(const struct cuda_device *dev, struct tensor_map *map, con
 }
 
 // C = g | u: columns, which of the two, rows.
-static int describe_gu(const struct cuda_device *dev, struct tensor_map *map, const struct gemm *g)
+static int describe_gu(const struct cuda_device *dev, struct cuda_map *map, const struct gemm *g)
 {
     return describe(dev, map, g->c, 3, (int[]){g->n, 2, g->m}, (int64_t[]){g->n, 2 * (int64_t)g->n},
                     (int[]){64, 1, 16});
@@ -278,7 +258,7 @@ static int launch(struct stream *s, const struct gemm *g, const struct way *way)
     const enum kind kind = kind_of(g);
     const int width = widths[way->w];
     const unsigned shared = shared_of(kind, width);
-    struct tensor_map a, b, c = {{0}};
+    struct cuda_map a, b, c = {{0}};
     struct gemm_sm90 p = arguments(s->dev, g, way);
     TRY(describe_a(s->dev, &a, g));
     TRY(describe_b(s->dev, &b, g, width));

@@ -115,6 +115,30 @@ int cuda_tuned_launch(struct stream *s, cuda_function function, const unsigned g
     return 0;
 }
 
+int cuda_tuned_map(const struct cuda_device *dev, struct cuda_map *map, cuda_address address,
+                   int rank, const int *sizes, const int64_t *pitches, const int *box,
+                   bool swizzled)
+{
+    enum { RANK_MAX = 5 };
+    uint64_t size[RANK_MAX], bytes[RANK_MAX];
+    uint32_t boxes[RANK_MAX], steps[RANK_MAX];
+    BUG_IF(rank > RANK_MAX);
+    for (int i = 0; i < rank; i++) {
+        size[i] = (uint64_t)sizes[i];
+        boxes[i] = (uint32_t)box[i];
+        steps[i] = 1;
+        if (i + 1 < rank)
+            bytes[i] = 2 * (uint64_t)pitches[i];
+    }
+    CU(dev->api,
+       dev->api->tensor_map((cuda_tensor_map *)(void *)map, CUDA_MAP_BF16, (unsigned)rank,
+                            (void *)(uintptr_t)address, size, bytes, boxes, steps, 0,
+                            swizzled ? CUDA_MAP_SWIZZLE_128 : CUDA_MAP_SWIZZLE_NONE,
+                            CUDA_MAP_PROMOTE_256, 0),
+       "cuTensorMapEncodeTiled");
+    return 0;
+}
+
 void cuda_tuned_close(struct cuda_device *dev)
 {
     if (!dev->tuned)

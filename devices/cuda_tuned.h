@@ -29,6 +29,19 @@ cuda_function cuda_tuned(struct cuda_device *dev, enum cuda_image image, const c
 int cuda_tuned_launch(struct stream *s, cuda_function function, const unsigned grid[3],
                       unsigned threads, unsigned shared, void **arguments);
 
+// A CUtensorMap: an argument of kernels on Hopper, by value.
+struct cuda_map {
+    _Alignas(64) uint64_t words[16];
+};
+
+// Describes an array of bf16 and the boxes that are copied of it. sizes and box: `rank` of them,
+// innermost first; pitches: rank - 1, elements from one row to the next, one matrix to the next ...
+// swizzled: rows of a box, 128 bytes, lie in shared memory as wgmma wants them; else one after the
+// other. Not for devices whose driver has no such maps (cuda_api: tensor_map is NULL).
+int cuda_tuned_map(const struct cuda_device *dev, struct cuda_map *map, cuda_address address,
+                   int rank, const int *sizes, const int64_t *pitches, const int *box,
+                   bool swizzled);
+
 // The images that have code for a device of this compute capability (90 for 9.0): "attention, fused".
 void cuda_tuned_text(int capability, char *out, size_t size);
 

@@ -44,9 +44,9 @@ INLINE uint4 pack(const float (&in)[V])
                       pack2(in[6], in[7]));
 }
 
-// Two f32 that lie in memory in two halves, as runtime/tensor.h has it, from two words of each: `high`
-// their nearest bf16, `low` the lower 16 bits. Where those are 0x8000 or more, bf16 was rounded away
-// from zero, and the upper bits are one less.
+// Two f32 that lie in memory in two halves, as runtime/tensor.h has it, from two words of each:
+// `high` their nearest bf16, `low` the lower 16 bits. Where those are 0x8000 or more, bf16 was
+// rounded away from zero, and the upper bits are one less.
 INLINE float2 join2(unsigned high, unsigned low)
 {
     const unsigned upper = high - (low >> 15 & 0x00010001u);

@@ -84,7 +84,8 @@ INLINE void store_segment(void *base, size_t row, const float (&v)[VALUES], cons
             make_uint2(pack2(v[8], v[9]), pack2(v[10], v[11]));
 }
 
-// The same of a row in two halves (runtime/tensor.h), `high` as store_segment leaves it; low may be NULL.
+// The same of a row in two halves (runtime/tensor.h), `high` as store_segment leaves it; low may be
+// NULL.
 template <class S>
 INLINE void store_halves(void *high, void *low, size_t row, const float (&v)[VALUES], const S &s)
 {

@@ -1,5 +1,5 @@
 // The instructions of Hopper (PTX ISA: wgmma, mbarrier, cp.async.bulk.tensor) that gemm_sm90.cu is
-// made of. Shared memory is named by its 32-bit address.
+// made of, and in part attention_forward_sm90.cuh. Shared memory is named by its 32-bit address.
 #ifndef DITMOE_GEMM_SM90_CUH
 #define DITMOE_GEMM_SM90_CUH
 
@@ -89,7 +89,7 @@ __device__ __forceinline__ void prefetch_map(const tensor_map *map)
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-// The box at (x, y[, z]) of a matrix to shared memory; what lies outside of it is zero.
+// The box at (x, y[, z[, w]]) of an array to shared memory; what lies outside of it is zero.
 __device__ __forceinline__ void load_box(uint32_t to, const tensor_map *map, uint32_t barrier,
                                          int x, int y)
 {
@@ -105,6 +105,15 @@ __device__ __forceinline__ void load_box(uint32_t to, const tensor_map *map, uin
     asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes "
                  "[%0], [%1, {%3, %4, %5}], [%2];" ::"r"(to),
                  "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z)
+                 : "memory");
+}
+
+__device__ __forceinline__ void load_box(uint32_t to, const tensor_map *map, uint32_t barrier,
+                                         int x, int y, int z, int w)
+{
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
+                 "[%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(to),
+                 "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z), "r"(w)
                  : "memory");
 }
 

@@ -62,6 +62,7 @@ EQUAL(offsetof(cuda_launch_config, stream), offsetof(CUlaunchConfig, hStream));
 EQUAL(offsetof(cuda_launch_config, attributes), offsetof(CUlaunchConfig, attrs));
 EQUAL(offsetof(cuda_launch_config, count), offsetof(CUlaunchConfig, numAttrs));
 EQUAL(CUDA_MAP_BF16, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16);
+EQUAL(CUDA_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_SWIZZLE_NONE);
 EQUAL(CUDA_MAP_SWIZZLE_128, CU_TENSOR_MAP_SWIZZLE_128B);
 EQUAL(CUDA_MAP_PROMOTE_256, CU_TENSOR_MAP_L2_PROMOTION_L2_256B);
 EQUAL(0, CU_TENSOR_MAP_INTERLEAVE_NONE);
