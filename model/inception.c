@@ -18,90 +18,91 @@ enum kind { END, CONVOLVE, MAXIMUM, AVERAGE };
 struct step {
     enum kind kind;
     const char *name;
+    int width; // channels that a convolution makes, as published; 0: the block's own
     enum place from, to;
     int kernel_h, kernel_w, stride, pad_h, pad_w;
 };
 
-#define CONV(name, from, to, kh, kw, stride, ph, pw)     \
-    {                                                    \
-        CONVOLVE, name, from, to, kh, kw, stride, ph, pw \
+#define CONV(name, width, from, to, kh, kw, stride, ph, pw)     \
+    {                                                           \
+        CONVOLVE, name, width, from, to, kh, kw, stride, ph, pw \
     }
-#define CONV_1X1(name, from, to) CONV(name, from, to, 1, 1, 1, 0, 0)
-#define CONV_3X3(name, from, to) CONV(name, from, to, 3, 3, 1, 1, 1)
-#define CONV_HALVE(name, from, to) CONV(name, from, to, 3, 3, 2, 0, 0)
-#define CONV_1X7(name, from, to) CONV(name, from, to, 1, 7, 1, 0, 3)
-#define CONV_7X1(name, from, to) CONV(name, from, to, 7, 1, 1, 3, 0)
-#define CONV_1X3(name, from, to) CONV(name, from, to, 1, 3, 1, 0, 1)
-#define CONV_3X1(name, from, to) CONV(name, from, to, 3, 1, 1, 1, 0)
-#define MAX_HALVE(from, to)                  \
+#define CONV_1X1(name, width, from, to) CONV(name, width, from, to, 1, 1, 1, 0, 0)
+#define CONV_3X3(name, width, from, to) CONV(name, width, from, to, 3, 3, 1, 1, 1)
+#define CONV_HALVE(name, width, from, to) CONV(name, width, from, to, 3, 3, 2, 0, 0)
+#define CONV_1X7(name, width, from, to) CONV(name, width, from, to, 1, 7, 1, 0, 3)
+#define CONV_7X1(name, width, from, to) CONV(name, width, from, to, 7, 1, 1, 3, 0)
+#define CONV_1X3(name, width, from, to) CONV(name, width, from, to, 1, 3, 1, 0, 1)
+#define CONV_3X1(name, width, from, to) CONV(name, width, from, to, 3, 1, 1, 1, 0)
+#define MAX_HALVE(from, to)                     \
+    {                                           \
+        MAXIMUM, "", 0, from, to, 3, 3, 2, 0, 0 \
+    }
+#define POOL_3X3(kind, from, to)             \
     {                                        \
-        MAXIMUM, "", from, to, 3, 3, 2, 0, 0 \
-    }
-#define POOL_3X3(kind, from, to)          \
-    {                                     \
-        kind, "", from, to, 3, 3, 1, 1, 1 \
+        kind, "", 0, from, to, 3, 3, 1, 1, 1 \
     }
 
 static const struct step stem[] = {
-    CONV_HALVE("Conv2d_1a_3x3", IN, A),
-    CONV("Conv2d_2a_3x3", A, B, 3, 3, 1, 0, 0),
-    CONV_3X3("Conv2d_2b_3x3", B, A),
+    CONV_HALVE("Conv2d_1a_3x3", 32, IN, A),
+    CONV("Conv2d_2a_3x3", 32, A, B, 3, 3, 1, 0, 0),
+    CONV_3X3("Conv2d_2b_3x3", 64, B, A),
     MAX_HALVE(A, B),
-    CONV_1X1("Conv2d_3b_1x1", B, A),
-    CONV("Conv2d_4a_3x3", A, B, 3, 3, 1, 0, 0),
+    CONV_1X1("Conv2d_3b_1x1", 80, B, A),
+    CONV("Conv2d_4a_3x3", 192, A, B, 3, 3, 1, 0, 0),
     MAX_HALVE(B, OUT),
     {0},
 };
 static const struct step block_a[] = {
-    CONV_1X1("branch1x1", IN, OUT),
-    CONV_1X1("branch5x5_1", IN, A),
-    CONV("branch5x5_2", A, OUT, 5, 5, 1, 2, 2),
-    CONV_1X1("branch3x3dbl_1", IN, A),
-    CONV_3X3("branch3x3dbl_2", A, B),
-    CONV_3X3("branch3x3dbl_3", B, OUT),
+    CONV_1X1("branch1x1", 64, IN, OUT),
+    CONV_1X1("branch5x5_1", 48, IN, A),
+    CONV("branch5x5_2", 64, A, OUT, 5, 5, 1, 2, 2),
+    CONV_1X1("branch3x3dbl_1", 64, IN, A),
+    CONV_3X3("branch3x3dbl_2", 96, A, B),
+    CONV_3X3("branch3x3dbl_3", 96, B, OUT),
     POOL_3X3(AVERAGE, IN, A),
-    CONV_1X1("branch_pool", A, OUT),
+    CONV_1X1("branch_pool", 0, A, OUT),
     {0},
 };
 static const struct step block_b[] = {
-    CONV_HALVE("branch3x3", IN, OUT),
-    CONV_1X1("branch3x3dbl_1", IN, A),
-    CONV_3X3("branch3x3dbl_2", A, B),
-    CONV_HALVE("branch3x3dbl_3", B, OUT),
+    CONV_HALVE("branch3x3", 384, IN, OUT),
+    CONV_1X1("branch3x3dbl_1", 64, IN, A),
+    CONV_3X3("branch3x3dbl_2", 96, A, B),
+    CONV_HALVE("branch3x3dbl_3", 96, B, OUT),
     MAX_HALVE(IN, OUT),
     {0},
 };
 static const struct step block_c[] = {
-    CONV_1X1("branch1x1", IN, OUT),     CONV_1X1("branch7x7_1", IN, A),
-    CONV_1X7("branch7x7_2", A, B),      CONV_7X1("branch7x7_3", B, OUT),
-    CONV_1X1("branch7x7dbl_1", IN, A),  CONV_7X1("branch7x7dbl_2", A, B),
-    CONV_1X7("branch7x7dbl_3", B, A),   CONV_7X1("branch7x7dbl_4", A, B),
-    CONV_1X7("branch7x7dbl_5", B, OUT), POOL_3X3(AVERAGE, IN, A),
-    CONV_1X1("branch_pool", A, OUT),    {0},
+    CONV_1X1("branch1x1", 192, IN, OUT),     CONV_1X1("branch7x7_1", 0, IN, A),
+    CONV_1X7("branch7x7_2", 0, A, B),        CONV_7X1("branch7x7_3", 192, B, OUT),
+    CONV_1X1("branch7x7dbl_1", 0, IN, A),    CONV_7X1("branch7x7dbl_2", 0, A, B),
+    CONV_1X7("branch7x7dbl_3", 0, B, A),     CONV_7X1("branch7x7dbl_4", 0, A, B),
+    CONV_1X7("branch7x7dbl_5", 192, B, OUT), POOL_3X3(AVERAGE, IN, A),
+    CONV_1X1("branch_pool", 192, A, OUT),    {0},
 };
 static const struct step block_d[] = {
-    CONV_1X1("branch3x3_1", IN, A),
-    CONV_HALVE("branch3x3_2", A, OUT),
-    CONV_1X1("branch7x7x3_1", IN, A),
-    CONV_1X7("branch7x7x3_2", A, B),
-    CONV_7X1("branch7x7x3_3", B, A),
-    CONV_HALVE("branch7x7x3_4", A, OUT),
+    CONV_1X1("branch3x3_1", 192, IN, A),
+    CONV_HALVE("branch3x3_2", 320, A, OUT),
+    CONV_1X1("branch7x7x3_1", 192, IN, A),
+    CONV_1X7("branch7x7x3_2", 192, A, B),
+    CONV_7X1("branch7x7x3_3", 192, B, A),
+    CONV_HALVE("branch7x7x3_4", 192, A, OUT),
     MAX_HALVE(IN, OUT),
     {0},
 };
-#define BLOCK_E(name, pool)                  \
-    static const struct step name[] = {      \
-        CONV_1X1("branch1x1", IN, OUT),      \
-        CONV_1X1("branch3x3_1", IN, A),      \
-        CONV_1X3("branch3x3_2a", A, OUT),    \
-        CONV_3X1("branch3x3_2b", A, OUT),    \
-        CONV_1X1("branch3x3dbl_1", IN, A),   \
-        CONV_3X3("branch3x3dbl_2", A, B),    \
-        CONV_1X3("branch3x3dbl_3a", B, OUT), \
-        CONV_3X1("branch3x3dbl_3b", B, OUT), \
-        POOL_3X3(pool, IN, A),               \
-        CONV_1X1("branch_pool", A, OUT),     \
-        {0},                                 \
+#define BLOCK_E(name, pool)                       \
+    static const struct step name[] = {           \
+        CONV_1X1("branch1x1", 320, IN, OUT),      \
+        CONV_1X1("branch3x3_1", 384, IN, A),      \
+        CONV_1X3("branch3x3_2a", 384, A, OUT),    \
+        CONV_3X1("branch3x3_2b", 384, A, OUT),    \
+        CONV_1X1("branch3x3dbl_1", 448, IN, A),   \
+        CONV_3X3("branch3x3dbl_2", 384, A, B),    \
+        CONV_1X3("branch3x3dbl_3a", 384, B, OUT), \
+        CONV_3X1("branch3x3dbl_3b", 384, B, OUT), \
+        POOL_3X3(pool, IN, A),                    \
+        CONV_1X1("branch_pool", 192, A, OUT),     \
+        {0},                                      \
     }
 BLOCK_E(block_e, AVERAGE);
 BLOCK_E(block_e_maximum, MAXIMUM);
@@ -109,19 +110,20 @@ BLOCK_E(block_e_maximum, MAXIMUM);
 static const struct block {
     const char *name;
     const struct step *steps;
+    int width; // of its convolutions that have none of their own
 } blocks[] = {
-    {"", stem},
-    {"Mixed_5b", block_a},
-    {"Mixed_5c", block_a},
-    {"Mixed_5d", block_a},
-    {"Mixed_6a", block_b},
-    {"Mixed_6b", block_c},
-    {"Mixed_6c", block_c},
-    {"Mixed_6d", block_c}, // the spatial features are the first channels of its output
-    {"Mixed_6e", block_c},
-    {"Mixed_7a", block_d},
-    {"Mixed_7b", block_e},
-    {"Mixed_7c", block_e_maximum},
+    {"", stem, 0},
+    {"Mixed_5b", block_a, 32},
+    {"Mixed_5c", block_a, 64},
+    {"Mixed_5d", block_a, 64},
+    {"Mixed_6a", block_b, 0},
+    {"Mixed_6b", block_c, 128},
+    {"Mixed_6c", block_c, 160},
+    {"Mixed_6d", block_c, 160}, // the spatial features are the first channels of its output
+    {"Mixed_6e", block_c, 192},
+    {"Mixed_7a", block_d, 0},
+    {"Mixed_7b", block_e, 0},
+    {"Mixed_7c", block_e_maximum, 0},
 };
 enum { BLOCKS = sizeof blocks / sizeof *blocks, STEPS_MAX = 12, SPATIAL_BLOCK = 7 };
 enum { NODES_MAX = BLOCKS * STEPS_MAX + 2, VALUES_MAX = BLOCKS * STEPS_MAX + 1 };
@@ -155,7 +157,7 @@ static struct conv node_conv(const struct inception *n, const struct inception_n
                          .relu = true};
 }
 
-static int add_step(struct inception *n, const struct safetensors *file, const char *block,
+static int add_step(struct inception *n, const struct safetensors *file, const struct block *block,
                     const struct step *s, int at[PLACES])
 {
     struct inception_node *node = &n->nodes[n->node_count];
@@ -168,15 +170,17 @@ static int add_step(struct inception *n, const struct safetensors *file, const c
                                     .pad_h = s->pad_h,
                                     .pad_w = s->pad_w,
                                     .maximum = s->kind == MAXIMUM};
-    snprintf(node->name, sizeof node->name, "%s%s%s", block, *block ? "." : "",
+    snprintf(node->name, sizeof node->name, "%s%s%s", block->name, *block->name ? "." : "",
              s->kind == CONVOLVE ? s->name : "pool");
     const struct conv g = node_conv(n, node); // pools have the same geometry
     const int height = (int)conv_height(&g), width = (int)conv_width(&g);
     node->channels = x->channels;
     if (s->kind == CONVOLVE)
+        node->channels = s->width ? s->width : block->width;
+    if (s->kind == CONVOLVE && file)
         TRY(inception_weight_shape(file, node, x->channels, &node->channels));
     if (s->to != OUT || at[OUT] < 0)
-        at[s->to] = new_value(n, s->to == OUT ? block : node->name, height, width, 0);
+        at[s->to] = new_value(n, s->to == OUT ? block->name : node->name, height, width, 0);
     struct inception_value *y = &n->values[at[s->to]];
     BUG_IF(y->height != height || y->width != width);
     node->to = at[s->to];
@@ -198,7 +202,7 @@ static int build(struct inception *n, const struct safetensors *file)
     for (int b = 0; b < BLOCKS; b++) {
         at[OUT] = -1;
         for (const struct step *s = blocks[b].steps; s->kind != END; s++)
-            TRY(add_step(n, file, blocks[b].name, s, at));
+            TRY(add_step(n, file, &blocks[b], s, at));
         const struct inception_value *out = &n->values[at[OUT]];
         if (b == SPATIAL_BLOCK) {
             if (out->channels < INCEPTION_SPATIAL)
@@ -318,7 +322,7 @@ int inception_read(struct inception *n, int count, float *pool, float *spatial, 
 
 static int find_classes(struct inception *n, const struct safetensors *file)
 {
-    const struct st_tensor *fc = safetensors_find(file, "fc.weight");
+    const struct st_tensor *fc = file ? safetensors_find(file, "fc.weight") : NULL;
     if (!fc)
         return 0;
     TRY(safetensors_expect(file, "fc.weight", -1, 2, (int64_t[]){-1, n->dim}, &fc));
@@ -345,7 +349,20 @@ static int prepare(struct inception *n, const struct safetensors *file, uint64_t
     TRY(plan_layout(n->plan, limit));
     TRY(plan_commit(n->plan));
     c->dry = false;
-    return inception_load(n, file);
+    return file ? inception_load(n, file) : inception_fill(n);
+}
+
+double inception_flops(const struct inception *n)
+{
+    double sum = 0;
+    for (int i = 0; i < n->node_count; i++) {
+        const struct inception_node *node = &n->nodes[i];
+        const struct inception_value *y = &n->values[node->to];
+        if (node->op == OP_CONV)
+            sum += 2.0 * n->batch * y->height * y->width * (double)node->channels * node->kernel_h *
+                   node->kernel_w * (double)n->values[node->from].channels;
+    }
+    return sum;
 }
 
 int inception_new(struct device *dev, struct stream *stream, const struct safetensors *file,

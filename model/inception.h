@@ -45,7 +45,8 @@ struct inception {
 };
 
 // Plans, allocates and loads the network of an open file. A missing tensor or a shape that does not
-// fit is ERR_INPUT naming it. `limit`: device memory to plan with, 0: all.
+// fit is ERR_INPUT naming it. Without a file: the published widths and random weights, to measure with.
+// `limit`: device memory to plan with, 0: all.
 int inception_new(struct device *dev, struct stream *stream, const struct safetensors *file,
                   int batch, enum inception_input input, uint64_t limit, struct inception **out);
 void inception_free(struct inception *n); // NULL is allowed
@@ -55,6 +56,7 @@ void inception_free(struct inception *n); // NULL is allowed
 // [count,spatial_dim], logits [count,classes] (NULL: not wanted).
 int inception_put(struct inception *n, const struct image *images, int count);
 int inception_run(struct inception *n);
+double inception_flops(const struct inception *n); // of a run: those of the convolutions
 int inception_read(struct inception *n, int count, float *pool, float *spatial, float *logits);
 
 // The most bytes that an image takes on the device: of larger ones only the pixels that count go there.
@@ -87,5 +89,6 @@ struct inception_value {
 int inception_weight_shape(const struct safetensors *file, const struct inception_node *node,
                            int64_t channels, int64_t *out);
 int inception_load(struct inception *n, const struct safetensors *file);
+int inception_fill(struct inception *n); // random weights
 
 #endif

@@ -7,6 +7,7 @@
 
 #include "model/inception.h"
 #include "runtime/ops.h"
+#include "runtime/rng.h"
 
 static const double EPS = 0.001;
 
@@ -110,7 +111,8 @@ static int load_classes(struct inception *n, const struct safetensors *file, flo
     return tensor_write(&n->ctx, &n->class_w, read);
 }
 
-int inception_load(struct inception *n, const struct safetensors *file)
+// The largest count of values that a weight and its normalisation need on their way.
+static size_t most_values(const struct inception *n)
 {
     int64_t most = n->classes ? tensor_count(&n->class_w) : 0;
     for (int i = 0; i < n->node_count; i++)
@@ -118,8 +120,13 @@ int inception_load(struct inception *n, const struct safetensors *file)
             const int64_t count = tensor_count(&n->nodes[i].w) + 2 * n->nodes[i].channels;
             most = count > most ? count : most;
         }
-    float *read = malloc(sizeof *read * (size_t)most),
-          *turned = malloc(sizeof *read * (size_t)most);
+    return (size_t)most;
+}
+
+int inception_load(struct inception *n, const struct safetensors *file)
+{
+    const size_t most = most_values(n);
+    float *read = malloc(most * sizeof *read), *turned = malloc(most * sizeof *read);
     int code = read && turned ? 0 : fail(ERR_NOMEM, "no host memory for Inception's weights");
     for (int i = 0; i < n->node_count && code >= 0; i++)
         if (n->nodes[i].op == OP_CONV)
@@ -128,5 +135,26 @@ int inception_load(struct inception *n, const struct safetensors *file)
         code = load_classes(n, file, read);
     free(read);
     free(turned);
+    return code;
+}
+
+int inception_fill(struct inception *n)
+{
+    float *values = malloc(most_values(n) * sizeof *values);
+    int code = values ? 0 : fail(ERR_NOMEM, "no host memory for Inception's weights");
+    for (int i = 0; i < n->node_count && code >= 0; i++) {
+        const struct inception_node *node = &n->nodes[i];
+        if (node->op != OP_CONV)
+            continue;
+        const size_t count = (size_t)tensor_count(&node->w);
+        const float scale = sqrtf(2 / (float)node->w.shape[1]);
+        rng_normal_fill(0, rng_stream(RNG_INIT, (uint64_t)i), 0, values, count);
+        for (size_t k = 0; k < count; k++)
+            values[k] *= scale;
+        code = tensor_zero(&n->ctx, &node->bias);
+        if (code >= 0)
+            code = write_weight(&n->ctx, &node->w, values);
+    }
+    free(values);
     return code;
 }
