@@ -192,6 +192,7 @@ int frechet_distance(const struct gaussian *a, const struct gaussian *b, double 
         const double d = a->mean[i] - b->mean[i];
         *out += d * d + a->covariance[i * dim + i] + b->covariance[i * dim + i];
     }
+    *out = *out > 0 ? *out : 0; // it is, but for rounding
     return 0;
 }
 

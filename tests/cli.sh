@@ -590,6 +590,8 @@ fails 1 "bench --compare without a file" "nothing.json" \
     "$ditmoe" bench step "${small[@]}" --batch 1 --what sample --compare nothing.json
 fails 2 "bench: no such model" "Q/2" "$ditmoe" bench step --model S/4-8E2A,Q/2
 fails 2 "bench: no batch" "--batch x: not a number" "$ditmoe" bench ops --batch 2,x
+works "bench inception" "$ditmoe" bench inception --batch 1 --rounds 1 --json
+check "bench inception prints images/s" grep -q '"images_per_s"' out
 works "bench ops" "$ditmoe" bench ops "${small[@]}" --batch 2 --json
 check "bench ops: forward, backward, optimiser" bash -c \
     "grep -q '\"attention_bwd\"' out && grep -q '\"experts gate, up dw\"' out && grep -q '\"adamw\"' out"

@@ -5,6 +5,7 @@
 
 #include "tools/bench.h"
 #include "tools/bench_compare.h"
+#include "tools/bench_inception.h"
 #include "tools/bench_ops.h"
 #include "tools/bench_step.h"
 #include "tools/bench_vae.h"
@@ -106,6 +107,9 @@ static int run_session(struct bench *b)
     if (!strcmp(b->part, "vae"))
         return bench_vae(s->dev, s->stream, &b->settings->vae, &b->settings->step, &b->ceilings,
                          b->rows, b->table);
+    if (!strcmp(b->part, "inception"))
+        return bench_inception(s->dev, s->stream, &b->settings->step, &b->ceilings, b->rows,
+                               b->table);
     return bench_step(s->dev, s->stream, &b->settings->step, &b->ceilings, b->rows, b->table);
 }
 
@@ -154,19 +158,20 @@ int cmd_bench(int argc, char **argv)
         {"step, ops", step_options, &o.step},
         {"step, ops: changes to the preset", model_option_list, &o.step.overrides},
         {"step, ops: images", image_option_list, &o.step.overrides},
-        {"vae (takes --batch, --rounds, --profile and --trace too)", vae_options, &o.vae},
+        {"vae (it and inception take --batch, --rounds, --profile and --trace too)", vae_options, &o.vae},
         {"device", device_option_list, &o.device},
         {0},
     };
     const struct command command = {
         .name = "bench",
         .summary = "Measures speed.",
-        .positional = "gemm|ops|step|vae",
+        .positional = "gemm|ops|step|vae|inception",
         .about =
             "gemm: matrix products at the model's shapes beside OpenBLAS and CLBlast. "
             "ops: the operations of a model, as shares of a large matrix product or of a copy. "
             "step: whole training and sampling steps on random weights. vae: decoding and "
-            "encoding of images. Medians of several rounds.",
+            "encoding of images. inception: the network of 'ditmoe eval fid'. Medians of several "
+            "rounds.",
         .example = "ditmoe bench step --model S/2-8E2A --batch 16,128 --precision bf16 --profile",
         .groups = groups,
         .positional_min = 1,
@@ -176,8 +181,12 @@ int cmd_bench(int argc, char **argv)
     int status;
     if (!options_parse(&command, argc, argv, &part, &status))
         return status;
-    if (strcmp(part, "gemm") && strcmp(part, "ops") && strcmp(part, "step") && strcmp(part, "vae"))
-        return usage_error("bench", "%s: not gemm, ops, step or vae", part);
+    static const char *const parts[] = {"gemm", "ops", "step", "vae", "inception"};
+    bool known = false;
+    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++)
+        known |= !strcmp(part, parts[i]);
+    if (!known)
+        return usage_error("bench", "%s: not gemm, ops, step, vae or inception", part);
     if (bench_each(&o.step, nothing, NULL) < 0)
         return usage_error("bench", "%s", error_message());
     return bench_run(&o, part) < 0 ? report_failure("bench") : 0;

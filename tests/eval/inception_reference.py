@@ -6,7 +6,6 @@ import warnings
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy import linalg
 
 SIDE = 299
 
@@ -181,6 +180,8 @@ def statistics(features):
 
 def frechet(one, two, eps=1e-6):
     """As pytorch-fid and ADM do it."""
+    from scipy import linalg
+
     (m1, s1), (m2, s2) = one, two
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
