@@ -1,6 +1,6 @@
 // Forward attention as attention_forward.cuh has it, for Hopper: products by wgmma, with Q, K and V
-// as they lie in shared memory and P in registers; tiles come by the copy engine (TMA), asked for by
-// one thread, and no barrier of the whole block is met after the start.
+// as they lie in shared memory and P in registers; tiles come by the copy engine (TMA), asked for
+// by one thread, and no barrier of the whole block is met after the start.
 #ifndef DITMOE_ATTENTION_FORWARD_SM90_CUH
 #define DITMOE_ATTENTION_FORWARD_SM90_CUH
 
@@ -8,8 +8,8 @@
 #include "devices/attention_wgmma.cuh"
 #include "devices/gemm_sm90.cuh"
 
-// qkv as an array [image][token][q, k or v, and head][column of a head], and boxes of 64 rows: of the
-// first 64 columns, swizzled, and of the 8 from a later one.
+// qkv as an array [image][token][q, k or v, and head][column of a head], and boxes of 64 rows: of
+// the first 64 columns, swizzled, and of the 8 from a later one.
 struct attention_maps {
     sm90::tensor_map first, later;
 };
@@ -120,10 +120,11 @@ template <int width, int groups, int stages, bool norm> struct attention_forward
     // (sum of c is 0, so that k's mean does not matter). c takes the place of q in shared memory;
     // q' . bk is the same for all of a row's scores, so that only lse wants to know of it.
     // Variances are E[x^2] - E[x]^2, in f32 of bf16.
-    struct norm_weights {
-        float u[width], v[width],
-            l[width]; // wq o wk, bq o wk, wq o bk; zeros past the head's columns
-        float sum_u, sum_v, sum_l, sum_b; // and of bq o bk
+    struct norm_weights {                 // zeros past the head's columns
+        float u[width];                   // wq o wk
+        float v[width];                   // bq o wk
+        float l[width];                   // wq o bk
+        float sum_u, sum_v, sum_l, sum_b; // b = bq o bk
     };
 
     // By the block's first warp.
@@ -206,8 +207,9 @@ template <int width, int groups, int stages, bool norm> struct attention_forward
         }
     }
 
-    // 1 / std of a tile's keys for the thread's warpgroup, 8 a warp at a time: their product with themselves has their squares in
-    // its diagonal, and with ones below them on its left side their sums in its lower half.
+    // 1 / std of a tile's keys for the thread's warpgroup, 8 a warp at a time: their product with
+    // themselves has their squares in its diagonal, and with ones below them on its left side
+    // their sums in its lower half.
     static __device__ __forceinline__ void key_norms(uint32_t k, float *inverse, int hd)
     {
         const float share = __fdividef(1, hd);
@@ -345,8 +347,8 @@ template <int width, int groups, int stages, bool norm> struct attention_forward
                         ahead.load_queries(p, maps, base);
                     ahead.load_keys(p, maps, base);
                 }
-                float *norms =
-                    inverse + first / keys % 2 * keys; // a slower warp may read the others
+                // by turns: a slower warp may still read the others
+                float *norms = inverse + first / keys % 2 * keys;
                 if constexpr (norm) {
                     key_norms(k, norms, p.hd);
                     group_sync();

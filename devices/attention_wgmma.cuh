@@ -65,8 +65,9 @@ __device__ __forceinline__ uint64_t operand(uint32_t address, uint32_t leading, 
 #define SUMS_16 SUMS_12 ",%12,%13,%14,%15"
 #define SUMS_32 SUMS_16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 
-// A product of k = 16 with both sides in shared memory, c[64 x n] = (or +=) A B. i0 to i2: the numbers
-// of the operands after the sums. across: whether A and B are stored across k, else along it (B^T).
+// A product of k = 16 with both sides in shared memory, c[64 x n] = (or +=) A B. i0 to i2: the
+// numbers of the operands after the sums. across: whether A and B are stored across k, else along
+// it (B^T).
 #define BOTH_SHARED(name, n, sums, i0, i1, i2, across, ...)                                       \
     __device__ __forceinline__ void name(float(*c)[4], uint64_t a, uint64_t b, bool add)          \
     {                                                                                             \
