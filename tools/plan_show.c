@@ -75,6 +75,18 @@ static void print_missing(const struct plan_result *r, FILE *out)
     fprintf(out, "; a smaller batch, more devices or --recompute would help\n");
 }
 
+// How to run a plan of this machine: the devices in the order of its ranks.
+static void print_command(const struct plan_settings *o, const struct plan_result *r, FILE *out)
+{
+    fprintf(out, "to run it: ditmoe %s --device ", o->what ? "sample" : "train");
+    for (int i = 0; i < r->cluster.ranks; i++) {
+        const char *name = r->cluster.rank[i].name;
+        fprintf(out, "%s%.*s", i ? "," : "", (int)strcspn(name, " "), name);
+    }
+    fprintf(out, " --placement %s --headroom %g ...\n", o->out ? o->out : "FILE (--out writes it)",
+            (double)o->headroom);
+}
+
 void plan_show(const struct plan_settings *o, const struct machines *m, const struct plan_result *r,
                FILE *out)
 {
@@ -97,13 +109,16 @@ void plan_show(const struct plan_settings *o, const struct machines *m, const st
     fprintf(out, "; exchange %.1f%%, sums of gradients %.1f%% of it\n", 100 * f->exchange_share,
             100 * f->reduce_share);
     if (host > 0)
-        fprintf(out, "%.1f GiB of experts live in host memory\n", host / (1 << 30));
+        fprintf(out, "%.1f GiB of experts live in host memory (planned; not run by this version)\n",
+                host / (1 << 30));
     for (int i = 0; i < r->cluster.ranks; i++)
         if (f->rank[i].memory <= 0)
             fprintf(out, "rank %d has nothing to do: leave it out\n", i);
     print_policies(o, r, out);
     if (f->missing > 0)
         print_missing(r, out);
+    else if (o->here && r->cluster.ranks > 1 && host <= 0)
+        print_command(o, r, out);
 }
 
 void points_print(const struct plan_settings *o, const struct plan_point *list, int count,
