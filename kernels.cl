@@ -4367,8 +4367,8 @@ inline void group_norm_join(float a[3], float count, float mean, float squares)
 }
 
 // Second, a work-group each group of an image: coefficients[n, 2, C] = weight / std | mean.
-enum { GROUP_NORM_ITEMS = 64 };
-KERNEL(64, 1)
+enum { GROUP_NORM_ITEMS = 256 };
+KERNEL(256, 1)
 void group_norm_total(GLOBAL float *coefficients, const GLOBAL float *part,
                       const GLOBAL float *weight, int channels, int per, int pixels, int rows,
                       int parts, float eps)

@@ -27,11 +27,14 @@ static int open_either(struct dataset *d, enum data_split split)
                     "%s: no dataset: not a directory; give one with MNIST's IDX files, of class "
                     "folders, or of latents",
                     d->path);
+    const bool latents = latents_present(d->path);
+    if (!latents && d->channels != 0 && d->channels != 1 && d->channels != 3)
+        return fail(ERR_INPUT, "%s: %d channels: images have 1 or 3", d->path, d->channels);
     if (idx_present(d->path))
         return idx_open(d, split);
     if (split == DATA_TEST)
         return fail(ERR_INPUT, "%s: has no test split; MNIST's IDX files have", d->path);
-    if (latents_present(d->path))
+    if (latents)
         return latents_dataset(d);
     return folder_open(d);
 }
@@ -42,8 +45,6 @@ int data_open_split(const char *path, enum data_split split, int size, int chann
     *out = NULL;
     if (size < 0 || size > 4096)
         return fail(ERR_INPUT, "image size %d: must be 1 to 4096", size);
-    if (channels != 0 && channels != 1 && channels != 3)
-        return fail(ERR_INPUT, "%d channels: images have 1 or 3", channels);
     struct dataset *d = calloc(1, sizeof *d);
     if (!d || !(d->path = strdup(path))) {
         free(d);

@@ -272,6 +272,19 @@ static int check_options(const struct vae_file *f, const struct vae_options *o)
     return 0;
 }
 
+// Kernels count elements, or fours of them, in 32 bits.
+static int check_counts(const struct vae *v)
+{
+    for (int i = 0; i < v->net.value_count; i++) {
+        const struct vae_value *x = &v->net.values[i];
+        const int64_t rows = (int64_t)v->options.batch * x->height * x->width;
+        if (rows * x->columns / (x->columns % 4 ? 1 : 4) > UINT32_MAX)
+            return fail(ERR_NOMEM, "%d images of %d x %d at a time are too many for the autoencoder",
+                        v->options.batch, v->options.height, v->options.width);
+    }
+    return 0;
+}
+
 int vae_new(struct device *dev, struct stream *stream, const struct vae_file *f,
             const struct vae_options *options, struct vae **out)
 {
@@ -292,7 +305,9 @@ int vae_new(struct device *dev, struct stream *stream, const struct vae_file *f,
     if (code == 0) {
         resize(v, tile && tile < options->height ? tile : options->height,
                tile && tile < options->width ? tile : options->width);
-        code = plan_all(v);
+        code = check_counts(v);
+        if (code == 0)
+            code = plan_all(v);
     }
     for (int i = 0; code == 0 && i < v->net.weight_count; i++)
         code = load_weight(v, &v->net.weights[i]);

@@ -194,7 +194,7 @@ static struct group_norm group_norm_plan(const struct context *c, const struct t
     struct group_norm p = {.images = images, .channels = x->shape[1]};
     BUG_IF(images < 1 || x->ndim != 2 || x->shape[0] % images);
     p.pixels = x->shape[0] / images;
-    p.rows = c->dev->cpu_forms ? op_chunk(c, x->shape[0], 16, 256) : p.pixels < 64 ? 8 : 64;
+    p.rows = c->dev->cpu_forms ? op_chunk(c, x->shape[0], 16, 256) : p.pixels < 64 ? 8 : 32;
     p.parts = cover(p.pixels, p.rows);
     p.part_bytes = op_aligned(c, (size_t)(images * p.parts * 2 * p.channels) * sizeof(float));
     p.total_bytes = op_aligned(c, (size_t)(images * 2 * p.channels) * sizeof(float));

@@ -357,6 +357,7 @@ latent_draw=("$ditmoe" sample --ckpt on-latents --steps 2 --classes 0-1 --per-cl
 fails 2 "sample latents without an autoencoder" "--vae" "${latent_draw[@]}" --out no.png
 works "sample and decode" "${latent_draw[@]}" --vae "$vae/kl.safetensors" --latents l.safetensors --out l.png --images l
 check "an image of 32x32" bash -c "file l/00000-class-0.png | grep -q '32 x 32'"
+works "eval of latents" "$ditmoe" eval --knn --data latents --samples l.safetensors --references 32 --json
 works "decode what was sampled" "$ditmoe" decode --vae "$vae/kl.safetensors" --latents l.safetensors --images decoded --out d.png \
     --raw whole.safetensors
 check "decode makes each image" test "$(ls decoded | wc -l)" -eq 4

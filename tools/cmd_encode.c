@@ -218,6 +218,20 @@ static int encode_shards(struct encoding *e)
 
 // ---- preparations -------------------------------------------------------------------------------
 
+// With fewer images at a time where memory does not do for e->batch.
+static int open_encoder(struct encoding *e)
+{
+    struct vae_options options = {
+        .part = VAE_ENCODER, .height = e->o->image_size, .width = e->o->image_size};
+    for (;; e->batch /= 2) {
+        options.batch = 2 * e->batch;
+        const int code = vae_new(e->session.dev, e->session.stream, &e->file, &options, &e->vae);
+        if (code != ERR_NOMEM || e->batch == 1)
+            return code;
+        fprintf(stderr, "note: %s; encoding %d at a time\n", error_message(), e->batch / 2);
+    }
+}
+
 static int prepare(struct encoding *e)
 {
     const struct encode_settings *o = e->o;
@@ -227,11 +241,7 @@ static int prepare(struct encoding *e)
     TRY(session_open(&o->device, &e->session));
     e->batch = vae_batch(&o->vae, e->session.dev, 2 * pixels,
                          (int)(e->info.shard < e->info.count ? e->info.shard : e->info.count));
-    const struct vae_options options = {.part = VAE_ENCODER,
-                                        .batch = 2 * e->batch,
-                                        .height = o->image_size,
-                                        .width = o->image_size};
-    TRY(vae_new(e->session.dev, e->session.stream, &e->file, &options, &e->vae));
+    TRY(open_encoder(e));
     const size_t images = 2 * (size_t)e->batch;
     for (int i = 0; i < 2; i++) {
         struct reading *r = &e->readings[i];

@@ -19,7 +19,8 @@ struct eval_settings {
 #define AT(member) offsetof(struct eval_settings, member)
 static const struct option_spec eval_options[] = {
     {"knn", 0, OPTION_FLAG, NULL, "yes",
-     "vote of the 5 nearest training images; or say 'ditmoe eval knn'; 'ditmoe eval fid' has FID", AT(knn), 0, 0, NULL},
+     "vote of the 5 nearest training images; or say 'ditmoe eval knn'; 'ditmoe eval fid' has FID",
+     AT(knn), 0, 0, NULL},
     {"data", 0, OPTION_STRING, "PATH", NULL, "the training data, as for 'ditmoe train'", AT(data),
      0, 0, NULL},
     {"per-class", 0, OPTION_INT, "N", "20", "samples to draw of each class", AT(per_class), 1,
@@ -74,10 +75,11 @@ static int read_samples(const struct safetensors *file, struct judged *out)
     const struct st_tensor *latents, *labels;
     TRY(safetensors_expect(file, "latents", -1, 4, (int64_t[]){-1, -1, -1, -1}, &latents));
     TRY(safetensors_expect(file, "labels", -1, 1, latents->shape, &labels));
-    if (latents->shape[0] < 1 || latents->shape[0] > 10000000 || latents->shape[1] > 3 ||
+    if (latents->shape[0] < 1 || latents->shape[0] > 10000000 || latents->shape[1] > 64 ||
         latents->shape[2] != latents->shape[3] || latents->shape[2] > 4096)
         return fail(
-            ERR_INPUT, "%s: latents [%lld,%lld,%lld,%lld] are no square images of 1 or 3 channels",
+            ERR_INPUT,
+            "%s: latents [%lld,%lld,%lld,%lld] are neither square images nor square latents",
             safetensors_path(file), (long long)latents->shape[0], (long long)latents->shape[1],
             (long long)latents->shape[2], (long long)latents->shape[3]);
     TRY(judged_new(out, (int)latents->shape[0], (int)latents->shape[1], (int)latents->shape[2]));
@@ -98,11 +100,8 @@ static int draw_judged(const struct eval_settings *o, struct judged *out)
     struct checkpoint *file = NULL;
     TRY(ckpt_open(&o->draw.from, &file));
     const struct config *c = &file->config;
-    int code = c->channels == 1 || c->channels == 3
-                   ? 0
-                   : fail(ERR_INPUT, "%s: makes latents of %d channels, no images to compare",
-                          file->path, c->channels);
-    if (code >= 0 && (int64_t)c->classes * o->per_class > 10000000)
+    int code = 0;
+    if ((int64_t)c->classes * o->per_class > 10000000)
         code = fail(ERR_INPUT, "%d classes x %d samples are too many", c->classes, o->per_class);
     if (code >= 0)
         code = judged_new(out, c->classes * o->per_class, c->channels, c->size);
@@ -263,7 +262,8 @@ static int eval_knn(int argc, char **argv)
         .name = "eval",
         .summary = "Judges samples.",
         .about = "Draws samples of every class and prints the share that the nearest training "
-                 "images put into the class that was asked for, beside the same figure for real test images. "
+                 "images put into the class that was asked for, beside the same figure for real "
+                 "test images. "
                  "'ditmoe eval fid' compares images by FID and its kin.",
         .example = "ditmoe eval --knn --ckpt run --data /usr/share/datasets/fashion-mnist",
         .groups = groups,
