@@ -8,7 +8,7 @@
 #include "runtime/ops.h"
 #include "runtime/plan.h"
 
-enum { ROWS = 1024, COLUMNS = 8192, NEAREST = MANIFOLD_NEIGHBOUR + 1 }; // itself is the nearest
+enum { ROWS = 4096, COLUMNS = 8192, NEAREST = MANIFOLD_NEIGHBOUR + 1 }; // itself is the nearest
 
 struct set {
     const float *rows;

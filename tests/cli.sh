@@ -453,6 +453,11 @@ works "going on with another batch" "${many[@]}" --npz again.npz --batch 50
 check "goes on where it was" grep -Eq "600 images, [1-5]?[0-9]?[0-9] to draw" err
 check "gives the same archive" cmp many.npz again.npz
 works "sample --npz --balanced" "$ditmoe" sample --ckpt whole --steps 1 --count 20 --classes 3,5 --balanced --npz few.npz
+works "sample --npz with an autoencoder" "$ditmoe" sample --ckpt "$root/tests/golden/s_qkv/model.safetensors" --heads 2 \
+    --diffusion rf --vae "$root/tests/vae/tiny.safetensors" --steps 2 --count 5 --batch 2 --npz decoded.npz
+fails 1 "an autoencoder of other latents" "latents of 3 channels" "$ditmoe" sample --ckpt "$root/tests/golden/s_qkv/model.safetensors" \
+    --heads 2 --diffusion rf --vae "$root/tests/vae/plain.safetensors" --count 5 --npz no.npz
+check "leaves nothing" test ! -e no.npz.part
 fails 2 "--npz without --count" "go together" "$ditmoe" sample --ckpt whole --npz no.npz
 fails 2 "--npz with --out" "does not go with" "${many[@]}" --npz no.npz --out no.png
 echo nonsense >wrong.npz.part

@@ -112,6 +112,7 @@ static int test_scipy(void)
     CHECK(fabs(got - want) < 1e-6 * want, "%.9g, scipy has %.9g", got, want);
     OK(frechet_distance(&a, &file, &got)); // the number of images not known
     CHECK(fabs(got - want) < 1e-6 * want, "%.9g, scipy has %.9g", got, want);
+    gaussian_free(&file);
     OK(frechet_distance(&b, &b, &got));
     CHECK(fabs(got) < 1e-6, "of itself: %g", got);
     CHECK(gaussian_read(z, "mu", "sigma", 21, &file) == ERR_INPUT, "another size");

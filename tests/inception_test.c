@@ -235,7 +235,7 @@ static double share_within(const float *of, int count, const float *in, const do
 
 static int test_manifold(void)
 {
-    enum { N = 1100, M = 1030, DIM = 5 };
+    enum { N = 4200, M = 1030, DIM = 5 };
     static float a[N * DIM], b[M * DIM];
     static double radius_a[N], radius_b[M];
     struct device *dev = test_device(0);

@@ -158,7 +158,8 @@ int cmd_bench(int argc, char **argv)
         {"step, ops", step_options, &o.step},
         {"step, ops: changes to the preset", model_option_list, &o.step.overrides},
         {"step, ops: images", image_option_list, &o.step.overrides},
-        {"vae (it and inception take --batch, --rounds, --profile and --trace too)", vae_options, &o.vae},
+        {"vae (it and inception take --batch, --rounds, --profile, --trace too)", vae_options,
+         &o.vae},
         {"device", device_option_list, &o.device},
         {0},
     };

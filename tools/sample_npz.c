@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 #include "model/image.h"
 #include "model/npz.h"
@@ -273,6 +274,8 @@ int sample_npz(const struct npz_settings *o, const struct draw_options *draw,
     drawing_close(&a.drawing);
     if (code >= 0 && ranks_first())
         code = write_archive(&a);
+    if (code < 0 && a.part.fd >= 0 && a.part.left == a.part.count)
+        unlink(a.part.path); // nothing is lost with it
     part_file_close(&a.part);
     free(a.labels), free(a.latents), free(a.decoded), free(a.pixels);
     return code;
