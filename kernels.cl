@@ -2881,6 +2881,47 @@ void attention_bwd_cpu(GLOBAL act *dqkv, GLOBAL float *delta, const GLOBAL act *
 // experts. GPU forms of row operations: x covers the columns, y strides over the rows, so that no
 // index needs a division. CPU forms: a work-item takes `chunk` rows.
 
+// The expert that row r of rows sorted by expert belongs to.
+INLINE uint expert_of(const GLOBAL int *offsets, uint E, uint r)
+{
+    uint e = 0, end = E;
+    while (end - e > 1) {
+        uint middle = (e + end) / 2;
+        if ((uint)offsets[middle] <= r)
+            e = middle;
+        else
+            end = middle;
+    }
+    return e;
+}
+
+// y[R,O] += bias[E,O] of each row's expert
+KERNEL(256, 1)
+void expert_bias_fwd(GLOBAL act *y, const GLOBAL float *bias, const GLOBAL int *offsets, uint R,
+                     uint O, uint E)
+{
+    size_t o = get_global_id(0);
+    if (o >= O)
+        return;
+    for (uint r = (uint)get_group_id(1); r < R; r += (uint)get_num_groups(1)) {
+        size_t at = (size_t)r * O + o;
+        act_store(y, at, act_load(y, at) + bias[(size_t)expert_of(offsets, E, r) * O + o]);
+    }
+}
+
+// dbias[E,O] += sums of dy[R,O] over the rows of each expert. Groups: (O / 64, E).
+KERNEL(64, 1)
+void expert_bias_bwd(GLOBAL float *dbias, const GLOBAL act *dy, const GLOBAL int *offsets, uint O)
+{
+    size_t o = get_global_id(0), e = get_group_id(1);
+    if (o >= O)
+        return;
+    float sum = 0.0f;
+    for (int r = offsets[e]; r < offsets[e + 1]; r++)
+        sum += act_load(dy, (size_t)r * O + o);
+    dbias[e * O + o] += sum;
+}
+
 // h[R,F] = silu(g) * u, gu[R,2F] = g | u
 KERNEL(256, 1)
 void swiglu_fwd(GLOBAL act *h, const GLOBAL act *gu, uint R, uint F)
@@ -3708,6 +3749,43 @@ inline size_t chunk_rows(uint chunk, size_t rows, size_t *from)
 {
     *from = get_global_id(0) * chunk;
     return *from + chunk < rows ? *from + chunk : rows;
+}
+
+KERNEL(1, 1)
+void expert_bias_fwd_cpu(GLOBAL act *y, const GLOBAL float *bias, const GLOBAL int *offsets, uint R,
+                         uint O, uint E, uint chunk)
+{
+    size_t r, to = chunk_rows(chunk, R, &r);
+    for (; r < to; r++) {
+        const GLOBAL float *b = bias + (size_t)expert_of(offsets, E, (uint)r) * O;
+        GLOBAL act *row = y + r * O;
+        uint o = 0;
+        for (; o + 16 <= O; o += 16)
+            act_store16(row + o, act_load16(row + o) + vload16(0, b + o));
+        for (; o < O; o++)
+            act_store(row, o, act_load(row, o) + b[o]);
+    }
+}
+
+// Groups: (O / 64, E).
+KERNEL(1, 1)
+void expert_bias_bwd_cpu(GLOBAL float *dbias, const GLOBAL act *dy, const GLOBAL int *offsets,
+                         uint O)
+{
+    size_t o = 64 * get_group_id(0), e = get_group_id(1), to = o + 64 < O ? o + 64 : O;
+    int first = offsets[e], last = offsets[e + 1];
+    for (; o + 16 <= to; o += 16) {
+        float16 sum = 0.0f;
+        for (int r = first; r < last; r++)
+            sum += act_load16(dy + (size_t)r * O + o);
+        vstore16(vload16(0, dbias + e * O + o) + sum, 0, dbias + e * O + o);
+    }
+    for (; o < to; o++) {
+        float sum = 0.0f;
+        for (int r = first; r < last; r++)
+            sum += act_load(dy, (size_t)r * O + o);
+        dbias[e * O + o] += sum;
+    }
 }
 
 KERNEL(1, 1)

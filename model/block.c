@@ -78,6 +78,7 @@ static int plan_moe_half(struct dit *d, int l, struct block_act *a)
     const enum dtype act = d->ctx.dev->act;
     const int64_t D = c->hidden, M = d->options.batch * (int64_t)config_tokens(c), K = c->topk;
     const int64_t R = M * K, F = MLP_RATIO * D, Fs = D * c->shared, E = c->experts;
+    const bool gelu = c->expert == EXPERT_GELU; // keeps what fc1 gives in gu, and rebuilds nothing
     ACTIVATION(d, l, "router.logits", F32, 2, 2, NEVER, &a->logits, M, E);
     ACTIVATION(d, l, "router.probs", F32, 2, 2, 3, &a->probs, M, E);
     ACTIVATION(d, l, "router.weight", F32, 2, 5, 3, &a->weight, M, K);
@@ -85,10 +86,11 @@ static int plan_moe_half(struct dit *d, int l, struct block_act *a)
     ACTIVATION(d, l, "router.token", I32, 2, 3, d->lean ? 2 : NEVER, &a->token, R);
     ACTIVATION(d, l, "experts.rows", act, d->moe ? 2 : 3, 3, d->lean || d->moe ? NEVER : 2, &a->rows,
                R, D); // those that travel are made before the shared expert works
-    if (!d->moe && (d->options.train || !op_swiglu_fuses(&d->ctx, F)))
-        ACTIVATION(d, l, "experts.gu", act, 3, 3, 2, &a->gu, R, 2 * F);
+    if (!d->moe && (d->options.train || (!gelu && !op_swiglu_fuses(&d->ctx, F))))
+        ACTIVATION(d, l, "experts.gu", act, 3, 3, 2, &a->gu, R, gelu ? F : 2 * F);
     if (!d->moe)
-        ACTIVATION(d, l, "experts.hidden", act, 3, 4, rebuilds(d, F) ? NEVER : 1, &a->hidden, R, F);
+        ACTIVATION(d, l, "experts.hidden", act, 3, 4, !gelu && rebuilds(d, F) ? NEVER : 1,
+                   &a->hidden, R, F);
     ACTIVATION(d, l, "experts.y", act, 4, 5, 4, &a->y, R, D);
     if (c->shared) {
         if (d->options.train || !op_swiglu_fuses(&d->ctx, Fs))
@@ -139,13 +141,14 @@ static int plan_moe_gradients(struct dit *d, int l)
     const enum dtype act = d->ctx.dev->act;
     const int64_t D = c->hidden, M = d->options.batch * (int64_t)config_tokens(c), K = c->topk;
     const int64_t R = M * K, F = MLP_RATIO * D, Fs = D * c->shared;
+    const bool gelu = c->expert == EXPERT_GELU;
     SCRATCH("router.dweight", F32, 0, 3, &s->dweight, M, K);
     SCRATCH("router.dlogits", F32, 3, 4, &s->dlogits, M, c->experts);
-    if (!d->moe && !op_swiglu_fuses(&d->ctx, F))
+    if (!d->moe && (gelu || !op_swiglu_fuses(&d->ctx, F)))
         SCRATCH("experts.dhidden", act, 1, 2, &s->dhidden, R, F);
     if (!d->moe && d->lean)
-        SCRATCH("experts.rows again", act, 2, 2, &s->rows, R, D);
-    if (!d->moe && rebuilds(d, F))
+        SCRATCH("experts.rows again", act, gelu ? 1 : 2, 2, &s->rows, R, D);
+    if (!d->moe && !gelu && rebuilds(d, F))
         SCRATCH("experts.hidden again", act, 1, 1, &s->hidden, R, F);
     if (!c->shared)
         return 0;

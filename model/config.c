@@ -34,6 +34,19 @@ int moe_blocks_parse(const char *name, enum moe_blocks *out)
                 name);
 }
 
+const char *expert_kind_name(enum expert_kind e)
+{
+    return e == EXPERT_GELU ? "gelu" : "swiglu";
+}
+
+static int expert_kind_parse(const char *name, enum expert_kind *out)
+{
+    *out = name && !strcmp(name, "gelu") ? EXPERT_GELU : EXPERT_SWIGLU;
+    return !name || !strcmp(name, expert_kind_name(*out))
+               ? 0
+               : fail(ERR_INPUT, "expert '%.20s' is none of swiglu, gelu", name);
+}
+
 static const char *const diffusion_names[] = {"rf", "ddpm"};
 
 const char *diffusion_name(enum diffusion d)
@@ -175,6 +188,7 @@ json_t *config_to_json(const struct config *c)
     } while (0);
     CONFIG_FLOATS(X)
 #undef X
+    json_object_set_new(j, "expert", json_string(expert_kind_name(c->expert)));
     json_object_set_new(j, "diffusion", json_string(diffusion_name(c->diffusion)));
     return j;
 }
@@ -211,6 +225,7 @@ int config_from_json(const json_t *j, struct config *c)
     CONFIG_FLOATS(X)
 #undef X
     const char *diffusion = json_string_value(json_object_get(j, "diffusion"));
+    TRY(expert_kind_parse(json_string_value(json_object_get(j, "expert")), &c->expert));
     TRY(diffusion_parse(diffusion ? diffusion : "rf", &c->diffusion));
     return config_check(c);
 }
@@ -218,7 +233,8 @@ int config_from_json(const json_t *j, struct config *c)
 bool config_equal(const struct config *a, const struct config *b)
 {
 #define X(f) &&a->f == b->f
-    return a->moe == b->moe && a->diffusion == b->diffusion CONFIG_INTS(X) CONFIG_BOOLS(X) CONFIG_FLOATS(X);
+    return a->moe == b->moe && a->diffusion == b->diffusion &&
+           a->expert == b->expert CONFIG_INTS(X) CONFIG_BOOLS(X) CONFIG_FLOATS(X);
 #undef X
 }
 
@@ -230,7 +246,9 @@ struct config_counts config_count(const struct config *c)
     const int64_t D = c->hidden, T = config_tokens(c), F = MLP_RATIO * D, hd = D / c->heads;
     const int64_t patch = (int64_t)c->channels * c->patch * c->patch;
     const int64_t head = (int64_t)config_out_channels(c) * c->patch * c->patch;
-    const int64_t expert = 3 * D * F, shared = 3 * D * D * c->shared;
+    const bool gelu = c->expert == EXPERT_GELU;
+    const int64_t products = (gelu ? 2 : 3) * D * F, expert = products + (gelu ? F + D : 0);
+    const int64_t shared = 3 * D * D * c->shared;
     struct config_counts n = {0};
 
     n.total = T * D + D * patch + D + TIMESTEP_FEATURES * D + D + D * D + D +
@@ -246,7 +264,7 @@ struct config_counts config_count(const struct config *c)
         if (config_is_moe(c, l)) {
             n.total += c->experts * expert + shared + c->experts * D;
             n.active += c->topk * expert + shared + c->experts * D;
-            token += c->topk * expert + shared + c->experts * D;
+            token += c->topk * products + shared + c->experts * D;
         } else {
             n.total += 2 * D * F + F + D, n.active += 2 * D * F + F + D;
             token += 2 * D * F;

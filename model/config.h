@@ -25,6 +25,12 @@ enum diffusion {
     DIFFUSION_DDPM, // 1000 steps, linear betas: noise (and, with learn_sigma, variance) at t = 0..999
 };
 
+// What an expert is.
+enum expert_kind {
+    EXPERT_SWIGLU, // down (silu(gate x) * up x), no biases: as published
+    EXPERT_GELU,   // fc2 gelu(fc1 x), with biases: DiT's plain MLP, for upcycled models
+};
+
 struct config {
     int layers, hidden, heads, patch;
     int channels, size, classes; // images are [channels, size, size]; labels 0..classes-1
@@ -38,6 +44,7 @@ struct config {
     float balance;             // its factor: 0.01 in the published code, 0.005 in the paper
     float class_dropout;       // labels replaced by the null class in training
     enum diffusion diffusion;
+    enum expert_kind expert; // of the routed experts; shared ones are SwiGLU always
 };
 
 enum { TIMESTEP_FEATURES = 256, MLP_RATIO = 4 };
@@ -76,6 +83,7 @@ bool config_equal(const struct config *a, const struct config *b);
 
 const char *moe_blocks_name(enum moe_blocks m);
 int moe_blocks_parse(const char *name, enum moe_blocks *out);
+const char *expert_kind_name(enum expert_kind e); // swiglu, gelu
 const char *diffusion_name(enum diffusion d); // rf, ddpm
 int diffusion_parse(const char *name, enum diffusion *out);
 

@@ -169,6 +169,18 @@ int attention_backward(struct dit *d, int layer); // attn (now d attn) -> grad.d
 // shared expert: with the router's part).
 int moe_forward(struct dit *d, int layer);  // h2 -> y, shared; router.logits is there already
 int moe_backward(struct dit *d, int layer); // out (now d out) -> grad.dh, y, grad.dlogits
+// Experts of the kind EXPERT_GELU over `rows`, sorted by expert (experts_gelu.c). pre [R,F] may be hidden
+// [R,F] where no backward pass follows. That takes d y in y and leaves d rows there; dhidden [R,F] is
+// scratch.
+struct expert_rows {
+    struct tensor *rows, *pre, *hidden, *y;
+    const struct tensor *offsets;
+};
+int gelu_experts_forward(struct context *c, const struct block_weights *w,
+                         const struct expert_rows *r);
+int gelu_experts_backward(struct context *c, struct block_weights *g,
+                          const struct block_weights *w, const struct expert_rows *r,
+                          struct tensor *dhidden);
 int mlp_forward(struct dit *d, int layer);  // h2 -> out of a plain block
 int mlp_backward(struct dit *d, int layer); // out (now d out) -> grad.dh (d h2)
 

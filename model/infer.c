@@ -38,13 +38,14 @@ static bool is_matrix(const struct st_tensor *t, int ndim)
     return true;
 }
 
-// Experts of a block: how many there are, and the shared width.
-static int count_experts(const struct safetensors *s, const char *prefix, int block)
+// How many experts a block has that hold `what`.
+static int count_experts(const struct safetensors *s, const char *prefix, int block,
+                         const char *what)
 {
     int n = 0;
     char suffix[64];
     do
-        snprintf(suffix, sizeof suffix, "moe.experts.%d.gate_proj.weight", n++);
+        snprintf(suffix, sizeof suffix, "moe.experts.%d.%s.weight", n++, what);
     while (n < 1024 && find_block(s, prefix, block, suffix));
     return n - 1;
 }
@@ -54,9 +55,12 @@ static int infer_moe(const struct safetensors *s, const char *prefix, struct con
     c->moe = MOE_NONE;
     c->experts = 1, c->topk = 1;
     for (int l = 0; l < c->layers; l++) {
-        int experts = count_experts(s, prefix, l);
+        const int swiglu = count_experts(s, prefix, l, "gate_proj");
+        const int experts = swiglu ? swiglu : count_experts(s, prefix, l, "fc1");
         if (!experts)
             continue;
+        c->expert = swiglu ? EXPERT_SWIGLU : EXPERT_GELU;
+        c->renormalise = !swiglu; // only upcycled models have such experts (model/upcycle.h)
         const struct st_tensor *shared =
             find_block(s, prefix, l, "moe.shared_experts.gate_proj.weight");
         c->experts = experts;

@@ -1,4 +1,4 @@
-// The feed-forward half of a block: a mixture of SwiGLU experts with a shared expert (DiT-MoE section
+// The feed-forward half of a block: a mixture of experts with a shared expert (DiT-MoE section
 // 3.1), or DiT's plain MLP. Routing stays on the device: tokens are sorted by expert and every
 // projection is one ragged matrix product over the experts.
 #include "model/dit.h"
@@ -45,6 +45,11 @@ static int spread_forward(struct dit *d, int layer)
     return moe_exchange_forward(d, layer);
 }
 
+static bool has_gelu(const struct dit *d)
+{
+    return d->config.expert == EXPERT_GELU;
+}
+
 int moe_forward(struct dit *d, int layer)
 {
     struct context *c = &d->ctx;
@@ -57,6 +62,11 @@ int moe_forward(struct dit *d, int layer)
     if (d->config.shared > 0)
         TRY(shared_forward(d, layer));
     TRY(op_dispatch_fwd(c, &a->rows, &a->h2, &a->token, &a->slot));
+    if (has_gelu(d)) {
+        struct tensor *pre = a->gu.ndim ? &a->gu : &a->hidden;
+        const struct expert_rows r = {&a->rows, pre, &a->hidden, &a->y, offsets};
+        return gelu_experts_forward(c, w, &r);
+    }
     TRY(op_experts_swiglu(c, &a->hidden, if_planned(&a->gu), &a->rows, &w->experts_gu, offsets));
     return op_experts(c, &a->y, &a->hidden, &w->experts_down, offsets);
 }
@@ -71,6 +81,12 @@ static int experts_backward(struct dit *d, int layer)
     const struct block_weights *w = &d->w.blocks[layer];
     const struct tensor *offsets = &d->routes[layer].offsets;
     struct tensor *hidden = dit_kept(&a->hidden, &s->hidden), *rows = dit_kept(&a->rows, &s->rows);
+    if (has_gelu(d)) {
+        const struct expert_rows r = {rows, &a->gu, hidden, &a->y, offsets};
+        if (d->lean)
+            TRY(op_dispatch_fwd(c, rows, &s->h2, &a->token, &a->slot));
+        return gelu_experts_backward(c, g, w, &r, &s->dhidden);
+    }
     TRY(op_experts_swiglu_dx(c, &a->gu, if_planned(&s->dhidden), if_planned(&s->hidden), &a->y,
                              &w->experts_down, offsets));
     TRY(op_experts_dw(c, &g->experts_down, &a->y, hidden, offsets));

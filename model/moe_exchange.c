@@ -199,10 +199,11 @@ static int plan_backward(struct dit *d, int layer)
     const int from = time_backward(d, layer, 0), to = time_backward(d, layer, 4);
     const int64_t H = y->room, D = d->config.hidden, F = MLP_RATIO * D;
     TRY(PLAN_TENSOR(d->plan, "served.dy", PLAN_ACTIVATIONS, act, from, to, &y->dy, H, D));
-    if (!op_swiglu_fuses(&d->ctx, F))
+    const bool gelu = d->config.expert == EXPERT_GELU;
+    if (gelu || !op_swiglu_fuses(&d->ctx, F))
         TRY(PLAN_TENSOR(d->plan, "served.dhidden", PLAN_ACTIVATIONS, act, from, to, &y->dhidden, H,
                         F));
-    if (d->lean && op_swiglu_rebuilds(&d->ctx, F))
+    if (!gelu && d->lean && op_swiglu_rebuilds(&d->ctx, F))
         TRY(PLAN_TENSOR(d->plan, "served.hidden again", PLAN_ACTIVATIONS, act, from, to, &y->hidden,
                         H, F));
     return 0;
@@ -215,7 +216,8 @@ int moe_exchange_plan(struct dit *d, int layer)
     const enum dtype act = d->ctx.dev->act;
     const int64_t H = largest_room(m, d, layer), D = d->config.hidden, F = MLP_RATIO * D;
     const bool train = d->options.train;
-    const bool again = d->lean && op_swiglu_rebuilds(&d->ctx, F);
+    const bool gelu = d->config.expert == EXPERT_GELU;
+    const bool again = !gelu && d->lean && op_swiglu_rebuilds(&d->ctx, F);
     TRY(grow_staging(d, H));
     TRY(PLAN_TENSOR(d->plan, "served.offsets", PLAN_ACTIVATIONS, I32, 0, PLAN_FOREVER,
                     &m->layers[layer].offsets, m->layers[layer].held + 1));
@@ -224,8 +226,8 @@ int moe_exchange_plan(struct dit *d, int layer)
     if (s->rows.ndim)
         return 0;
     ACTIVATION(d, layer, "served.rows", act, 3, 3, 4, &s->rows, H, D);
-    if (train || !op_swiglu_fuses(&d->ctx, F))
-        ACTIVATION(d, layer, "served.gu", act, 3, 3, 4, &s->gu, H, 2 * F);
+    if (train || (!gelu && !op_swiglu_fuses(&d->ctx, F)))
+        ACTIVATION(d, layer, "served.gu", act, 3, 3, 4, &s->gu, H, gelu ? F : 2 * F);
     ACTIVATION(d, layer, "served.hidden", act, 3, 4, again ? NEVER : 4, &s->hidden, H, F);
     ACTIVATION(d, layer, "served.y", act, 4, 4, NEVER, &s->y, H, D);
     return 0;
@@ -493,6 +495,10 @@ static int experts_forward(struct dit *d, int layer)
     struct tensor hidden = first_rows(&s->hidden, n), y = first_rows(&s->y, n);
     if (n == 0)
         return 0;
+    if (d->config.expert == EXPERT_GELU) {
+        const struct expert_rows r = {&rows, gu.ndim ? &gu : &hidden, &hidden, &y, offsets};
+        return gelu_experts_forward(c, w, &r);
+    }
     TRY(op_experts_swiglu(c, &hidden, if_planned(&gu), &rows, &w->experts_gu, offsets));
     return op_experts(c, &y, &hidden, &w->experts_down, offsets);
 }
@@ -547,6 +553,10 @@ static int experts_backward(struct dit *d, int layer)
     struct tensor again = first_rows(&l->hidden, n), kept = first_rows(&s->hidden, n);
     if (n == 0)
         return no_gradients(d, layer);
+    if (d->config.expert == EXPERT_GELU) {
+        const struct expert_rows r = {&rows, &gu, &kept, &dy, &l->offsets};
+        return gelu_experts_backward(c, g, w, &r, &dhidden);
+    }
     TRY(op_experts_swiglu_dx(c, &gu, if_planned(&dhidden), if_planned(&again), &dy,
                              &w->experts_down, &l->offsets));
     TRY(op_experts_dw(c, &g->experts_down, &dy, dit_kept(&kept, &again), &l->offsets));

@@ -151,14 +151,14 @@ static bool held_here(const struct builder *b, int l, int e)
     return !b->place || placement_holds(b->place, b->rank, l, e, NULL);
 }
 
-// A slice that belongs to expert e; one that another rank holds takes no room.
+// A slice that belongs to expert e (columns 0: a bias); one that another rank holds takes no room.
 static void add_expert_slice(struct builder *b, int l, int e, size_t member, const char *what,
                              int64_t rows, int64_t columns)
 {
     char suffix[48];
     const int64_t next = b->next;
-    snprintf(suffix, sizeof suffix, "moe.experts.%d.%s.weight", e, what);
-    add_slice(b, l, member, INIT_XAVIER, suffix, rows, columns);
+    snprintf(suffix, sizeof suffix, "moe.experts.%d.%s.%s", e, what, columns ? "weight" : "bias");
+    add_slice(b, l, member, columns ? INIT_XAVIER : INIT_ZERO, suffix, rows, columns);
     if (b->list)
         b->list[b->count - 1].expert = e;
     if (held_here(b, l, e))
@@ -168,23 +168,54 @@ static void add_expert_slice(struct builder *b, int l, int e, size_t member, con
         b->list[b->count - 1].start = PARAM_ELSEWHERE;
 }
 
-static void add_moe(struct builder *b, int l)
+// A device tensor that is one slice of each expert.
+static void add_expert_tensor(struct builder *b, int l, int held, size_t member, const char *what,
+                              int64_t rows, int64_t columns)
+{
+    if (columns)
+        add_group(b, l, member, false, 3, held, rows, columns);
+    else
+        add_group(b, l, member, false, 1, held * rows, 1, 1);
+    for (int e = 0; e < b->config->experts; e++)
+        add_expert_slice(b, l, e, member, what, rows, columns);
+}
+
+#define EXPERTS(b, l, held, member, what, rows, columns)                                           \
+    add_expert_tensor(b, l, held, offsetof(struct block_weights, member), what, rows, columns)
+
+static void add_swiglu_experts(struct builder *b, int l, int held)
 {
     const struct config *c = b->config;
-    const int64_t D = c->hidden, F = MLP_RATIO * D, Fs = D * c->shared;
-    const int held = b->place ? placement_list(b->place, b->rank, l, NULL) : c->experts;
+    const int64_t D = c->hidden, F = MLP_RATIO * D;
     const size_t gu = offsetof(struct block_weights, experts_gu);
-    const size_t down = offsetof(struct block_weights, experts_down);
-
-    BLOCK(b, l, gate_w, INIT_KAIMING, "moe.gate.weight", c->experts, D);
     add_group(b, l, gu, false, 3, held, 2 * F, D);
     for (int e = 0; e < c->experts; e++) {
         add_expert_slice(b, l, e, gu, "gate_proj", F, D);
         add_expert_slice(b, l, e, gu, "up_proj", F, D);
     }
-    add_group(b, l, down, false, 3, held, D, F);
-    for (int e = 0; e < c->experts; e++)
-        add_expert_slice(b, l, e, down, "down_proj", D, F);
+    EXPERTS(b, l, held, experts_down, "down_proj", D, F);
+}
+
+static void add_gelu_experts(struct builder *b, int l, int held)
+{
+    const int64_t D = b->config->hidden, F = MLP_RATIO * D;
+    EXPERTS(b, l, held, experts_gu, "fc1", F, D);
+    EXPERTS(b, l, held, experts_fc1_b, "fc1", F, 0);
+    EXPERTS(b, l, held, experts_down, "fc2", D, F);
+    EXPERTS(b, l, held, experts_fc2_b, "fc2", D, 0);
+}
+
+static void add_moe(struct builder *b, int l)
+{
+    const struct config *c = b->config;
+    const int64_t D = c->hidden, Fs = D * c->shared;
+    const int held = b->place ? placement_list(b->place, b->rank, l, NULL) : c->experts;
+
+    BLOCK(b, l, gate_w, INIT_KAIMING, "moe.gate.weight", c->experts, D);
+    if (c->expert == EXPERT_GELU)
+        add_gelu_experts(b, l, held);
+    else
+        add_swiglu_experts(b, l, held);
     if (!c->shared)
         return;
     const size_t shared_gu = offsetof(struct block_weights, shared_gu);

@@ -15,7 +15,9 @@ struct block_weights {
     struct tensor qkv_w, qkv_b, proj_w, proj_b;   // [3D,D] [3D] [D,D] [D]
     struct tensor q_norm_w, q_norm_b, k_norm_w, k_norm_b; // [D/H] each, with qk_norm
     struct tensor gate_w;                         // [E,D] router
-    struct tensor experts_gu, experts_down;       // [E,2F,D] (gate rows, then up rows), [E,D,F]
+    // [E,2F,D] (gate rows, then up rows), [E,D,F]; GELU experts: fc1 [E,F,D], fc2 [E,D,F] and biases
+    struct tensor experts_gu, experts_down;
+    struct tensor experts_fc1_b, experts_fc2_b;   // [E*F] [E*D], GELU experts only
     struct tensor shared_gu, shared_down;         // [2Fs,D], [D,Fs], Fs = shared*D
     struct tensor fc1_w, fc1_b, fc2_w, fc2_b;     // plain MLP blocks: [4D,D] [4D] [D,4D] [D]
 };

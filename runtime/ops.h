@@ -35,6 +35,13 @@ int op_experts_dx(struct context *c, struct tensor *dx, const struct tensor *dy,
 int op_experts_dw(struct context *c, struct tensor *dw, const struct tensor *dy,
                   const struct tensor *x, const struct tensor *offsets);
 
+// Biases of experts that have them, bias[E*O] f32: y[R,O] (ACT) += that of each row's expert.
+// Backward: dbias += the sums of dy's rows expert by expert.
+int op_expert_bias_fwd(struct context *c, struct tensor *y, const struct tensor *bias,
+                       const struct tensor *offsets);
+int op_expert_bias_bwd(struct context *c, struct tensor *dbias, const struct tensor *dy,
+                       const struct tensor *offsets);
+
 // The gate|up product of a SwiGLU layer with what follows it: h[M,F] = silu(g) * u, where
 // g | u = x[M,I] w[2F,I]^T; and the gradient of gu[M,2F] = g | u in place, from dy[M,O] and the down
 // projection w[O,F]: dh = dy w, then dg | du. Devices that do both in one pass for this F

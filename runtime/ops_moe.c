@@ -46,6 +46,39 @@ static bool is_f32(const struct tensor *t)
     return t->dtype == F32;
 }
 
+// ---- biases of experts ---------------------------------------------------------------------------
+
+static int64_t expert_count(const struct tensor *bias, const struct tensor *rows,
+                            const struct tensor *offsets)
+{
+    const int64_t E = tensor_count(offsets) - 1;
+    BUG_IF(rows->ndim != 2 || !is_i32(offsets) || E < 1 || E > MAX_EXPERTS || !is_f32(bias));
+    BUG_IF(tensor_count(bias) != E * rows->shape[1]);
+    return E;
+}
+
+int op_expert_bias_fwd(struct context *c, struct tensor *y, const struct tensor *bias,
+                       const struct tensor *offsets)
+{
+    const int64_t E = expert_count(bias, y, offsets), R = y->shape[0], O = y->shape[1];
+    BUG_IF(!is_act(c, y));
+    const int64_t chunk = row_chunk(c, R);
+    if (c->dev->cpu_forms)
+        return LAUNCH(c, KERNEL_expert_bias_fwd_cpu, cover(R, chunk), 1, 1, BUF(y), BUF(bias),
+                      BUF(offsets), UINT(R), UINT(O), UINT(E), UINT(chunk));
+    return LAUNCH(c, KERNEL_expert_bias_fwd, cover(O, COLUMN_GROUP), row_groups(R), 1, BUF(y),
+                  BUF(bias), BUF(offsets), UINT(R), UINT(O), UINT(E));
+}
+
+int op_expert_bias_bwd(struct context *c, struct tensor *dbias, const struct tensor *dy,
+                       const struct tensor *offsets)
+{
+    const int64_t E = expert_count(dbias, dy, offsets), O = dy->shape[1];
+    BUG_IF(!is_act(c, dy));
+    return LAUNCH(c, FORM(c, expert_bias_bwd), cover(O, 64), E, 1, BUF(dbias), BUF(dy),
+                  BUF(offsets), UINT(O));
+}
+
 // ---- SwiGLU -------------------------------------------------------------------------------------
 
 int op_swiglu_fwd(struct context *c, struct tensor *h, const struct tensor *gu)

@@ -48,6 +48,8 @@ CORNERS = {
     "dense": (3, dict(layers=2, hidden=52, heads=4, moe="none")),
     "dense, q/k norm": (3, dict(layers=2, hidden=52, heads=4, moe="none", qk_norm=True, learn_sigma=False)),
     "four shared": (2, dict(hidden=32, shared=4, topk=1)),
+    "GELU experts": (3, dict(hidden=36, heads=3, experts=7, topk=3, expert="gelu", renormalise=True)),
+    "GELU experts, shared": (2, dict(hidden=32, experts=4, expert="gelu", shared=2, moe="alternate")),
     "no null class": (3, dict(hidden=32, class_dropout=0.0)),
     "no balance loss": (2, dict(hidden=32, balance=0.0)),
     "strong balance loss": (4, dict(hidden=32, balance=3.0)),
@@ -66,6 +68,7 @@ def random_case(r):
         channels=r.randint(1, 8), classes=r.randint(1, 20), experts=experts, topk=r.randint(1, min(4, experts)),
         shared=r.choice([0, 1, 2, 4]), moe=r.choice(["all", "all", "alternate", "shallow", "deep", "none"]),
         qk_norm=r.random() < 0.5, learn_sigma=r.random() < 0.5, renormalise=r.random() < 0.5,
+        expert=r.choice(["swiglu", "swiglu", "gelu"]),
         balance=r.choice([0.0, 0.01, 0.2]), balance_per_sequence=r.random() < 0.5)
 
 

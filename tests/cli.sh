@@ -76,7 +76,7 @@ train=("$ditmoe" train "${tiny[@]}" --data data --batch 4 --sample-every 0)
 works "ditmoe --help" "$ditmoe" --help
 check "ditmoe --help fits a screen" test "$(wc -l <out)" -le 24
 works "ditmoe --version" "$ditmoe" --version
-for command in devices info train sample encode decode eval forward convert calibrate plan bench; do
+for command in devices info train sample encode decode eval forward convert upcycle calibrate plan bench; do
     run "$ditmoe" $command --help
     if [ $status -eq 0 ] && grep -q "^usage: ditmoe $command" out && [ ! -s err ] &&
         [ "$(awk '{ if (length > m) m = length } END { print m }' out)" -le 100 ]; then
@@ -563,6 +563,25 @@ fails 1 "no diffusers for experts" "no layout for a mixture of experts" "$ditmoe
 fails 2 "convert to what?" "give --to" "$ditmoe" convert whole no
 fails 1 "convert onto a full disk" "ditmoe convert: no.pt" bash -c 'ulimit -f 20; exec "$@"' - "$ditmoe" convert whole no.pt
 check "leaves nothing" test ! -e no.pt -a -z "$(find . -maxdepth 1 -name '*.tmp*')"
+# ---- a dense model becomes a mixture of experts, and is trained on ------------------------------------
+works "train a plain DiT" "${train[@]}" --moe none --steps 3 --out dense
+works "upcycle it" "$ditmoe" upcycle dense up.safetensors --experts 4 --seed 3
+works "what it is" "$ditmoe" info up.safetensors
+check "GELU experts, renormalised" grep -q "4 GELU MLPs of width 128, 2 active, 0 shared; in all blocks; weights renormalised" out
+works "both draw" "$ditmoe" sample --ckpt dense --steps 2 --classes 0 --latents dense-z.safetensors
+works "the same" "$ditmoe" sample --ckpt up.safetensors --steps 2 --classes 0 --latents up-z.safetensors
+init=("$ditmoe" train --init up.safetensors --data data --batch 4 --sample-every 0)
+works "train goes on from there" "${init[@]}" --steps 2 --out more
+works "and resumes" "$ditmoe" train --resume --steps 3 --out more
+works "a model of it is a model" "$ditmoe" info more/model.safetensors
+check "of the same kind" grep -q "4 GELU MLPs" out
+fails 1 "--init of other images" "is of images 32x32x1 in 10 classes, but the data are 64x64x1" \
+    "${init[@]}" --image-size 64 --out other
+fails 1 "--init with another model" "holds another model than these options give" "${init[@]}" --layers 3 --out other
+fails 1 "--init of nothing" "nothing.pt" "${init[@]}" --init nothing.pt --out other
+fails 1 "upcycle what has experts" "experts already" "$ditmoe" upcycle whole no.safetensors
+fails 1 "upcycle to one active expert" "one active expert" "$ditmoe" upcycle dense no.safetensors --topk 1
+check "nothing was written" test ! -e no.safetensors -a ! -e other/step-00000000.safetensors
 works "devices --json" "$ditmoe" devices --json
 small=("${tiny[@]}" --size 32 --channels 1 --classes 10 --rounds 1)
 works "bench step" "$ditmoe" bench step "${small[@]}" --batch 2,3 --json

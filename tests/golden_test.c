@@ -348,7 +348,8 @@ CASE(alternate)
 CASE(ddpm_latent)
 CASE(ddpm_grey)
 CASE(ddpm_fixed)
+CASE(gelu)
 
 #define ROWS(name) {#name, name}, {#name "_recompute", name##_recompute}, {#name "_gpu_forms", name##_gpu_forms}
 const struct test golden_tests[] = {ROWS(s_qkv), ROWS(xl_wqkv), ROWS(dense), ROWS(alternate),
-                                    ROWS(ddpm_latent), ROWS(ddpm_grey), ROWS(ddpm_fixed), {0}};
+                                    ROWS(ddpm_latent), ROWS(ddpm_grey), ROWS(ddpm_fixed), ROWS(gelu), {0}};

@@ -4,7 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-static const char *const diffusion_choices[] = {"auto", "rf", "ddpm", NULL};
+const char *const diffusion_hints[] = {"auto", "rf", "ddpm", NULL};
 
 #define AT(member) offsetof(struct ckpt_options, member)
 #define HINTS                                                                                     \
@@ -32,7 +32,7 @@ static const char *const diffusion_choices[] = {"auto", "rf", "ddpm", NULL};
          AT(diffusion),                                                                           \
          0,                                                                                       \
          0,                                                                                       \
-         diffusion_choices},
+         diffusion_hints},
 
 const struct option_spec hint_option_list[] = {HINTS{0}};
 

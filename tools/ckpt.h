@@ -10,6 +10,7 @@ struct ckpt_options {
     int heads, topk; // 0: not said
     int diffusion;   // 0: not said, else enum diffusion + 1
 };
+extern const char *const diffusion_hints[]; // auto, rf, ddpm
 extern const struct option_spec ckpt_option_list[]; // --ckpt, --weights, and these
 extern const struct option_spec hint_option_list[]; // --heads, --topk, --diffusion
 

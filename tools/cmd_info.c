@@ -14,14 +14,12 @@ struct info_options {
     struct model_options model;
 };
 
-static const char *const diffusion_choices[] = {"auto", "rf", "ddpm", NULL};
-
 #define AT(member) offsetof(struct info_options, member)
 static const struct option_spec output_options[] = {
     {"json", 0, OPTION_FLAG, NULL, "no", "print JSON", AT(json), 0, 0, NULL},
     {"diffusion", 0, OPTION_CHOICE, "WHAT", "auto",
      "of a file without a configuration: rf, ddpm, or auto, as published", AT(diffusion), 0, 0,
-     diffusion_choices},
+     diffusion_hints},
     {0},
 };
 #undef AT
@@ -158,8 +156,9 @@ static void print_config(const struct config *c)
     if (c->moe == MOE_NONE)
         printf("%-18s none: plain MLP of width %d\n", "experts", MLP_RATIO * c->hidden);
     else
-        printf("%-18s %d of width %d, %d active, %d shared; in %s blocks; weights %s\n", "experts",
-               c->experts, MLP_RATIO * c->hidden, c->topk, c->shared, moe_blocks_name(c->moe),
+        printf("%-18s %d %s of width %d, %d active, %d shared; in %s blocks; weights %s\n",
+               "experts", c->experts, c->expert == EXPERT_GELU ? "GELU MLPs" : "SwiGLU",
+               MLP_RATIO * c->hidden, c->topk, c->shared, moe_blocks_name(c->moe),
                c->renormalise ? "renormalised" : "not renormalised");
     printf("%-18s %d x %d, %d channels, patch %d: %d tokens\n", "images", c->size, c->size,
            c->channels, c->patch, config_tokens(c));

@@ -12,6 +12,10 @@ static const char *const time_choices[] = {"logit-normal", "uniform", "stratifie
 static const struct option_spec run_options[] = {
     {"model", 'm', OPTION_STRING, "PRESET", "S/4-8E2A",
      "size (S, B, L, XL, G), patch, experts and active experts", AT(model), 0, 0, NULL},
+    {"init", 0, OPTION_STRING, "FILE", NULL,
+     "begin with the weights and the model of FILE (whatever --ckpt of 'ditmoe sample' opens, such as "
+     "what 'ditmoe upcycle' writes) instead of a preset's",
+     AT(init), 0, 0, NULL},
     {"data", 0, OPTION_STRING, "PATH", NULL,
      "directory with MNIST-like files (Fashion-MNIST), or folder of class folders of PNG or JPEG "
      "images",
@@ -154,7 +158,7 @@ int cmd_train(int argc, char **argv)
     struct config config; // sizes that do not go together are told before any file is opened
     struct model_options guess = o.overrides;
     guess.size = o.image_size ? o.image_size : -1;
-    if (model_config(o.model, &guess, &config) < 0)
+    if (!o.init && model_config(o.model, &guess, &config) < 0)
         return usage_error("train", "%s", error_message());
     char *data = o.data ? realpath(o.data, NULL) : NULL; // a resumed run may start elsewhere
     char *vae = o.vae.vae ? realpath(o.vae.vae, NULL) : NULL;

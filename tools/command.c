@@ -87,6 +87,7 @@ void session_close(struct session *s)
 
 // ---- model --------------------------------------------------------------------------------------
 
+static const char *const expert_choices[] = {"swiglu", "gelu", NULL}; // as enum expert_kind
 static const char *const moe_choices[] = {"all", "alternate", "shallow", "deep", "none", NULL};
 
 #define AT(member) offsetof(struct model_options, member)
@@ -103,6 +104,9 @@ const struct option_spec model_option_list[] = {
      64, NULL},
     {"moe", 0, OPTION_CHOICE, "WHERE", NULL,
      "blocks with experts: all, alternate, shallow, deep, none", AT(moe), 0, 0, moe_choices},
+    {"expert-kind", 0, OPTION_CHOICE, "KIND", NULL,
+     "what a routed expert is: swiglu, as published; gelu, DiT's MLP with biases", AT(expert), 0, 0,
+     expert_choices},
     {"qk-norm", 0, OPTION_FLAG, NULL, NULL,
      "LayerNorm on queries and keys (presets XL and G have it)", AT(qk_norm), 0, 0, NULL},
     {"learn-sigma", 0, OPTION_FLAG, NULL, NULL,
@@ -133,7 +137,7 @@ const struct option_spec image_option_list[] = {
 void model_options_init(struct model_options *o)
 {
     *o = (struct model_options){-1, -1, -1, -1,  -1,  -1, -1, -1, -1,
-                                -1, -1, -1, NAN, NAN, -1, -1, -1, -1};
+                                -1, -1, -1, NAN, NAN, -1, -1, -1, -1, -1};
 }
 
 static void override_int(int *to, int value)
@@ -151,6 +155,11 @@ static void override_bool(bool *to, int value)
 int model_config(const char *preset, const struct model_options *o, struct config *out)
 {
     TRY(config_preset(preset, out));
+    return model_override(o, out);
+}
+
+int model_override(const struct model_options *o, struct config *out)
+{
     override_int(&out->layers, o->layers);
     override_int(&out->hidden, o->hidden);
     override_int(&out->heads, o->heads);
@@ -167,6 +176,8 @@ int model_config(const char *preset, const struct model_options *o, struct confi
     override_bool(&out->balance_per_sequence, o->balance_per_sequence);
     if (o->moe >= 0)
         TRY(moe_blocks_parse(moe_choices[o->moe], &out->moe));
+    if (o->expert >= 0)
+        out->expert = (enum expert_kind)o->expert;
     if (o->diffusion >= 0)
         out->diffusion = (enum diffusion)o->diffusion;
     if (!isnan(o->balance))
@@ -181,15 +192,16 @@ const char *model_title(const char *preset, const struct config *c, char out[160
     struct config p;
     if (config_preset(preset, &p) >= 0 && p.layers == c->layers && p.hidden == c->hidden &&
         p.heads == c->heads && p.patch == c->patch && p.experts == c->experts &&
-        p.topk == c->topk && p.shared == c->shared && p.moe == c->moe)
+        p.topk == c->topk && p.shared == c->shared && p.moe == c->moe && p.expert == c->expert)
         snprintf(out, 160, "%.150s", preset);
     else if (c->moe == MOE_NONE)
         snprintf(out, 160, "DiT, %d blocks of width %d, patch %d, no experts", c->layers, c->hidden,
                  c->patch);
     else
         snprintf(out, 160,
-                 "DiT-MoE, %d blocks of width %d, patch %d, %d experts, %d active, %d shared",
-                 c->layers, c->hidden, c->patch, c->experts, c->topk, c->shared);
+                 "DiT-MoE, %d blocks of width %d, patch %d, %d%s experts, %d active, %d shared",
+                 c->layers, c->hidden, c->patch, c->experts,
+                 c->expert == EXPERT_GELU ? " GELU" : "", c->topk, c->shared);
     return out;
 }
 

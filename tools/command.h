@@ -44,6 +44,7 @@ struct model_options {
     float balance, class_dropout;
     int channels, size, classes;
     int diffusion; // enum diffusion; no option of model_option_list sets it
+    int expert;    // enum expert_kind
 };
 extern const struct option_spec model_option_list[]; // without channels, size and classes
 extern const struct option_spec image_option_list[]; // these
@@ -51,6 +52,7 @@ extern const struct option_spec image_option_list[]; // these
 void model_options_init(struct model_options *o);
 // preset + overrides, checked.
 int model_config(const char *preset, const struct model_options *o, struct config *out);
+int model_override(const struct model_options *o, struct config *out); // only that, of any model
 // What to call a model: its preset, or, where options changed the preset's network, its sizes.
 const char *model_title(const char *preset, const struct config *c, char out[160]);
 

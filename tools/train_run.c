@@ -51,7 +51,7 @@ static int open_data(struct run *r)
         overrides.size = o->image_size ? o->image_size : -1;
         overrides.channels = o->channels ? o->channels : -1;
     }
-    return model_config(o->model, &overrides, &r->config);
+    return train_config(o, &overrides, &r->config);
 }
 
 static int check_resumed(const struct run *r)
@@ -242,8 +242,10 @@ static int write_run_json(const struct run *r)
 
 static int load_or_init(struct run *r)
 {
-    if (!r->from)
-        return dit_init(r->trainer->dit, r->o->seed);
+    if (!r->from) {
+        TRY(dit_init(r->trainer->dit, r->o->seed));
+        return r->o->init ? train_load_init(r->o, r->trainer->dit) : 0;
+    }
     const struct run_state *was = &r->from->run;
     TRY(dit_init(r->trainer->dit, r->o->seed));
     TRY(checkpoint_load_training(r->from, r->trainer->dit));

@@ -15,7 +15,7 @@
 #include "tools/ranks.h"
 
 struct train_settings {
-    const char *model, *data, *out;
+    const char *model, *data, *out, *init;
     int diffusion; // enum diffusion
     struct model_options overrides;
     struct device_options device;
@@ -64,6 +64,15 @@ void run_checkpoint_path(const char *dir, int64_t step, char *out, size_t size);
 int run_checkpoint_open(const char *dir, struct checkpoint *out);
 // Removes all checkpoints but the newest `keep` (0: keeps all).
 void run_checkpoint_prune(const char *dir, int keep);
+
+// ---- the model (train_init.c) -------------------------------------------------------------------
+
+// The configuration: the preset's, or that of --init FILE, with what options and data change. ERR_INPUT
+// where they want other tensors than the file has.
+int train_config(const struct train_settings *o, const struct model_options *overrides,
+                 struct config *out);
+// Weights and their average become those of --init FILE (its average where it has one).
+int train_load_init(const struct train_settings *o, struct dit *d);
 
 // ---- sample grids (train_samples.c) -------------------------------------------------------------
 

@@ -30,6 +30,8 @@ CASES = {
                                  shared=1, moe="alternate", qk_norm=True, diffusion="ddpm"),
     "ddpm_fixed": ref.make_config(layers=1, hidden=8, heads=2, patch=3, channels=3, size=9, classes=2, moe="none",
                                   learn_sigma=False, diffusion="ddpm"),
+    "gelu": ref.make_config(layers=1, hidden=16, heads=2, channels=2, size=6, classes=3, experts=5, topk=2, shared=1,
+                            expert="gelu", renormalise=True),
 }
 IMAGES = 3
 STEPS = 10

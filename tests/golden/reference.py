@@ -14,7 +14,7 @@ EPS = 1e-6         # of every LayerNorm
 MLP_RATIO = 4      # width of the dense MLP and of one routed expert, in D
 
 DEFAULTS = dict(layers=2, hidden=32, heads=2, patch=2, channels=4, size=8, classes=10, experts=4, topk=2, shared=2,
-                moe="all", qk_norm=False, learn_sigma=True, renormalise=False, balance=0.01,
+                moe="all", expert="swiglu", qk_norm=False, learn_sigma=True, renormalise=False, balance=0.01,
                 balance_per_sequence=False, class_dropout=0.1, diffusion="rf")
 
 
@@ -57,6 +57,10 @@ def shapes(cfg):
         linear(name + ".up_proj", width, D, False)
         linear(name + ".down_proj", D, width, False)
 
+    def mlp(name, width):
+        linear(name + ".fc1", width, D)
+        linear(name + ".fc2", D, width)
+
     s["pos_embed"] = (1, (cfg["size"] // p) ** 2, D)
     s["x_embedder.proj.weight"] = (D, C, p, p)
     s["x_embedder.proj.bias"] = (D,)
@@ -75,13 +79,12 @@ def shapes(cfg):
             linear(b + "attn.proj", D, D)
         if is_moe(cfg, layer):
             for e in range(cfg["experts"]):
-                swiglu(f"{b}moe.experts.{e}", MLP_RATIO * D)
+                (mlp if cfg["expert"] == "gelu" else swiglu)(f"{b}moe.experts.{e}", MLP_RATIO * D)
             s[b + "moe.gate.weight"] = (cfg["experts"], D)
             if cfg["shared"]:
                 swiglu(b + "moe.shared_experts", cfg["shared"] * D)
         else:
-            linear(b + "mlp.fc1", MLP_RATIO * D, D)
-            linear(b + "mlp.fc2", D, MLP_RATIO * D)
+            mlp(b + "mlp", MLP_RATIO * D)
         linear(b + "adaLN_modulation.1", 6 * D, D)
     linear("final_layer.linear", p * p * out_channels(cfg), D)
     linear("final_layer.adaLN_modulation.1", 2 * D, D)
@@ -126,6 +129,10 @@ def linear(p, name, x):
 
 def swiglu(p, name, x):
     return linear(p, name + ".down_proj", F.silu(linear(p, name + ".gate_proj", x)) * linear(p, name + ".up_proj", x))
+
+
+def mlp(p, name, x):
+    return linear(p, name + ".fc2", F.gelu(linear(p, name + ".fc1", x), approximate="tanh"))
 
 
 def modulate(x, shift, scale):
@@ -173,7 +180,8 @@ def moe(p, name, cfg, x, record):
     for e in range(cfg["experts"]):
         share = (weight * (chosen == e)).sum(-1)  # [N,T], zero where e is not chosen
         image, token = (chosen == e).any(-1).nonzero(as_tuple=True)
-        rows = swiglu(p, f"{name}.experts.{e}", x[image, token]) * share[image, token].unsqueeze(-1)
+        expert = mlp if cfg["expert"] == "gelu" else swiglu
+        rows = expert(p, f"{name}.experts.{e}", x[image, token]) * share[image, token].unsqueeze(-1)
         out = out.index_put((image, token), rows, accumulate=True)
     if cfg["shared"]:
         out = out + swiglu(p, name + ".shared_experts", x)
@@ -195,7 +203,7 @@ def block(p, layer, cfg, x, c, record):
     if is_moe(cfg, layer):
         h = moe(p, name + "moe", cfg, h, record)
     else:
-        h = linear(p, name + "mlp.fc2", F.gelu(linear(p, name + "mlp.fc1", h), approximate="tanh"))
+        h = mlp(p, name + "mlp", h)
     return x + gate_mlp.unsqueeze(1) * h
 
 
