@@ -204,5 +204,20 @@ run "$ditmoe" "${slow[@]}" --steps $steps --out whole
 status=$resumed
 same "and the run goes on" killed whole $steps
 
+# One rank is asked to stop: all finish the step and write a checkpoint.
+mpirun --oversubscribe --bind-to none -n 2 "$ditmoe" "${slow[@]}" --steps 100000 --out stopped >out 2>err </dev/null &
+launcher=$!
+for ((i = 0; i < 600; i++)); do
+    [ -f stopped/step-00000005.safetensors ] && break
+    sleep 0.05
+done
+for p in $(pgrep -P $launcher); do
+    grep -qz '^OMPI_COMM_WORLD_RANK=1$' /proc/"$p"/environ && kill -TERM "$p"
+done
+wait $launcher
+status=$?
+[ "$status" -eq 0 ] && grep -q 'stopped at step .* continue with --resume' err && ok "a rank that is asked to stop" ||
+    bad "a rank that is asked to stop" "exit status $status"
+
 echo "$passed passed, $failed failed"
 [ "$failed" -eq 0 ]
