@@ -19,6 +19,16 @@ static int passes_ahead(const struct device *dev, const struct config *c, int ro
     return ahead > 1 ? (int)ahead : 1;
 }
 
+enum sampler_kind sampler_default(const struct config *c)
+{
+    return c->diffusion == DIFFUSION_DDPM ? SAMPLER_DDPM : SAMPLER_EULER;
+}
+
+int sampler_default_channels(const struct config *c)
+{
+    return c->diffusion == DIFFUSION_DDPM && c->channels > 3 ? 3 : 0;
+}
+
 int sampler_schedule(const struct config *c, const struct sample_options *o, struct schedule *out)
 {
     TRY(schedule_init(out, c->diffusion, o->kind, o->respacing ? 1 : o->steps));

@@ -50,6 +50,11 @@ struct sampler {
 // Called after each step of each batch; NULL: no one looks. Return < 0 to stop.
 typedef int (*sample_progress)(void *user, int done, int total);
 
+// As published: rectified flow by Euler, guided on all channels (0); DDPM by ancestral sampling, guided
+// on the first 3 of more channels.
+enum sampler_kind sampler_default(const struct config *c);
+int sampler_default_channels(const struct config *c);
+
 // The way that these options describe for a model.
 int sampler_schedule(const struct config *c, const struct sample_options *o, struct schedule *out);
 

@@ -94,18 +94,15 @@ int draw_check(const char *command, struct draw_options *o)
 
 struct sample_options draw_sampling(const struct draw_options *o, const struct config *c)
 {
-    const bool ddpm = c->diffusion == DIFFUSION_DDPM;
-    const bool three = o->cfg_channels ? o->cfg_channels == 2 : ddpm && c->channels > 3;
+    const int channels[] = {sampler_default_channels(c), 0, 3}; // as in draw_channels
     return (struct sample_options){
-        .kind = o->sampler ? (enum sampler_kind)(o->sampler - 1)
-                : ddpm     ? SAMPLER_DDPM
-                           : SAMPLER_EULER,
+        .kind = o->sampler ? (enum sampler_kind)(o->sampler - 1) : sampler_default(c),
         .steps = o->steps,
         .respacing = o->respacing,
         .eta = o->eta,
         .clip = o->clip != 0,
         .cfg = draw_cfg(o, c),
-        .cfg_channels = three ? 3 : 0,
+        .cfg_channels = channels[o->cfg_channels],
         .interval = o->interval,
         .cfg_from = o->cfg_from,
         .cfg_to = o->cfg_to,

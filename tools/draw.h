@@ -32,8 +32,7 @@ int draw_check(const char *command, struct draw_options *o);
 // The guidance scale: as asked, or 1 where none was asked for and the model has no null class.
 float draw_cfg(const struct draw_options *o, const struct config *c);
 
-// What these options come to for a model: auto is, with rectified flow, euler and guidance on all
-// channels; with DDPM, ddpm and guidance on the first 3 of more channels, as published.
+// What these options come to for a model: auto is its family's default (model/sampler.h).
 struct sample_options draw_sampling(const struct draw_options *o, const struct config *c);
 const char *draw_sampler_title(enum sampler_kind kind);
 // In words: the sampler and its steps; and what guidance acts on, "" where on everything.

@@ -17,8 +17,10 @@ static int sample_batch(const struct config *c)
 static struct sample_options sample_options(const struct config *c, const struct train_settings *o,
                                             const struct rank_plan *ranks, uint64_t limit)
 {
-    return (struct sample_options){.steps = o->sample_steps,
+    return (struct sample_options){.kind = sampler_default(c),
+                                   .steps = o->sample_steps,
                                    .cfg = c->class_dropout > 0 ? o->sample_cfg : 1.0f,
+                                   .cfg_channels = sampler_default_channels(c),
                                    .seed = o->seed,
                                    .ranks = ranks_of(ranks),
                                    .limit = limit};
@@ -108,7 +110,7 @@ static int write_grid(const struct train_samples *s, const struct trainer *t,
     snprintf(title, sizeof title, "step %lld", (long long)t->step);
     snprintf(text, sizeof text, "step %lld, %d %s steps, cfg %g, seed %llu, EMA weights",
              (long long)t->step, s->sampler->options.steps,
-             t->dit->config.diffusion == DIFFUSION_DDPM ? "DDIM" : "Euler",
+             t->dit->config.diffusion == DIFFUSION_DDPM ? "DDPM" : "Euler",
              (double)s->sampler->options.cfg,
              (unsigned long long)s->sampler->options.seed);
     for (int i = 0; i < s->rows; i++)
