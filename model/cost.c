@@ -192,7 +192,7 @@ int model_cost_new(const struct config *c, const struct cost_options *o, struct 
         moe[l] = config_is_moe(c, l);
     m.moe = moe;
     m.train = o->train;
-    m.headroom = o->alone ? 1 : o->headroom > 0 ? o->headroom : 1.5;
+    m.headroom = o->alone ? 1 : o->headroom > 0 ? o->headroom : 2;
     m.overlap = o->overlap;
     fill_work(c, o, &m);
     fill_parameters(c, o, &m);

@@ -13,7 +13,7 @@ struct cost_options {
     bool guided;     // sampling: the null class is computed beside each image
     int batch;       // images of a rank, about: the plan's line goes through it
     bool alone;      // one rank has all experts: no rows are sent or received
-    double headroom; // as in struct model_cost; 0: 1.5
+    double headroom; // as in struct model_cost; 0: 2
     double overlap;
 };
 

@@ -71,17 +71,18 @@ static double expert_time(const struct model_cost *m, const struct device_rates 
 
 // ---- roads --------------------------------------------------------------------------------------
 
-// Seconds in which `from` sends its rows to experts' owners and gets those of others. A direct road
-// carries both ways at once and all peers share its port; by the host's memory they take turns.
-static double exchange_time(const struct cluster *c, const struct model_cost *m, const int *share,
-                            const double *owned, int rank)
+// Seconds in which `rank` sends its rows to experts' owners and gets those of others. A direct road carries
+// both ways at once and all peers share its port; by the host's memory they take turns. owned [groups,
+// ranks]: the share of a group's rows that goes to each rank.
+static double exchange_time(const struct cluster *c, const struct model_cost *m,
+                            const struct placement *p, const double *owned, int rank)
 {
     double out = 0, in = 0, staged = 0, start = 0;
     const double row_bytes = m->rows * m->passes * m->row_bytes;
     for (int s = 0; s < c->ranks; s++) {
         const struct link_rate *there = cluster_link(c, rank, s), *back = cluster_link(c, s, rank);
-        const double send = share[rank] * owned[s] * row_bytes;
-        const double receive = share[s] * owned[rank] * row_bytes;
+        const double send = p->share[rank] * owned[p->group[rank] * c->ranks + s] * row_bytes;
+        const double receive = p->share[s] * owned[p->group[s] * c->ranks + rank] * row_bytes;
         if (s == rank || send + receive <= 0)
             continue;
         if (there->staged) {
@@ -100,29 +101,50 @@ static double exchange_time(const struct cluster *c, const struct model_cost *m,
 
 // What the placement makes of each rank in a layer.
 struct load_of {
-    double owned;   // share of the layer's rows that its experts get
+    double images;  // whose rows its experts get, as parts of all of an image's
     double at_host; // of these, those of experts computed by the host
     int experts, hosted, streamed;
 };
 
-static void sum_loads(const struct cluster *c, const struct model_cost *m, const double *load,
-                      const int *owner, const uint8_t *home, struct load_of *out, double *owned)
+// Whether a group before `g` has the same owner of the expert: then it is counted already.
+static bool owned_before(const struct placement *p, int g, int layer, int e)
 {
-    memset(out, 0, (size_t)c->ranks * sizeof *out);
-    for (int e = 0; e < m->experts; e++) {
-        struct load_of *o = &out[owner[e]];
-        const double part = load ? load[e] : 1.0 / m->experts;
-        o->owned += part;
-        if (home[e] == HOME_HOST) {
-            o->at_host += part;
-            o->hosted++;
-        } else {
-            o->experts++;
-            o->streamed += home[e] == HOME_STREAMED;
+    for (int before = 0; before < g; before++)
+        if (*placement_owner(p, before, layer, e) == *placement_owner(p, g, layer, e))
+            return true;
+    return false;
+}
+
+static double group_images(const struct placement *p, int g)
+{
+    double images = 0;
+    for (int r = 0; r < p->ranks; r++)
+        images += p->group[r] == g ? p->share[r] : 0;
+    return images;
+}
+
+static void sum_loads(const struct model_cost *m, const double *load, const struct placement *p,
+                      int layer, struct load_of *out, double *owned)
+{
+    const size_t ranks = (size_t)p->ranks;
+    memset(out, 0, ranks * sizeof *out);
+    memset(owned, 0, ranks * (size_t)p->groups * sizeof *owned);
+    for (int g = 0; g < p->groups; g++) {
+        const double images = group_images(p, g);
+        for (int e = 0; e < m->experts; e++) {
+            const int owner = *placement_owner(p, g, layer, e),
+                      home = *placement_home(p, g, layer, e);
+            struct load_of *o = &out[owner];
+            const double part = load ? load[e] : 1.0 / m->experts;
+            const bool first = g == 0 || !owned_before(p, g, layer, e);
+            owned[g * p->ranks + owner] += part;
+            o->images += images * part;
+            o->at_host += home == HOME_HOST ? images * part : 0;
+            o->hosted += first && home == HOME_HOST;
+            o->experts += first && home != HOME_HOST;
+            o->streamed += first && home == HOME_STREAMED;
         }
     }
-    for (int r = 0; r < c->ranks; r++)
-        owned[r] = out[r].owned;
 }
 
 // The host's CPU works on its rows while the device works on its own; rows go there and back.
@@ -147,16 +169,15 @@ struct phases {
 
 // One pass over a layer: `work` is its work in forward passes.
 static struct phases rank_phases(const struct cluster *c, const struct model_cost *m,
-                                 const int *share, const struct load_of *load, const double *owned,
-                                 int rank, double images, double work, bool back)
+                                 const struct placement *place, const struct load_of *l,
+                                 const double *owned, int rank, double work, bool back)
 {
     const struct device_rates *r = &c->rank[rank].rates;
-    const struct load_of *l = &load[rank];
-    const double rows = images * m->passes * m->rows;
-    const struct dense_time d = dense_time(m, r, share[rank], true);
-    const double road = exchange_time(c, m, share, owned, rank);
+    const double rows = m->passes * m->rows; // of an image
+    const struct dense_time d = dense_time(m, r, place->share[rank], true);
+    const double road = exchange_time(c, m, place, owned, rank);
     const double hidden = m->overlap * fmin(road, work * d.shared);
-    const double device = expert_time(m, r, rows * (l->owned - l->at_host), l->experts);
+    const double device = expert_time(m, r, rows * (l->images - l->at_host), l->experts);
     const double host = host_time(c, m, rank, rows * l->at_host, l->hosted);
     struct phases p = {.dense = work * (d.before + d.shared), .expert = work * fmax(device, host)};
     p.first = p.dense + road - hidden;
@@ -168,25 +189,27 @@ static struct phases rank_phases(const struct cluster *c, const struct model_cos
     return p;
 }
 
-// A pass takes as long as its slowest ranks; streamed experts come during the layer before.
-static double pass_time(const struct cluster *c, const struct model_cost *m, const int *share,
-                        const struct load_of *load, const double *owned, double work, bool back,
-                        struct phases *p, struct rank_forecast *parts, double *sum)
+// A pass takes as long as its slowest ranks, which meet between its phases if rows travel at all; streamed
+// experts come during the layer before.
+static double pass_time(const struct cluster *c, const struct model_cost *m,
+                        const struct placement *place, const struct load_of *load,
+                        const double *owned, double work, bool back, struct phases *p,
+                        struct rank_forecast *parts, double *sum)
 {
-    double first = 0, second = 0, images = 0, stream = 0;
-    for (int s = 0; s < c->ranks; s++)
-        images += share[s];
+    double first = 0, second = 0, both = 0, roads = 0, stream = 0;
     for (int r = 0; r < c->ranks; r++) {
-        p[r] = rank_phases(c, m, share, load, owned, r, images, work, back);
+        p[r] = rank_phases(c, m, place, &load[r], owned, r, work, back);
         first = fmax(first, p[r].first);
         second = fmax(second, p[r].second);
+        both = fmax(both, p[r].first + p[r].second);
+        roads = fmax(roads, p[r].exchange);
         stream = fmax(stream, p[r].stream);
         if (sum)
             *sum += p[r].first + p[r].second + p[r].stream;
     }
-    const double total = fmax(first + second, stream);
+    const double met = roads > 0 ? first + second : both, total = fmax(met, stream);
     for (int r = 0; parts && r < c->ranks; r++) {
-        const double late = fmax(0, p[r].stream - first - second);
+        const double late = fmax(0, p[r].stream - met);
         parts[r].dense += p[r].dense;
         parts[r].expert += p[r].expert;
         parts[r].exchange += p[r].exchange;
@@ -215,35 +238,33 @@ static double plain_time(const struct cluster *c, const struct model_cost *m, co
     return most * (1 + m->backward);
 }
 
-// What a layer needs of each rank, in one piece of memory: FEW ranks find room on the stack.
-struct layer_room {
-    struct load_of load;
-    struct phases phases;
-    double owned;
-};
-
 double forecast_layer(const struct cluster *c, const struct model_cost *m, const double *load,
-                      const int *share, const int *owner, const uint8_t *home, bool moe,
-                      struct rank_forecast *parts, double *work)
+                      const struct placement *place, int layer, struct rank_forecast *parts,
+                      double *work)
 {
     enum { FEW = 16 };
-    struct layer_room few[FEW], *room = few;
-    const size_t n = (size_t)c->ranks;
+    struct load_of few_loads[FEW], *loads = few_loads;
+    struct phases few_phases[FEW], *phases = few_phases;
+    double few_owned[FEW], *owned = few_owned;
+    const size_t n = (size_t)c->ranks, g = (size_t)place->groups;
     if (work)
         *work = 0;
-    if (!moe)
-        return plain_time(c, m, share, parts, work);
-    if (c->ranks > FEW && !(room = malloc(n * sizeof *room)))
-        return INFINITY;
-    struct load_of *loads = (struct load_of *)room;
-    struct phases *phases = (struct phases *)(loads + n);
-    double *owned = (double *)(phases + n);
-    sum_loads(c, m, load, owner, home, loads, owned);
-    double seconds = pass_time(c, m, share, loads, owned, 1, false, phases, parts, work);
+    if (!m->moe[layer])
+        return plain_time(c, m, place->share, parts, work);
+    const bool many = n * g > FEW;
+    if (many) {
+        loads = malloc(n * (sizeof *loads + sizeof *phases + g * sizeof *owned));
+        if (!loads)
+            return INFINITY;
+        phases = (struct phases *)(loads + n);
+        owned = (double *)(phases + n);
+    }
+    sum_loads(m, load, place, layer, loads, owned);
+    double seconds = pass_time(c, m, place, loads, owned, 1, false, phases, parts, work);
     if (m->backward > 0)
-        seconds += pass_time(c, m, share, loads, owned, m->backward, true, phases, parts, work);
-    if (room != few)
-        free(room);
+        seconds += pass_time(c, m, place, loads, owned, m->backward, true, phases, parts, work);
+    if (many)
+        free(loads);
     return seconds;
 }
 
@@ -282,12 +303,13 @@ static double copies_time(const struct cluster *c, double bytes)
 }
 
 double forecast_rest(const struct cluster *c, const struct model_cost *m, const int *share,
-                     const int *held, const int *away, double layers_seconds,
+                     const int *held, const int *away, int twice, double layers_seconds,
                      struct rank_forecast *parts)
 {
     const double dense_bytes = 4 * m->dense_params;
     const double backward = layers_seconds * m->backward / (1 + m->backward);
-    const double ring = m->train ? ring_time(c, share, held, dense_bytes) : 0;
+    const double ring =
+        m->train ? ring_time(c, share, held, dense_bytes + 4 * twice * m->expert_params) : 0;
     double outside = 0, reduce = 0, update = 0;
     for (int r = 0; r < c->ranks; r++) {
         const struct device_rates *k = &c->rank[r].rates;
@@ -335,23 +357,37 @@ struct holding {
     double rows;                // expected, of those on the device
 };
 
+static void count_expert(const struct model_cost *m, const double *load, const struct placement *p,
+                         int l, int e, struct holding *out, int *twice)
+{
+    bool again = false;
+    for (int g = 0; g < p->groups; g++) {
+        struct holding *h = &out[*placement_owner(p, g, l, e)];
+        const uint8_t home = *placement_home(p, g, l, e);
+        const bool first = g == 0 || !owned_before(p, g, l, e);
+        const double part = load ? load[l * m->experts + e] : 1.0 / m->experts;
+        h->device += first && home == HOME_DEVICE;
+        h->streamed += first && home == HOME_STREAMED;
+        h->host += first && home == HOME_HOST;
+        if (home != HOME_HOST)
+            h->rows += part * group_images(p, g) * m->passes * m->rows;
+        again |= g > 0 && first && group_images(p, g) > 0;
+    }
+    *twice += again;
+}
+
 static int count_holdings(const struct cluster *c, const struct model_cost *m, const double *load,
-                          const struct placement *p, struct holding *out)
+                          const struct placement *p, struct holding *out, int *twice)
 {
     for (int l = 0; l < m->layers; l++) {
         for (int e = 0; m->moe[l] && e < m->experts; e++) {
-            const int owner = *placement_owner(p, 0, l, e);
-            const uint8_t home = *placement_home(p, 0, l, e);
-            if (owner < 0 || owner >= c->ranks)
-                return fail(ERR_INPUT, "expert %d of layer %d has no owner among %d ranks", e, l,
-                            c->ranks);
-            struct holding *h = &out[owner];
-            h->device += home == HOME_DEVICE;
-            h->streamed += home == HOME_STREAMED;
-            h->host += home == HOME_HOST;
-            if (home != HOME_HOST)
-                h->rows += (load ? load[l * m->experts + e] : 1.0 / m->experts) * p->batch *
-                           m->passes * m->rows;
+            for (int g = 0; g < p->groups; g++) {
+                const int owner = *placement_owner(p, g, l, e);
+                if (owner < 0 || owner >= c->ranks)
+                    return fail(ERR_INPUT, "expert %d of layer %d has no owner among %d ranks", e,
+                                l, c->ranks);
+            }
+            count_expert(m, load, p, l, e, out, twice);
         }
     }
     return 0;
@@ -388,7 +424,7 @@ static void judge_memory(const struct cluster *c, const struct model_cost *m,
 int forecast_step(const struct cluster *c, const struct model_cost *m, const double *load,
                   const struct placement *p, struct forecast *out)
 {
-    int code = 0;
+    int code = 0, twice = 0;
     *out = (struct forecast){.ranks = c->ranks, .missing_rank = -1};
     BUG_IF(p->ranks != c->ranks || p->layers != m->layers || p->experts != m->experts);
     struct holding *h = calloc((size_t)c->ranks, sizeof *h);
@@ -398,17 +434,16 @@ int forecast_step(const struct cluster *c, const struct model_cost *m, const dou
     if (!h || !held || !host || !out->rank)
         code = fail(ERR_NOMEM, "no host memory for a forecast of %d ranks", c->ranks);
     if (code >= 0)
-        code = count_holdings(c, m, load, p, h);
+        code = count_holdings(c, m, load, p, h, &twice);
     for (int l = 0; code >= 0 && l < m->layers; l++)
-        out->step += forecast_layer(c, m, load ? load + (size_t)l * (size_t)m->experts : NULL,
-                                    p->share, placement_owner(p, 0, l, 0),
-                                    placement_home(p, 0, l, 0), m->moe[l], out->rank, NULL);
+        out->step += forecast_layer(c, m, load ? load + (size_t)l * (size_t)m->experts : NULL, p, l,
+                                    out->rank, NULL);
     for (int r = 0; code >= 0 && r < c->ranks; r++) {
         away[r] = h[r].streamed + h[r].host;
         held[r] = h[r].device + away[r];
     }
     if (code >= 0) {
-        out->step += forecast_rest(c, m, p->share, held, away, out->step, out->rank);
+        out->step += forecast_rest(c, m, p->share, held, away, twice, out->step, out->rank);
         judge_memory(c, m, p, h, host, out);
         for (int r = 0; r < c->ranks; r++) {
             out->exchange_share += out->rank[r].exchange / out->step / c->ranks;

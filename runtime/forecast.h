@@ -101,23 +101,22 @@ struct forecast {
 
 void forecast_free(struct forecast *f); // also of a zeroed struct
 
-// `place` has one group and as many ranks as the cluster; load [layers, experts] is each expert's share of a
-// layer's rows (sums to 1), NULL: even.
+// `place` has as many ranks as the cluster; load [layers, experts] is each expert's share of a layer's rows
+// (sums to 1), NULL: even.
 int forecast_step(const struct cluster *c, const struct model_cost *m, const double *load,
                   const struct placement *place, struct forecast *out);
 
 // ---- for policies -------------------------------------------------------------------------------
 
-// One layer alone, seconds of a step, from shares[ranks], and of each expert its owner and home.
-// `parts` [ranks] (may be NULL) are added to; *work (may be NULL) is the sum of all ranks' own seconds,
-// which falls where the slowest rank's time does not yet.
+// One layer alone, seconds of a step; load [experts]. `parts` [ranks] (may be NULL) are added to; *work (may
+// be NULL) is the sum of all ranks' own seconds, which falls where the slowest rank's time does not yet.
 double forecast_layer(const struct cluster *c, const struct model_cost *m, const double *load,
-                      const int *share, const int *owner, const uint8_t *home, bool moe,
-                      struct rank_forecast *parts, double *work);
+                      const struct placement *place, int layer, struct rank_forecast *parts,
+                      double *work);
 // What a step takes beside its layers; held[ranks] experts of each rank, away[ranks] of these not on its
-// device.
+// device; `twice`: experts that several ranks hold, whose gradients are summed too.
 double forecast_rest(const struct cluster *c, const struct model_cost *m, const int *share,
-                     const int *held, const int *away, double layers_seconds,
+                     const int *held, const int *away, int twice, double layers_seconds,
                      struct rank_forecast *parts);
 // Bytes of device memory of a rank; `rows` received in all layers together, expected.
 double forecast_memory(const struct model_cost *m, int share, int held, int streamed, double rows);

@@ -7,6 +7,8 @@
 
 const char *const policy_names[] = {"uniform", "memory", "frequency", "cost", NULL};
 
+enum { APART_MOST = 16 }; // ranks: with more, groups are found by their size (tools/plan_make.c)
+
 static double load_at(const struct model_cost *m, const double *load, int l, int e)
 {
     return load ? load[(size_t)l * (size_t)m->experts + (size_t)e] : 1.0 / m->experts;
@@ -284,7 +286,107 @@ static int consider(const struct cluster *c, const struct model_cost *m, const d
     return code;
 }
 
-// The rules' placements, and those by speed on all ranks and on the fastest alone, each improved.
+// ---- each rank by itself ------------------------------------------------------------------------
+
+// Every rank a group of its own with all experts: no rows travel. Ranks without images hold nothing; what
+// they would send goes to the rank with most.
+static int own_experts(const struct model_cost *m, const int *share, int ranks, int batch,
+                       struct placement *p)
+{
+    int most = 0;
+    TRY(placement_new(ranks, ranks, m->layers, m->experts, p));
+    p->batch = batch;
+    for (int r = 0; r < ranks; r++) {
+        p->share[r] = share[r];
+        p->group[r] = r;
+        most = share[r] > share[most] ? r : most;
+    }
+    for (int g = 0; g < ranks; g++)
+        for (int l = 0; l < m->layers; l++)
+            for (int e = 0; m->moe[l] && e < m->experts; e++)
+                *placement_owner(p, g, l, e) = share[g] > 0 ? g : most;
+    return 0;
+}
+
+static int forecast_apart(const struct cluster *c, const struct model_cost *m, const double *load,
+                          const int *share, int batch, struct forecast *f)
+{
+    struct placement p;
+    TRY(own_experts(m, share, c->ranks, batch, &p));
+    int code = forecast_step(c, m, load, &p, f);
+    placement_free(&p);
+    return code;
+}
+
+// Moves `images` from one rank to another where that makes the forecast better.
+static int try_move(const struct cluster *c, const struct model_cost *m, const double *load,
+                    int from, int to, int images, int *share, int batch, struct forecast *best,
+                    bool *moved)
+{
+    struct forecast f = {0};
+    if (images < 1 || share[from] < images || from == to)
+        return 0;
+    share[from] -= images;
+    share[to] += images;
+    TRY(forecast_apart(c, m, load, share, batch, &f));
+    if (better(&f, best)) {
+        forecast_free(best);
+        *best = f;
+        *moved = true;
+        return 0;
+    }
+    forecast_free(&f);
+    share[from] += images;
+    share[to] -= images;
+    return 0;
+}
+
+// The best shares from these on: halves of a rank's images to another, then quarters, down to single ones.
+static int balance(const struct cluster *c, const struct model_cost *m, const double *load,
+                   int *share, int batch, struct forecast *best)
+{
+    bool moved = true;
+    for (int round = 0; moved && round < 16; round++) {
+        moved = false;
+        for (int from = 0; from < c->ranks; from++)
+            for (int to = 0; to < c->ranks; to++)
+                for (int part = 1; part <= batch; part *= 2)
+                    TRY(try_move(c, m, load, from, to, (share[from] + part - 1) / part, share,
+                                 batch, best, &moved));
+    }
+    return 0;
+}
+
+// Ranks by themselves, where that is better than `best`.
+static int consider_apart(const struct cluster *c, const struct model_cost *m, const double *load,
+                          int batch, struct best *best)
+{
+    struct forecast f = {0};
+    double *speed = calloc((size_t)c->ranks, sizeof *speed);
+    int *share = calloc((size_t)c->ranks, sizeof *share);
+    int code = speed && share ? 0 : fail(ERR_NOMEM, "no host memory for a placement");
+    if (code >= 0)
+        find_speeds(c, m, fmax(1, (double)batch * m->tokens * m->passes / c->ranks), false, speed);
+    if (code >= 0)
+        code = divide(speed, c->ranks, batch, share);
+    if (code >= 0)
+        code = forecast_apart(c, m, load, share, batch, &f);
+    if (code >= 0)
+        code = balance(c, m, load, share, batch, &f);
+    if (code >= 0 && better(&f, &best->forecast)) {
+        placement_free(&best->place);
+        code = own_experts(m, share, c->ranks, batch, &best->place);
+    }
+    forecast_free(&f);
+    free(speed);
+    free(share);
+    return code;
+}
+
+// ---- cost ---------------------------------------------------------------------------------------
+
+// The rules' placements, and those by speed on all ranks and on the fastest alone, each improved; and every
+// rank by itself.
 static int by_cost(const struct cluster *c, const struct model_cost *m, const double *load,
                    int batch, struct placement *out)
 {
@@ -307,6 +409,8 @@ static int by_cost(const struct cluster *c, const struct model_cost *m, const do
         else
             placement_free(&p);
     }
+    if (code >= 0 && c->ranks > 1 && c->ranks <= APART_MOST)
+        code = consider_apart(c, m, load, batch, &best);
     forecast_free(&best.forecast);
     if (code < 0)
         placement_free(&best.place);

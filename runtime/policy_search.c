@@ -36,9 +36,7 @@ static const double *layer_load(const struct search *s, int l)
 
 static void compute_layer(struct search *s, int l)
 {
-    s->seconds[l] =
-        forecast_layer(s->c, s->m, layer_load(s, l), s->p->share, placement_owner(s->p, 0, l, 0),
-                       placement_home(s->p, 0, l, 0), s->m->moe[l], NULL, &s->work[l]);
+    s->seconds[l] = forecast_layer(s->c, s->m, layer_load(s, l), s->p, l, NULL, &s->work[l]);
 }
 
 static bool same_layers(const struct search *s, int a, int b)
@@ -107,7 +105,7 @@ static double judge(struct search *s)
         seconds += s->seconds[l];
         work += s->work[l];
     }
-    seconds += forecast_rest(s->c, s->m, s->p->share, s->held, s->away, seconds, NULL);
+    seconds += forecast_rest(s->c, s->m, s->p->share, s->held, s->away, 0, seconds, NULL);
     seconds += s->guide * work / s->c->ranks;
     return lack > 0 ? seconds + 1e6 * (1 + ceil(lack / fmax(1, s->m->expert_memory))) : seconds;
 }
@@ -446,6 +444,7 @@ int policy_improve(const struct cluster *c, const struct model_cost *m, const do
     struct search s = {.c = c, .m = m, .load = load, .p = p};
     struct saved kept = {0};
     int code = 0;
+    BUG_IF(p->groups != 1);
     if (search_room(&s, &kept)) {
         save(p, &kept);
         restore(&s, &kept);

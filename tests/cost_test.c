@@ -53,6 +53,7 @@ static int memory_of_ranks(void)
         struct model_cost m;
         struct config c;
         struct placement p;
+        o.headroom = 1.5; // below the worst case, which a line does not know
         CHECK(open_model(cases[i].model, &c) == PASSED, "%s", cases[i].model);
         OK(model_cost_new(&c, &o, &m));
         OK(placement_uniform(3, c.layers, c.experts, NULL, 6 * o.batch, &p));
@@ -65,7 +66,7 @@ static int memory_of_ranks(void)
             rows = (double)held / c.experts * p.batch * m.passes * m.rows;
             OK(model_memory_rank(&c, &o, &p, rank, &plan));
             const double line = forecast_memory(&m, p.share[rank], held, 0, rows);
-            CHECK(fabs(line / plan - 1) < 0.12,
+            CHECK(fabs(line / plan - 1) < 0.15,
                   "case %zu, rank %d: %.4g bytes, the plan takes %.4g", i, rank, line, plan);
         }
         placement_free(&p);

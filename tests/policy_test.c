@@ -143,11 +143,32 @@ static void try_experts(struct brute *b, int at)
         }
 }
 
+// Every rank with images has all experts.
+static void try_apart(struct brute *b)
+{
+    struct placement p;
+    int some = 0;
+    while (b->p.share[some] == 0)
+        some++;
+    if (placement_new(b->p.ranks, b->p.ranks, b->p.layers, b->p.experts, &p) < 0)
+        return;
+    p.batch = b->p.batch;
+    for (int g = 0; g < p.ranks; g++) {
+        p.group[g] = g;
+        p.share[g] = b->p.share[g];
+        for (int i = 0; i < p.layers * p.experts; i++)
+            p.owner[g * p.layers * p.experts + i] = p.share[g] > 0 ? g : some;
+    }
+    b->best = fmin(b->best, forecast_of(b->s, &p));
+    placement_free(&p);
+}
+
 static void try_all(struct brute *b, int rank, int left)
 {
     if (rank == b->p.ranks - 1) {
         b->p.share[rank] = left;
         try_experts(b, 0);
+        try_apart(b);
         return;
     }
     for (int n = 0; n <= left; n++) {

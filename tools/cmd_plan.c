@@ -63,7 +63,7 @@ static const struct option_spec machine_options[] = {
      AT(host), 0, 0, NULL},
     {"memory", 0, OPTION_BYTES, "BYTES", "0", "device memory to use at most; 0: what there is",
      AT(memory), 0, 0, NULL},
-    {"headroom", 0, OPTION_FLOAT, "X", "1.5",
+    {"headroom", 0, OPTION_FLOAT, "X", "2",
      "room for received rows, in multiples of what is expected", AT(headroom), 1, 64, NULL},
     {"rates", 0, OPTION_STRING, "FILE", NULL,
      "rates of devices instead of those that ditmoe calibrate has kept", AT(rates), 0, 0, NULL},

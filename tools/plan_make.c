@@ -193,8 +193,6 @@ static int place(const struct plan_settings *o, bool compare, struct plan_result
         return 0;
     TRY(placement_read(o->placement, &r->one));
     TRY(placement_matches(&r->one, r->cluster.ranks, r->cost.layers, r->cost.experts, r->cost.moe));
-    if (r->one.groups != 1)
-        return fail(ERR_INPUT, "%s: has %d groups; a plan is of one", o->placement, r->one.groups);
     placement_rescale(&r->one, images);
     return forecast_step(&r->cluster, &r->cost, r->load, &r->one, &r->forecast);
 }
@@ -214,7 +212,7 @@ static bool like_before(const struct placement *p, int rank)
 
 static bool all_on_devices(const struct placement *p)
 {
-    for (int i = 0; i < p->layers * p->experts; i++)
+    for (int i = 0; i < p->groups * p->layers * p->experts; i++)
         if (p->home[i] != HOME_DEVICE)
             return false;
     return true;
@@ -307,30 +305,31 @@ void plan_result_free(struct plan_result *r)
 
 int plan_expand(const struct plan_result *r, struct placement *out)
 {
+    const struct placement *one = &r->one;
     const int ranks = r->cluster.ranks, copies = r->cluster.copies;
-    const size_t places = (size_t)r->one.layers * (size_t)r->one.experts;
-    TRY(placement_new(ranks * copies, copies, r->one.layers, r->one.experts, out));
+    const size_t places = (size_t)one->groups * (size_t)one->layers * (size_t)one->experts;
+    struct placement part = *one;
+    TRY(placement_new(ranks * copies, one->groups * copies, one->layers, one->experts, out));
     out->batch = r->batch;
-    for (int g = 0; g < copies; g++) {
-        struct placement part = r->one;
-        int images = r->batch / copies + (g < r->batch % copies);
-        part.share = malloc((size_t)ranks * sizeof *part.share);
-        if (!part.share) {
-            placement_free(out);
-            return fail(ERR_NOMEM, "no host memory for a placement");
-        }
-        memcpy(part.share, r->one.share, (size_t)ranks * sizeof *part.share);
-        placement_rescale(&part, images);
+    part.share = malloc((size_t)ranks * sizeof *part.share);
+    for (int g = 0; part.share && g < copies; g++) {
+        memcpy(part.share, one->share, (size_t)ranks * sizeof *part.share);
+        part.batch = one->batch;
+        placement_rescale(&part, r->batch / copies + (g < r->batch % copies));
         for (int i = 0; i < ranks; i++) {
             out->share[g * ranks + i] = part.share[i];
-            out->group[g * ranks + i] = g;
+            out->group[g * ranks + i] = g * one->groups + one->group[i];
         }
-        free(part.share);
         for (size_t i = 0; i < places; i++) {
-            const int owner = r->one.owner[i];
+            const int owner = one->owner[i];
             out->owner[(size_t)g * places + i] = owner == NO_OWNER ? NO_OWNER : owner + g * ranks;
-            out->home[(size_t)g * places + i] = r->one.home[i];
+            out->home[(size_t)g * places + i] = one->home[i];
         }
     }
+    if (!part.share) {
+        placement_free(out);
+        return fail(ERR_NOMEM, "no host memory for a placement");
+    }
+    free(part.share);
     return 0;
 }

@@ -20,9 +20,12 @@ static void print_head(const struct plan_settings *o, const struct machines *m,
         fprintf(out, "%s%s%s (%s)\n", i ? "and " : "", r->nodes > 1 && !i ? "many of " : "",
                 m->list[i]->objects[0].name[0] ? m->list[i]->objects[0].name : "machine",
                 m->list[i]->source);
-    fprintf(out, "%d %s, %d ranks; %d share a set of experts (groups: %d)\n", r->nodes * m->count,
-            r->nodes * m->count > 1 ? "machines" : "machine", c->ranks * c->copies, c->ranks,
-            c->copies);
+    fprintf(out, "%d %s, %d ranks; ", r->nodes * m->count,
+            r->nodes * m->count > 1 ? "machines" : "machine", c->ranks * c->copies);
+    if (r->one.groups > 1)
+        fprintf(out, "each has all experts\n");
+    else
+        fprintf(out, "%d share a set of experts (groups: %d)\n", c->ranks, c->copies);
     if (r->nodes * m->count > 1)
         fprintf(out, "network %.1f GB/s a machine, one way (%s)\n", m->network / 1e9, m->words);
     fprintf(out, "rates: %s\n",
@@ -32,10 +35,12 @@ static void print_head(const struct plan_settings *o, const struct machines *m,
 
 static void count_experts(const struct plan_result *r, int rank, int homes[HOMES])
 {
+    enum expert_home home;
     memset(homes, 0, HOMES * sizeof *homes);
-    for (int i = 0; i < r->one.layers * r->one.experts; i++)
-        if (r->one.owner[i] == rank)
-            homes[r->one.home[i]]++;
+    for (int l = 0; l < r->one.layers; l++)
+        for (int e = 0; e < r->one.experts; e++)
+            if (placement_holds(&r->one, rank, l, e, &home))
+                homes[home]++;
 }
 
 static void print_rank(const struct plan_result *r, int i, FILE *out)
