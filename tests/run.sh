@@ -45,7 +45,7 @@ build() { # build DIRECTORY CMAKE_ARGUMENTS...
 asan() { # everything again under ASan and UBSan; leaks are looked for where no driver adds its own
     build build-asan -DCMAKE_BUILD_TYPE=RelWithDebInfo -DDITMOE_SANITIZE=ON || return 1
     export UBSAN_OPTIONS=halt_on_error=1
-    ASAN_OPTIONS=detect_leaks=1 build-asan/ditmoe_test files images data plan npz frechet
+    ASAN_OPTIONS=detect_leaks=1 build-asan/ditmoe_test files images data plan npz frechet topology placement cost
 }
 asan_device() {
     ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \

@@ -70,8 +70,10 @@ static const struct option_spec machine_options[] = {
     {"network", 0, OPTION_FLOAT, "GB/S", "0", "of a machine, one way; 0: from its adapters",
      AT(network), 0, 1e5, NULL},
     {"exchange", 0, OPTION_CHOICE, "ROAD", "nccl",
-     "between NVIDIA GPUs: nccl, or by the host's memory as between others", AT(exchange), 0, 0,
-     road_choices},
+     "between NVIDIA GPUs: nccl, or by the host's memory as between others (with --here: host, "
+     "unless it "
+     "is given)",
+     AT(exchange), 0, 0, road_choices},
     {"overlap", 0, OPTION_FLAG, NULL, "yes", "transfers are hidden behind work beside them",
      AT(overlap), 0, 0, NULL},
     {0},
@@ -232,6 +234,8 @@ int cmd_plan(int argc, char **argv)
                            o.nodes, NODES_MOST);
     if (!o.here == !o.topology)
         return usage_error("plan", "either --here or --topology FILES is needed");
+    if (o.here && !options_given("exchange"))
+        o.exchange = ROAD_HOST;
     if (o.train && o.what)
         return usage_error("plan", "--train and --sample: one of them");
     if (count > 1 && (o.out || o.placement))

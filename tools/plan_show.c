@@ -6,6 +6,10 @@
 #include "tools/plan.h"
 #include "tools/topology_show.h"
 
+enum {
+    PLACES_MOST = 1 << 22
+}; // a placement of more experts is not part of the JSON; --out writes it
+
 // ---- text ---------------------------------------------------------------------------------------
 
 static void print_head(const struct plan_settings *o, const struct machines *m,
@@ -174,7 +178,9 @@ json_t *plan_to_json(const struct plan_settings *o, const struct plan_result *r)
     for (int p = 0; p < POLICIES; p++)
         json_object_set_new(policies, policy_names[p],
                             isinf(r->policies[p]) ? json_null() : json_real(r->policies[p]));
-    if (plan_expand(r, &all) >= 0) {
+    const double places =
+        (double)r->cluster.copies * r->one.groups * r->one.layers * r->one.experts;
+    if (places <= PLACES_MOST && plan_expand(r, &all) >= 0) {
         placement = placement_to_json(&all);
         placement_free(&all);
     }
