@@ -142,6 +142,26 @@ static int fill_memory(const struct config *c, const struct cost_options *o, str
 
 // ---- operations ---------------------------------------------------------------------------------
 
+// What one more active expert adds to a token's multiply-accumulates, in operations; and what one more
+// expert of each layer adds to the parameters, without its row of the router. Of whatever kind experts are.
+static double flops_of_expert(const struct config *c)
+{
+    struct config other = *c;
+    const int layers = moe_layers(c);
+    other.topk = 2 * c->topk;
+    const double more = config_count(&other).macs - config_count(c).macs;
+    return layers ? 2 * more / layers / config_tokens(c) / c->topk : 0;
+}
+
+static double parameters_of_expert(const struct config *c)
+{
+    struct config other = *c;
+    const int layers = moe_layers(c);
+    other.experts = 2 * c->experts;
+    const double more = (double)(config_count(&other).total - config_count(c).total);
+    return layers ? more / layers / c->experts - c->hidden : 0;
+}
+
 static void fill_work(const struct config *c, const struct cost_options *o, struct model_cost *m)
 {
     const double T = config_tokens(c), D = c->hidden, E = c->experts, F = MLP_RATIO * D;
@@ -157,7 +177,7 @@ static void fill_work(const struct config *c, const struct cost_options *o, stru
     m->attention_flops = 4 * T * T * D;
     // LayerNorm, attention's operands, two residual sums, combination; SwiGLU where products leave it
     m->bytes = T * act * (14 * D + (fused ? 0 : 3 * shared));
-    m->expert_flops = 6 * D * F;
+    m->expert_flops = flops_of_expert(c);
     m->expert_bytes = act * (3 * D + (fused ? 0 : 3 * F));
     m->launches = fused ? 12 : 20;
     m->expert_launches = fused ? 3 : 6;
@@ -171,9 +191,9 @@ static void fill_work(const struct config *c, const struct cost_options *o, stru
 static void fill_parameters(const struct config *c, const struct cost_options *o,
                             struct model_cost *m)
 {
-    const double D = c->hidden, total = (double)config_count(c).total;
+    const double total = (double)config_count(c).total;
     const bool half = o->bf16 && o->kind != DEVICE_CPU;
-    m->expert_params = 3 * MLP_RATIO * D * D;
+    m->expert_params = parameters_of_expert(c);
     m->dense_params = total - m->expert_params * c->experts * moe_layers(c);
     m->weight_bytes = half ? 2 : 4;
     m->update_bytes = half ? 36 : 40;

@@ -88,6 +88,9 @@ static int counts(void)
         OK(model_cost_new(&c, &o, &m));
         const double flops =
             c.layers * (m.flops + m.shared_flops + m.rows * m.expert_flops) + m.image_flops;
+        CHECK(m.expert_flops == 24.0 * c.hidden * c.hidden &&
+                  m.expert_params == 12.0 * c.hidden * c.hidden,
+              "%s: an expert is three matrices of 4D by D", models[i]);
         CHECK(fabs(flops / (2 * n.macs) - 1) < 0.01, "%s: %.4g, counted %.4g", models[i], flops,
               2 * n.macs);
         CHECK(fabs(c.layers * m.attention_flops / (2 * n.macs_attention) - 1) < 1e-6,
