@@ -31,6 +31,22 @@ static int make_directories(const char *dir)
     }
 }
 
+// What killed processes left of checkpoints. Best effort; under the directory's lock no one writes one.
+static void remove_leftovers(const char *dir)
+{
+    DIR *d = opendir(dir);
+    if (!d)
+        return;
+    for (struct dirent *e; (e = readdir(d)) != NULL;) {
+        long long step, process;
+        int end = 0;
+        if (sscanf(e->d_name, "step-%lld.safetensors.tmp.%lld%n", &step, &process, &end) == 2 &&
+            end > 0 && !e->d_name[end])
+            unlinkat(dirfd(d), e->d_name, 0);
+    }
+    closedir(d);
+}
+
 int run_directory_open(const char *dir, int *fd)
 {
     TRY(make_directories(dir));
@@ -42,6 +58,7 @@ int run_directory_open(const char *dir, int *fd)
         *fd = -1;
         return fail(ERR_IO, "%s: another training run is writing here", dir);
     }
+    remove_leftovers(dir);
     return 0;
 }
 
