@@ -55,6 +55,8 @@ static int held_read(struct dit *d, struct held *h)
 static int first_holder(const struct placement *p, const struct param *q)
 {
     int r = 0;
+    if (q->expert == NO_EXPERT)
+        return 0;
     while (!placement_holds(p, r, q->block, q->expert, NULL))
         r++;
     return r;
@@ -144,5 +146,57 @@ int trainer_move(struct trainer **t, const struct dit_ranks *to)
         trainer_free(*t);
         *t = NULL;
     }
+    return code;
+}
+
+// ---- copies that agree --------------------------------------------------------------------------
+
+static bool holds(const struct placement *p, int rank, const struct param *q)
+{
+    return q->expert == NO_EXPERT || placement_holds(p, rank, q->block, q->expert, NULL);
+}
+
+// One parameter's values from its first holder to the others.
+static int share(struct dit *d, struct weights *part, const struct param *p, struct transfers *t,
+                 float *host)
+{
+    const struct dit_ranks *ranks = d->options.ranks;
+    const size_t bytes = (size_t)param_count(p) * sizeof *host;
+    const int rank = exchange_rank(ranks->exchange), first = first_holder(ranks->placement, p);
+    if (!holds(ranks->placement, rank, p))
+        return 0;
+    if (rank != first) {
+        TRY(exchange_receive(t, host, bytes, first, 0));
+        TRY(exchange_wait(t));
+        return param_write(&d->ctx, part, p, host);
+    }
+    TRY(param_read(&d->ctx, part, p, host));
+    for (int r = first + 1; r < ranks->placement->ranks; r++)
+        if (holds(ranks->placement, r, p))
+            TRY(exchange_send(t, host, bytes, r, 0));
+    return exchange_wait(t);
+}
+
+int trainer_agree(struct trainer *t)
+{
+    struct dit *d = t->dit;
+    struct transfers *transfers;
+    int64_t largest = 0;
+    if (!d->options.ranks)
+        return 0;
+    for (int i = 0; i < d->params.count; i++)
+        if (param_count(&d->params.list[i]) > largest)
+            largest = param_count(&d->params.list[i]);
+    float *host = malloc((size_t)largest * sizeof *host);
+    if (!host)
+        return fail(ERR_NOMEM, "no host memory for a parameter of %lld floats", (long long)largest);
+    int code = transfers_new(d->options.ranks->exchange, &transfers);
+    exchange_doing(d->options.ranks->exchange, "bringing copies of weights together", -1);
+    for (int part = 0; part < PARTS && code >= 0; part++)
+        for (int i = 0; i < d->params.count && code >= 0; i++)
+            if (!d->params.list[i].frozen)
+                code = share(d, part_of(d, part), &d->params.list[i], transfers, host);
+    transfers_free(transfers);
+    free(host);
     return code;
 }

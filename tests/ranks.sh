@@ -51,7 +51,8 @@ idx() { # idx DIRECTORY: 64 training images of 28x28 in 10 classes
 }
 idx data
 model=(--layers 2 --hidden 32 --heads 2 --patch 8 --experts 4 --topk 2 --shared 1)
-train=(train "${model[@]}" --data "$work/data" --batch 6 --lr 1e-3 --sample-every 0 --device opencl:0)
+with=(--data "$work/data" --batch 6 --lr 1e-3 --sample-every 0 --device opencl:0)
+train=(train "${model[@]}" "${with[@]}")
 
 # Largest relative difference of loss, gradient norm and balance between two logs, and the rows compared.
 difference() {
@@ -113,6 +114,12 @@ unset DITMOE_FORMS
 other "DDPM" 2 --diffusion ddpm
 other "no shared expert, q and k normed, stratified times" 2 --shared 0 --qk-norm --time stratified --flip
 
+run "$ditmoe" "${train[@]}" --steps 3 --out dense --moe none
+run "$ditmoe" upcycle dense upcycled.safetensors --experts 4
+train=(train --init upcycled.safetensors "${with[@]}")
+other "GELU experts with biases, upcycled" 3
+train=(train "${model[@]}" "${with[@]}")
+
 # ---- checkpoints do not know the number of ranks ---------------------------------------------------------
 ranks 3 "${train[@]}" --steps 10 --out moved
 run "$ditmoe" "${train[@]}" --steps 20 --out moved --resume
@@ -120,6 +127,8 @@ ranks 2 "${train[@]}" --steps 50 --out moved --resume --placement first.json
 same "3 ranks, then 1, then 2" moved one 50
 
 # ---- experts that move ---------------------------------------------------------------------------------
+DITMOE_UNLIKE=1 ranks 2 "${train[@]}" --steps 50 --out agreed --checkpoint-every 10 --placement copies.json
+same "copies that agree at checkpoints" agreed one 50
 DITMOE_REPLAN=random ranks 3 "${train[@]}" --steps 50 --out anywhere --replan 7
 same "experts anywhere, every 7 steps" anywhere one 50
 grep -q '^49,7,2,all,' anywhere/ranks.csv && ok "ranks.csv" || bad "ranks.csv" "no row of rank 2 after step 49"

@@ -27,6 +27,7 @@ struct run {
     struct progress progress;
     struct checkpoint *from; // resumed from; NULL: from the beginning
     int lock;
+    bool unlike;         // ranks have devices that may round differently
     int64_t first;       // step that this process began after
     int64_t saved;       // step of the last checkpoint written or resumed from
     double loss, weight; // running mean for the progress line
@@ -202,6 +203,19 @@ static int plan_memory(struct run *r)
     return code;
 }
 
+// Whether all ranks have devices of one name, driver and backend. (DITMOE_UNLIKE=1: as if not, for tests.)
+static int compare_devices(struct run *r)
+{
+    const struct device_info *info = &r->session.dev->info;
+    char mine[384] = "", first[384] = "";
+    snprintf(mine, sizeof mine, "%s, %s, %s", info->backend->name, info->name, info->driver);
+    memcpy(first, mine, sizeof first);
+    TRY(exchange_broadcast(ranks_exchange(), first, sizeof first, 0));
+    const char *wish = getenv("DITMOE_UNLIKE");
+    return exchange_any(ranks_exchange(), strcmp(mine, first) != 0 || (wish && *wish == '1'),
+                        &r->unlike);
+}
+
 static void print_header(const struct run *r)
 {
     const struct config *c = &r->config;
@@ -264,6 +278,8 @@ static int save(struct run *r)
                               .accumulate = r->o->accumulate};
     TRY(trainer_counts(t, &state.applied, &state.skipped));
     run_checkpoint_path(r->o->out, t->step, path, sizeof path);
+    if (r->unlike)
+        TRY(trainer_agree(t));
     TRY(checkpoint_save(path, t->dit, &state));
     r->saved = t->step;
     if (ranks_first())
@@ -452,6 +468,7 @@ static int prepare_and_train(struct run *r)
         return 0;
     }
     TRY(session_open(&o->device, &r->session));
+    TRY(compare_devices(r));
     print_header(r);
     TRY(plan_memory(r));
     return o->dry_run ? 0 : train(r);
