@@ -11,7 +11,7 @@ build=$(cd "${1:-$root/build}" && pwd) || exit 1
 [ $# -gt 0 ] && shift
 parts=${*:-tuned portable opencl memcheck initcheck racecheck losses bf16}
 data=${DITMOE_DATA:-/usr/share/datasets/fashion-mnist}
-ops="gemm layers attention moe fused halves train_ops"
+ops="gemm conv pool layers attention moe fused halves train_ops"
 work=$(mktemp -d /tmp/ditmoe-gpu-XXXXXX)
 trap 'rm -rf "$work"' EXIT
 passed=0 failed=0 skipped=0

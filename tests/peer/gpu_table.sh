@@ -26,3 +26,7 @@ for what in "sample --model S/2-8E2A,XL/2-8E2A --batch 16,128" "train --model S/
     # shellcheck disable=SC2086 # words on purpose
     $bench --precision bf16 --what $what --compare "$out/peer.json"
 done
+for precision in bf16 f32; do # features of images, beside PyTorch
+    python3 "$here/peer_inception.py" "$out/inception-$precision.json" 32 128 $([ $precision = f32 ] && echo --f32)
+    "$1/ditmoe" bench inception --device cuda:0 --precision $precision --batch 32,128 --compare "$out/inception-$precision.json"
+done
