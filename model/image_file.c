@@ -86,10 +86,19 @@ static void png_take(png_structp png, png_bytep to, size_t bytes)
     r->left -= bytes;
 }
 
+// Deflate makes at most 1032 bytes of one, so a header alone does not get memory for a large image.
+static void png_check_size(struct png_reader *r)
+{
+    const uint64_t rows = png_get_image_height(r->png, r->info);
+    if (png_get_rowbytes(r->png, r->info) * rows > 1032 * (uint64_t)r->left)
+        png_error(r->png, "it is cut short");
+}
+
 // Whatever the file holds: 8-bit grey or RGB, without transparency.
 static int png_prepare(struct png_reader *r)
 {
     png_read_info(r->png, r->info);
+    png_check_size(r);
     int type = png_get_color_type(r->png, r->info);
     png_set_scale_16(r->png);
     png_set_strip_alpha(r->png);
@@ -208,9 +217,23 @@ static void cmyk_to_rgb(const uint8_t *in, uint8_t *out, int width, bool inverte
     }
 }
 
+// Huffman codes take a bit or more for each 8x8 block of the finest component; arithmetic coding, which
+// hardly anyone uses, can do with less.
+static int jpeg_check_size(const struct jpeg_reader *r)
+{
+    const uint64_t across = (r->jpeg.image_width + 7) / 8, down = (r->jpeg.image_height + 7) / 8;
+    const uint64_t bits = 8 * (uint64_t)r->jpeg.src->bytes_in_buffer;
+    if (64 * across * down > IMAGE_MAX_PIXELS)
+        return 0; // image_new() says so
+    if (across * down > (r->jpeg.arith_code ? 16 * bits : bits))
+        return fail(ERR_INPUT, "%s: damaged JPEG image: it is cut short", r->name);
+    return 0;
+}
+
 static int jpeg_prepare(struct jpeg_reader *r)
 {
     jpeg_read_header(&r->jpeg, TRUE);
+    TRY(jpeg_check_size(r));
     J_COLOR_SPACE space = r->jpeg.jpeg_color_space;
     if (space == JCS_GRAYSCALE)
         r->jpeg.out_color_space = JCS_GRAYSCALE;
