@@ -147,9 +147,9 @@ static void warn_of(const char *what, const struct features *f)
 {
     if (f->pool.count && f->pool.count < FEW_IMAGES)
         fprintf(stderr,
-                "note: %lld %s: with so few FID and sFID are far above what %s would give "
-                "(50000 are usual)\n",
-                (long long)f->pool.count, what, "many images");
+                "note: %lld %s: with so few FID and sFID are far above those of many (50000 are "
+                "usual)\n",
+                (long long)f->pool.count, what);
 }
 
 static int compare(const struct fid_settings *o, struct session *session,
