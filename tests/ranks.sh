@@ -181,6 +181,9 @@ ranks 2 "${train[@]}" --out no --placement empty.json
 complains "a placement for other ranks" "empty.json.*3 ranks"
 ranks 2 "${train[@]}" --out no --headroom 0.5 --steps 2
 complains "too little room for rows" "layer 0: .* rows for the experts of rank .* --headroom"
+ranks 2 "${train[@]}" --out no --memory 1MiB
+complains "too little memory" "not enough memory: needs .*--headroom 2"
+ldd "$ditmoe" | grep -qi libmpi && bad "the program links no MPI" "it does" || ok "the program links no MPI"
 ranks 2 "${train[@]}" --out no --layers x
 complains "a mistake on all ranks is told once" "--layers x: not a number"
 ranks 2 "${train[@]}" --out copied --steps 3 --replan 1 --placement copies.json

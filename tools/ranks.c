@@ -1,6 +1,7 @@
 #include "tools/ranks.h"
 
 #include <errno.h>
+#include <sched.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -30,6 +31,21 @@ const struct option_spec rank_option_list[] = {
 static struct exchange *exchange;
 static bool told; // this rank has said what went wrong
 
+// mpirun binds a rank to one core unless told otherwise, and a CPU device's threads, which start with its
+// driver, would all share it. A wider binding is meant and stays.
+static void widen_binding(void)
+{
+    cpu_set_t set;
+    const long cores = sysconf(_SC_NPROCESSORS_ONLN);
+    if (sched_getaffinity(0, sizeof set, &set) != 0 || CPU_COUNT(&set) > 2 ||
+        cores < 2L * exchange_node_ranks(exchange))
+        return;
+    CPU_ZERO(&set);
+    for (long i = 0; i < cores && i < CPU_SETSIZE; i++)
+        CPU_SET((size_t)i, &set);
+    sched_setaffinity(0, sizeof set, &set); // where this is not allowed it stays as it was
+}
+
 int ranks_open(const char *command)
 {
     static const char *const on_ranks[] = {"train", "sample", "calibrate"};
@@ -40,8 +56,10 @@ int ranks_open(const char *command)
         return 0;
     if (exchange_open(&exchange) < 0)
         return report_failure(command);
-    if (exchange)
-        stop_on_signals();
+    if (!exchange)
+        return 0;
+    widen_binding();
+    stop_on_signals();
     return 0;
 }
 

@@ -197,7 +197,9 @@ static int plan_memory(struct run *r)
         return fail(ERR_NOMEM,
                     "not enough memory: needs %s, and %s has %s; a smaller --batch%s%s may help",
                     need, dev->info.key, have, o->recompute ? "" : " or --recompute",
-                    o->early ? "" : " or --early-update");
+                    ranks_exchange() ? ", or --headroom 2 (less room for other ranks' tokens),"
+                    : o->early       ? ""
+                                     : " or --early-update");
     if (!too_much)
         TRY(tell_memory(total, limit));
     return code;
