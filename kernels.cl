@@ -2882,7 +2882,7 @@ void attention_bwd_cpu(GLOBAL act *dqkv, GLOBAL float *delta, const GLOBAL act *
 // index needs a division. CPU forms: a work-item takes `chunk` rows.
 
 // The expert that row r of rows sorted by expert belongs to.
-INLINE uint expert_of(const GLOBAL int *offsets, uint E, uint r)
+inline uint expert_of(const GLOBAL int *offsets, uint E, uint r)
 {
     uint e = 0, end = E;
     while (end - e > 1) {
