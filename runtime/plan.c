@@ -4,7 +4,7 @@
 // allocation. Tensors that live for ever are packed first, in the order of declaration. The others
 // follow in descending size, each into the smallest gap, among the tensors alive at the same time,
 // that holds it (greedy by size, Pisarchyk and Lee, arXiv 2001.03288); no gap: behind the last of
-// them, where the slab grows least.
+// them, where the slab grows least. Guests are packed before all of them.
 #include "runtime/plan.h"
 
 #include <stdlib.h>
@@ -38,7 +38,10 @@ struct plan {
     int count, capacity;
     struct view *views;
     int view_count, view_capacity;
-    struct slabs slabs[PLAN_CLASSES];
+    struct slabs slabs[PLAN_CLASSES]; // a guest's are the first parts of its host's
+    enum plan_class host[PLAN_CLASSES]; // itself where it is no guest
+    struct entry *gaps;                 // that guests leave, alive for ever
+    int gap_count;
     struct mem **made; // every view, in the order they were made
     int made_count, made_capacity;
     bool laid_out, committed;
@@ -87,8 +90,24 @@ int plan_new(struct device *dev, struct plan **out)
         return fail(ERR_NOMEM, "memory plan: no host memory");
     p->dev = dev;
     p->align = dev->info.align > 128 ? dev->info.align : 128;
+    for (int k = 0; k < PLAN_CLASSES; k++)
+        p->host[k] = (enum plan_class)k;
     *out = p;
     return 0;
+}
+
+void plan_host(struct plan *p, enum plan_class host, enum plan_class guest)
+{
+    BUG_IF(p->host[host] != host || host == guest || p->committed);
+    for (int k = 0; k < PLAN_CLASSES; k++) // one guest a host: so it begins where the slab does
+        BUG_IF(k != (int)host && k != (int)guest && p->host[k] == host);
+    p->host[guest] = host;
+    p->laid_out = false;
+}
+
+static bool is_guest(const struct plan *p, int class)
+{
+    return (int)p->host[class] != class;
 }
 
 static bool holds_parameters(enum plan_class class)
@@ -249,13 +268,52 @@ static int by_size(const void *a, const void *b)
     return x < y ? -1 : 1;
 }
 
-// `sorted` and `placed` have room for every entry.
+// The end of a guest's bytes that its tensor does not fill, from the last multiple of the alignment.
+static void keep_gap(struct plan *p, const struct entry *e, struct entry **placed, int *count)
+{
+    const size_t used = tensor_bytes(e->tensor) / p->align * p->align;
+    if (tensor_bytes(e->tensor) == e->bytes)
+        return;
+    struct entry *gap = &p->gaps[p->gap_count++];
+    *gap = (struct entry){.last = PLAN_FOREVER,
+                          .bytes = e->bytes - used,
+                          .slab = e->slab,
+                          .offset = e->offset + used};
+    insert_by_offset(placed, (*count)++, gap);
+}
+
+// Places the guest of `class`, if it has one: its slabs end where they do now.
+static int layout_guest(struct plan *p, enum plan_class class, struct entry **placed, int *count)
+{
+    struct slabs *s = &p->slabs[class];
+    for (int i = 0; i < p->count; i++) {
+        struct entry *e = &p->entries[i];
+        if (e->class == class || p->host[e->class] != class)
+            continue;
+        TRY(place_next(p, s, e));
+        insert_by_offset(placed, (*count)++, e);
+        keep_gap(p, e, placed, count);
+    }
+    for (int k = 0; k < PLAN_CLASSES; k++) {
+        if (k == (int)class || p->host[k] != class)
+            continue;
+        p->slabs[k].count = 0;
+        for (int i = 0; i < s->count; i++) {
+            TRY(add_slab(&p->slabs[k]));
+            p->slabs[k].flat[i].shape[0] = s->flat[i].shape[0];
+        }
+    }
+    return 0;
+}
+
+// `sorted` and `placed` have room for every entry and gap.
 static int layout_class(struct plan *p, enum plan_class class, struct entry **sorted,
                         struct entry **placed)
 {
     struct slabs *s = &p->slabs[class];
     int waiting = 0, count = 0;
     s->count = 0;
+    TRY(layout_guest(p, class, placed, &count));
     for (int i = 0; i < p->count; i++) {
         struct entry *e = &p->entries[i];
         if (e->class != class)
@@ -309,11 +367,15 @@ int plan_layout(struct plan *p, uint64_t limit)
     BUG_IF(p->committed);
     int code = 0;
     size_t room = (size_t)p->count + 1;
-    struct entry **sorted = calloc(2 * room, sizeof *sorted);
-    if (!sorted)
-        return fail(ERR_NOMEM, "memory plan: no host memory");
+    struct entry **sorted = calloc(3 * room, sizeof *sorted);
+    free(p->gaps);
+    p->gaps = calloc(room, sizeof *p->gaps);
+    p->gap_count = 0;
+    if (!sorted || !p->gaps)
+        TRY_OUT(fail(ERR_NOMEM, "memory plan: no host memory"));
     for (int k = 0; k < PLAN_CLASSES; k++)
-        TRY_OUT(layout_class(p, (enum plan_class)k, sorted, sorted + room));
+        if (!is_guest(p, k))
+            TRY_OUT(layout_class(p, (enum plan_class)k, sorted, sorted + room));
     p->laid_out = true;
     code = check_fit(p, limit);
 out:
@@ -337,19 +399,32 @@ static int make_part(struct plan *p, const struct view *v)
     return make_view(p, v->of->mem, (size_t)v->start * dtype_size(v->of->dtype), v->out);
 }
 
+// A guest's slabs: the first parts of its host's.
+static int view_guests(struct plan *p)
+{
+    for (int k = 0; k < PLAN_CLASSES; k++)
+        for (int i = 0; is_guest(p, k) && i < p->slabs[k].count; i++)
+            TRY(make_view(p, p->slabs[p->host[k]].flat[i].mem, 0, &p->slabs[k].flat[i]));
+    return 0;
+}
+
 static int allocate_slabs(struct plan *p, struct stream *stream)
 {
     const struct backend *api = p->dev->api;
     for (int k = 0; k < PLAN_CLASSES; k++) {
         struct slabs *s = &p->slabs[k];
+        if (is_guest(p, k))
+            continue;
         for (int i = 0; i < s->count; i++) {
             int code = api->alloc(p->dev, slab_bytes(s, i), &s->flat[i].mem);
             if (code < 0)
                 return fail_in(code, "%s", class_names[k]);
-            if (holds_parameters((enum plan_class)k))
-                TRY(api->fill(stream, s->flat[i].mem, 0, slab_bytes(s, i), 0));
         }
     }
+    TRY(view_guests(p));
+    for (int k = 0; k < PLAN_CLASSES; k++)
+        for (int i = 0; holds_parameters((enum plan_class)k) && i < p->slabs[k].count; i++)
+            TRY(api->fill(stream, p->slabs[k].flat[i].mem, 0, slab_bytes(&p->slabs[k], i), 0));
     return api->sync(stream);
 }
 
@@ -363,7 +438,8 @@ int plan_commit(struct plan *p)
     TRY_OUT(allocate_slabs(p, stream));
     for (int i = 0; i < p->count; i++) {
         const struct entry *e = &p->entries[i];
-        TRY_OUT(make_view(p, p->slabs[e->class].flat[e->slab].mem, e->offset, e->tensor));
+        const struct slabs *s = &p->slabs[p->host[e->class]];
+        TRY_OUT(make_view(p, s->flat[e->slab].mem, e->offset, e->tensor));
     }
     for (int i = 0; i < p->view_count; i++)
         TRY_OUT(make_part(p, &p->views[i]));
@@ -395,13 +471,14 @@ void plan_free(struct plan *p)
     for (int k = 0; k < PLAN_CLASSES; k++) {
         struct slabs *s = &p->slabs[k];
         for (int i = 0; i < s->count; i++)
-            if (s->flat[i].mem)
+            if (s->flat[i].mem && !is_guest(p, k)) // guests' are views
                 p->dev->api->free(s->flat[i].mem);
         free(s->flat);
     }
     for (int i = 0; i < p->count; i++)
         free(p->entries[i].name);
     free(p->entries);
+    free(p->gaps);
     free(p->views);
     free(p->made);
     free(p);
@@ -421,7 +498,7 @@ uint64_t plan_total(const struct plan *p)
 {
     uint64_t bytes = 0;
     for (int k = 0; k < PLAN_CLASSES; k++)
-        bytes += plan_class_bytes(p, (enum plan_class)k);
+        bytes += is_guest(p, k) ? 0 : plan_class_bytes(p, (enum plan_class)k);
     return bytes;
 }
 
@@ -429,6 +506,17 @@ int plan_slabs(const struct plan *p, enum plan_class class, const struct tensor 
 {
     *slabs = p->slabs[class].flat;
     return p->slabs[class].count;
+}
+
+int plan_place(const struct plan *p, const struct tensor *t, int64_t *start, int64_t *end)
+{
+    int i = 0;
+    while (i < p->count && p->entries[i].tensor != t)
+        i++;
+    BUG_IF(i == p->count || !p->laid_out);
+    *start = (int64_t)(p->entries[i].offset / sizeof(float));
+    *end = *start + (int64_t)(p->entries[i].bytes / sizeof(float));
+    return p->entries[i].slab;
 }
 
 static int class_tensors(const struct plan *p, enum plan_class class, uint64_t *bytes)
@@ -473,8 +561,11 @@ void plan_print(const struct plan *p, FILE *out, bool every_tensor)
         if (count == 0)
             continue;
         all_apart += apart;
-        fprintf(out, "%-18s %8d %6d %12.1f %14.1f\n", class_names[k], count, p->slabs[k].count,
-                mib(plan_class_bytes(p, (enum plan_class)k)), mib(apart));
+        fprintf(out, "%-18s %8d %6d ", class_names[k], count, p->slabs[k].count);
+        if (is_guest(p, k))
+            fprintf(out, "%12s %14.1f  (within %s)\n", "-", mib(apart), class_names[p->host[k]]);
+        else
+            fprintf(out, "%12.1f %14.1f\n", mib(plan_class_bytes(p, (enum plan_class)k)), mib(apart));
     }
     fprintf(out, "%-18s %8d %6s %12.1f %14.1f\n", "total", p->count, "", mib(plan_total(p)),
             mib(all_apart));

@@ -38,6 +38,11 @@ void plan_free(struct plan *p); // frees views and slabs
 // PLAN_FOREVER shares with nobody; these lie first in their slab, in the order of declaration, so that
 // classes declared alike (weights, gradients, moments, EMA) have the same layout: element i of one slab
 // belongs to element i of the other, also where one class is f32 and the other bf16.
+//
+// After plan_host() the tensors of class `guest`, which have lifetimes in the same clock, lie in the slabs
+// of class `host`: in the order of declaration, as if they lived for ever, but their bytes are also the
+// host's while they do not live. What rounding leaves between them is nobody's and stays zero.
+void plan_host(struct plan *p, enum plan_class host, enum plan_class guest);
 int plan_tensor(struct plan *p, const char *name, enum plan_class class, enum dtype type, int first,
                 int last, struct tensor *t, int ndim, const int64_t *shape);
 #define PLAN_TENSOR(p, name, class, type, first, last, t, ...)                                     \
@@ -56,7 +61,7 @@ int plan_commit(struct plan *p);
 // Whether `bytes` more would fit in the plan as it was laid out last, under the same limit.
 bool plan_has_room(const struct plan *p, uint64_t limit, uint64_t bytes);
 uint64_t plan_total(const struct plan *p);
-uint64_t plan_class_bytes(const struct plan *p, enum plan_class class);
+uint64_t plan_class_bytes(const struct plan *p, enum plan_class class); // a host's with its guest's
 void plan_print(const struct plan *p, FILE *out, bool every_tensor);
 
 // *out becomes a part of t, from element `start` (whose byte offset must be a multiple of the device's
@@ -64,6 +69,10 @@ void plan_print(const struct plan *p, FILE *out, bool every_tensor);
 // noted and made then: t and *out must stay where they are.
 int plan_view(struct plan *p, const struct tensor *t, int64_t start, struct tensor *out, int ndim,
               const int64_t *shape);
+
+// Where t, which was declared here, lies after plan_layout(): the number of its class's slab; *start and
+// *end: the slab's elements of 4 bytes that it has, rounding included.
+int plan_place(const struct plan *p, const struct tensor *t, int64_t *start, int64_t *end);
 
 // The slabs of a class as flat f32 tensors (for operations on all parameters at once): returns how
 // many there are, *slabs points to them. Classes declared alike have slabs that match one by one.

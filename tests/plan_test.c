@@ -200,6 +200,81 @@ static int lifetimes(void)
     return PASSED;
 }
 
+// No tensor of the host lies where rounding left a gap behind a guest.
+static int gaps_are_empty(const struct life *guests, int count, const struct life *hosts, int others)
+{
+    for (int i = 0; i < count; i++) {
+        const struct mem *g = guests[i].t.mem;
+        const size_t from = g->offset + g->bytes, to = (from + 255) / 256 * 256;
+        for (int j = 0; j < others && from < to; j++) {
+            const struct mem *h = hosts[j].t.mem;
+            CHECK(h->parent != g->parent || h->offset >= to || h->offset + h->bytes <= from,
+                  "tensor %d lies behind guest %d", j, i);
+        }
+    }
+    return PASSED;
+}
+
+// Gradients among activations: placed like the moments, in bytes that activations have at other times.
+static int guests_with(uint32_t seed, uint64_t max_alloc)
+{
+    enum { GUESTS = 30, OTHERS = 150 };
+    static struct life lives[GUESTS + OTHERS];
+    static struct tensor moments[GUESTS];
+    struct device dev = new_device(UINT64_MAX, max_alloc);
+    const struct tensor *slabs, *alike;
+    struct plan *p;
+    OK(plan_new(&dev, &p));
+    for (int i = 0; i < GUESTS; i++) {
+        const int64_t shape[] = {9 + 31 * i, 1 + i % 4};
+        lives[i].first = 190 - 5 * i, lives[i].last = 400;
+        OK(plan_tensor(p, "gradient", PLAN_GRADIENTS, F32, lives[i].first, 400, &lives[i].t, 2, shape));
+        OK(plan_tensor(p, "moment", PLAN_MOMENT1, F32, 0, PLAN_FOREVER, &moments[i], 2, shape));
+    }
+    CHECK(declare_lives(p, lives + GUESTS, OTHERS, seed) == PASSED, "declared");
+    plan_host(p, PLAN_ACTIVATIONS, PLAN_GRADIENTS);
+    OK(plan_layout(p, 0));
+    OK(plan_commit(p));
+    for (int i = 0; i < GUESTS; i++)
+        CHECK(lives[i].t.mem->offset == moments[i].mem->offset, "gradient %d lies elsewhere", i);
+    const int count = plan_slabs(p, PLAN_MOMENT1, &alike);
+    CHECK(plan_slabs(p, PLAN_GRADIENTS, &slabs) == count, "slabs");
+    for (int i = 0; i < count; i++)
+        CHECK(slabs[i].mem->bytes == alike[i].mem->bytes && slabs[i].mem->zeroed == slabs[i].mem->bytes,
+              "slab %d", i);
+    CHECK(pairs_apart(lives, GUESTS + OTHERS) == PASSED, "apart");
+    CHECK(gaps_are_empty(lives, GUESTS, lives + GUESTS, OTHERS) == PASSED, "gaps");
+    plan_free(p);
+    return books_closed();
+}
+
+// A gradient that is written when the activation is no longer read costs nothing.
+static int guest_shares(void)
+{
+    struct device dev = new_device(UINT64_MAX, UINT64_MAX);
+    struct tensor activation, gradient;
+    struct plan *p;
+    OK(plan_new(&dev, &p));
+    OK(PLAN_TENSOR(p, "activation", PLAN_ACTIVATIONS, F32, 0, 9, &activation, 4096));
+    OK(PLAN_TENSOR(p, "gradient", PLAN_GRADIENTS, F32, 10, 20, &gradient, 4096));
+    OK(plan_layout(p, 0));
+    CHECK(plan_total(p) == 2 * 4 * 4096, "apart: %llu", (unsigned long long)plan_total(p));
+    plan_host(p, PLAN_ACTIVATIONS, PLAN_GRADIENTS);
+    OK(plan_layout(p, 0));
+    CHECK(plan_total(p) == 4 * 4096, "together: %llu", (unsigned long long)plan_total(p));
+    plan_free(p);
+    return books_closed();
+}
+
+static int guests(void)
+{
+    for (uint32_t seed = 1; seed <= 4; seed++) {
+        CHECK(guests_with(seed, UINT64_MAX) == PASSED, "seed %u", seed);
+        CHECK(guests_with(seed, 100000) == PASSED, "split, seed %u", seed);
+    }
+    return PASSED;
+}
+
 // A chain of equal tensors, each alive with the next only, needs two of them.
 static int chain(void)
 {
@@ -401,6 +476,8 @@ static int table(void)
 
 const struct test plan_tests[] = {
     {"lifetimes", lifetimes},
+    {"guests", guests},
+    {"guest_shares", guest_shares},
     {"chain", chain},
     {"parameters", parameters},
     {"half_copies", half_copies},
