@@ -249,5 +249,10 @@ int profile_end_accelerated(struct profile *p, enum accelerated op, const void *
         flops =
             attention_flops(KERNEL_attention_bwd_cpu, (double)tensor_count(operands[0]), list[8].i);
     snprintf(name, sizeof name, "%s (tuned)", accelerated_name(op) ? accelerated_name(op) : "?");
-    return profile_end(p, name, mems, used, flops);
+    TRY(profile_end(p, name, mems, used, flops));
+    if (op == ACCELERATE_ADAMW) // all but g and control are written too
+        p->list[p->count - 1].bytes = 2 * p->list[p->count - 1].bytes -
+                                      (double)tensor_bytes(operands[4]) -
+                                      (double)tensor_bytes(operands[5]);
+    return 0;
 }
