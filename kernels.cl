@@ -3023,8 +3023,8 @@ void combine_fwd(GLOBAL act *out, const GLOBAL act *rows, const GLOBAL int *slot
 }
 
 // drows[slot[m,k],:] = weight[m,k] dout[m,:]; dweight[m,k] = <dout[m,:], rows[slot[m,k],:]>.
-// drows may be rows: an element is read before the same work-item writes it. A work-group a pair
-// (m,k).
+// drows may be rows: an element is read before the same work-item writes it. Without rows there is no
+// dweight. A work-group a pair (m,k).
 KERNEL(64, 1)
 void combine_bwd(GLOBAL act *drows, GLOBAL float *dweight, const GLOBAL act *dout,
                  const GLOBAL act *rows, const GLOBAL int *slot, const GLOBAL float *weight, uint R,
@@ -3037,7 +3037,8 @@ void combine_bwd(GLOBAL act *drows, GLOBAL float *dweight, const GLOBAL act *dou
         float w = weight[pair], sum = 0.0f;
         for (uint d = i; d < D; d += 64) {
             float g = act_load(dout, m + d);
-            sum = fma(g, act_load(rows, row + d), sum);
+            if (rows)
+                sum = fma(g, act_load(rows, row + d), sum);
             act_store(drows, row + d, w * g);
         }
         sums[i] = sum;
@@ -3046,10 +3047,26 @@ void combine_bwd(GLOBAL act *drows, GLOBAL float *dweight, const GLOBAL act *dou
             if (i < step)
                 sums[i] += sums[i + step];
         }
-        if (i == 0)
+        if (i == 0 && rows)
             dweight[pair] = sums[0];
         barrier(CLK_LOCAL_MEM_FENCE);
     }
+}
+
+// dweight[pair] = sum over parts of dots[part,slot[pair]] / weight[pair], 0 where the weight is 0: what
+// comes of it is multiplied by the choice's probability. A work-item a pair.
+KERNEL(64, 1)
+void combine_weight_bwd(GLOBAL float *dweight, const GLOBAL float *dots, const GLOBAL int *slot,
+                        const GLOBAL float *weight, uint R, uint parts)
+{
+    size_t pair = get_global_id(0);
+    if (pair >= R)
+        return;
+    size_t row = (size_t)slot[pair];
+    float sum = 0.0f, w = weight[pair];
+    for (uint i = 0; i < parts; i++)
+        sum += dots[(size_t)i * R + row];
+    dweight[pair] = w != 0.0f ? sum / w : 0.0f;
 }
 
 // ---- router
@@ -3907,7 +3924,7 @@ void combine_bwd_cpu(GLOBAL act *drows, GLOBAL float *dweight, const GLOBAL act 
     for (; m < to; m++) {
         const GLOBAL act *in = dout + m * D;
         for (size_t pair = m * K; pair < m * K + K; pair++) {
-            const GLOBAL act *row = rows + (size_t)slot[pair] * D;
+            const GLOBAL act *row = rows ? rows + (size_t)slot[pair] * D : in;
             GLOBAL act *out = drows + (size_t)slot[pair] * D;
             float w = weight[pair], tail = 0.0f;
             float16 sum = 0.0f;
@@ -3922,7 +3939,8 @@ void combine_bwd_cpu(GLOBAL act *drows, GLOBAL float *dweight, const GLOBAL act 
                 tail = fma(g, act_load(row, d), tail);
                 act_store(out, d, w * g);
             }
-            dweight[pair] = sum16(sum) + tail;
+            if (rows)
+                dweight[pair] = sum16(sum) + tail;
         }
     }
 }

@@ -44,7 +44,7 @@ struct dispatch {
     int tokens, choices, width;
 };
 
-// op_combine_bwd, tokens = M
+// op_combine_bwd, tokens = M; dweight and rows may be NULL
 struct combine_backward {
     accelerate_mem drows, dweight, dout, rows, slot, weight;
     int tokens, choices, width;

@@ -5,6 +5,7 @@
 // devices from one thread, and one device from several.
 #include "devices/cuda.h"
 #include "devices/cuda_fused.h"
+#include "devices/cuda_gemm_sm90.h"
 #include "devices/cuda_tuned.h"
 #include "devices/gemm_gpu.h"
 
@@ -110,6 +111,7 @@ static int cuda_open(const struct device_info *info, unsigned flags, struct devi
     dev->base.fused_width = cuda_fused_width(dev);
     dev->base.rebuilds_hidden = true;
     dev->base.swiglu_columns = GEMM_GPU_SWIGLU;
+    dev->base.swiglu_dots = cuda_gemm_sm90_groups(dev);
     *out = &dev->base;
     return 0;
 out:
@@ -462,6 +464,7 @@ const struct backend backend_cuda = {
     .fill = cuda_fill,
     .launch = cuda_launch,
     .gemm_space = cuda_gemm_space,
+    .gemm_norms = cuda_gemm_norms,
     .gemm = cuda_gemm,
     .accelerate = cuda_accelerate,
     .capture = cuda_capture,

@@ -83,6 +83,7 @@ void cuda_staging_free(struct stream *s);
 // cuda_gemm.c: see struct gemm and gemm_space in device.h.
 int cuda_gemm(struct stream *s, const struct gemm *g);
 size_t cuda_gemm_space(struct device *dev, const struct gemm *g);
+int cuda_gemm_norms(struct device *dev, const struct gemm *g);
 void cuda_gemm_close(struct cuda_device *dev);
 
 #endif

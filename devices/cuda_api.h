@@ -76,6 +76,7 @@ enum {
 
     CUDA_MAP_BF16 = 9, // of a tensor map: the type of its elements
     CUDA_MAP_SWIZZLE_NONE = 0,
+    CUDA_MAP_SWIZZLE_64 = 2,
     CUDA_MAP_SWIZZLE_128 = 3,
     CUDA_MAP_PROMOTE_256 = 3, // what it reads comes into L2 in pieces of so many bytes
 };

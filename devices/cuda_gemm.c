@@ -221,6 +221,13 @@ size_t cuda_gemm_space(struct device *base, const struct gemm *g)
     return own > by_library ? own : by_library;
 }
 
+int cuda_gemm_norms(struct device *base, const struct gemm *g)
+{
+    struct cuda_device *dev = cuda_device_of(base);
+    const bool own = cuda_gemm_sm90_suits(dev, g) && cuda_gemm_sm90_wins(dev, g);
+    return own ? cuda_gemm_sm90_norms(dev, g) : 0;
+}
+
 int cuda_gemm(struct stream *s, const struct gemm *g)
 {
     gemm_check(&s->dev->base, g);

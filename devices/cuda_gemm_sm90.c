@@ -49,8 +49,8 @@ static enum kind kind_of(const struct gemm *g)
 
 static unsigned shared_of(enum kind kind, int width)
 {
-    const int units = kind == NN_SWIGLU ? 2 : 0;
-    return (unsigned)GEMM_SM90_BYTES(width, units);
+    const int strips = kind == NN_SWIGLU ? GEMM_SM90_STRIPS : 0;
+    return (unsigned)GEMM_SM90_BYTES(width, strips);
 }
 
 bool cuda_gemm_sm90_here(struct cuda_device *dev)
@@ -63,6 +63,11 @@ bool cuda_gemm_sm90_here(struct cuda_device *dev)
               (!rests[kind][w] || cuda_tuned(dev, IMAGE_gemm_sm90, rests[kind][w], 0));
     }
     return all;
+}
+
+int cuda_gemm_sm90_groups(struct cuda_device *dev)
+{
+    return cuda_gemm_sm90_here(dev) ? GEMM_SM90_GROUPS : 0;
 }
 
 bool cuda_gemm_sm90_suits(struct cuda_device *dev, const struct gemm *g)
@@ -193,11 +198,19 @@ static int describe_b(const struct cuda_device *dev, struct cuda_map *map, const
                     (int[]){64, g->trans_b ? tile_columns(g, width) : 64, 1});
 }
 
-// C = g | u: columns, which of the two, rows.
-static int describe_gu(const struct cuda_device *dev, struct cuda_map *map, const struct gemm *g)
+// C = g | u: columns, which of the two, rows; and h. Forward both halves go at once.
+static int describe_swiglu(const struct cuda_device *dev, struct cuda_map *gu, struct cuda_map *h,
+                           const struct gemm *g)
 {
-    return describe(dev, map, g->c, 3, (int[]){g->n, 2, g->m}, (int64_t[]){g->n, 2 * (int64_t)g->n},
-                    (int[]){64, 1, 16});
+    const bool forward = g->swiglu == SWIGLU_FORWARD;
+    const int F = columns_of(g), columns = forward ? 32 : 64, both = forward ? 2 : 1;
+    if (g->c)
+        TRY(describe(dev, gu, g->c, 3, (int[]){F, 2, g->m}, (int64_t[]){F, 2 * (int64_t)F},
+                     (int[]){columns, both, 16}));
+    if (!g->h)
+        return 0;
+    return describe(dev, h, g->h, 2, (int[]){F, g->m, 1}, (int64_t[]){F, 0},
+                    (int[]){columns, 16, 1});
 }
 
 // ---- the product --------------------------------------------------------------------------------
@@ -215,6 +228,8 @@ static struct gemm_sm90 arguments(const struct cuda_device *dev, const struct ge
     return (struct gemm_sm90){
         .c = pointer(g->c),
         .h = pointer(g->h),
+        .dots = pointer(g->dots),
+        .norms = pointer(g->norms),
         .bias = pointer(g->bias),
         .offsets = plain ? NULL : pointer(g->offsets),
         .space = way->divide ? pointer(g->space) : NULL,
@@ -233,6 +248,12 @@ size_t cuda_gemm_sm90_space(const struct cuda_device *dev, const struct gemm *g)
     const struct way way = choose(dev, g, -1);
     const size_t tile = sizeof(float) * GEMM_SM90_ROWS * (size_t)widths[way.w];
     return way.divide ? tile * (size_t)dev->base.info.compute_units : 0;
+}
+
+int cuda_gemm_sm90_norms(const struct cuda_device *dev, const struct gemm *g)
+{
+    const struct way way = choose(dev, g, -1);
+    return g->trans_a ? tiles_of(g, widths[way.w]) * (GEMM_SM90_ROWS / 16) : 0;
 }
 
 // Launches `blocks` blocks, which may start while the kernel before has some that run: they wait
@@ -258,19 +279,19 @@ static int launch(struct stream *s, const struct gemm *g, const struct way *way)
     const enum kind kind = kind_of(g);
     const int width = widths[way->w];
     const unsigned shared = shared_of(kind, width);
-    struct cuda_map a, b, c = {{0}};
+    struct cuda_map a, b, c = {{0}}, h = {{0}};
     struct gemm_sm90 p = arguments(s->dev, g, way);
     TRY(describe_a(s->dev, &a, g));
     TRY(describe_b(s->dev, &b, g, width));
-    if (g->swiglu == SWIGLU_BACKWARD)
-        TRY(describe_gu(s->dev, &c, g));
+    if (g->swiglu)
+        TRY(describe_swiglu(s->dev, &c, &h, g));
     int rows = gemm_cover(g->m, GEMM_SM90_ROWS);
     if (g->ragged == GEMM_RAGGED_M)
         rows += g->groups;
     const int64_t tiles =
         (int64_t)rows * (g->trans_a ? p.groups : 1) * gemm_cover(p.n, tile_columns(g, width));
     const int blocks = p.space || tiles > p.workers ? p.workers : (int)tiles;
-    void *values[] = {&a, &b, &c, &p}, *rest[] = {&p};
+    void *values[] = {&a, &b, &c, &h, &p}, *rest[] = {&p};
     TRY(launch_early(s, cuda_tuned(s->dev, IMAGE_gemm_sm90, names[kind][way->w], shared), blocks,
                      GEMM_SM90_THREADS, shared, values));
     if (!p.space)

@@ -6,9 +6,10 @@
 
 // Whether this device has the kernels. They are loaded here, so that no product has to.
 bool cuda_gemm_sm90_here(struct cuda_device *dev);
+int cuda_gemm_sm90_groups(struct cuda_device *dev); // most groups of a product; 0: not here
 
 // Whether g is for them: bf16 operands on such a device; C bf16, or f32 for A^T B and A B^T;
-// columns and k multiples of 8; at most 512 groups. Not whether its memory is aligned to 16 bytes,
+// columns and k multiples of 8; at most 320 groups. Not whether its memory is aligned to 16 bytes,
 // which it is where views are made as device.h says.
 bool cuda_gemm_sm90_suits(struct cuda_device *dev, const struct gemm *g);
 
@@ -16,6 +17,9 @@ bool cuda_gemm_sm90_suits(struct cuda_device *dev, const struct gemm *g);
 // columns (64, 128, 192; 0: the best). NOT_MINE when there are no such.
 size_t cuda_gemm_sm90_space(const struct cuda_device *dev, const struct gemm *g);
 int cuda_gemm_sm90(struct stream *s, const struct gemm *g, int width);
+
+// How many norms of parts of C it leaves by the best tiles (struct gemm): 0 unless A^T B.
+int cuda_gemm_sm90_norms(const struct cuda_device *dev, const struct gemm *g);
 
 // Whether they are expected to be faster than cuBLASLt, which balances better where there are but a
 // few times as many tiles as multiprocessors, and long sums (plain A^T B).

@@ -122,7 +122,8 @@ int cuda_tuned_map(const struct cuda_device *dev, struct cuda_map *map, cuda_add
     enum { RANK_MAX = 5 };
     uint64_t size[RANK_MAX], bytes[RANK_MAX];
     uint32_t boxes[RANK_MAX], steps[RANK_MAX];
-    BUG_IF(rank > RANK_MAX);
+    const unsigned swizzle = box[0] == 64 ? CUDA_MAP_SWIZZLE_128 : CUDA_MAP_SWIZZLE_64;
+    BUG_IF(rank > RANK_MAX || (swizzled && box[0] != 64 && box[0] != 32));
     for (int i = 0; i < rank; i++) {
         size[i] = (uint64_t)sizes[i];
         boxes[i] = (uint32_t)box[i];
@@ -133,7 +134,7 @@ int cuda_tuned_map(const struct cuda_device *dev, struct cuda_map *map, cuda_add
     CU(dev->api,
        dev->api->tensor_map((cuda_tensor_map *)(void *)map, CUDA_MAP_BF16, (unsigned)rank,
                             (void *)(uintptr_t)address, size, bytes, boxes, steps, 0,
-                            swizzled ? CUDA_MAP_SWIZZLE_128 : CUDA_MAP_SWIZZLE_NONE,
+                            swizzled ? swizzle : CUDA_MAP_SWIZZLE_NONE,
                             CUDA_MAP_PROMOTE_256, 0),
        "cuTensorMapEncodeTiled");
     return 0;

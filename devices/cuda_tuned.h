@@ -36,8 +36,8 @@ struct cuda_map {
 
 // Describes an array of bf16 and the boxes that are copied of it. sizes and box: `rank` of them,
 // innermost first; pitches: rank - 1, elements from one row to the next, one matrix to the next ...
-// swizzled: rows of a box, 128 bytes, lie in shared memory as wgmma wants them; else one after the
-// other. Not for devices whose driver has no such maps (cuda_api: tensor_map is NULL).
+// swizzled: rows of a box, 128 bytes (as wgmma wants them) or 64, lie in shared memory with the
+// swizzle of that width; else one after the other. Not for devices whose driver has no such maps (cuda_api: tensor_map is NULL).
 int cuda_tuned_map(const struct cuda_device *dev, struct cuda_map *map, cuda_address address,
                    int rank, const int *sizes, const int64_t *pitches, const int *box,
                    bool swizzled);

@@ -132,7 +132,9 @@ enum gemm_ragged { GEMM_PLAIN, GEMM_RAGGED_M, GEMM_RAGGED_K };
 //   SWIGLU_FORWARD:  trans_b, n = 2F: the product is g | u; h[m,F] = silu(g) * u, and C[m,2F] = g | u
 //                    unless c is NULL.
 //   SWIGLU_BACKWARD: not trans_b, n = F: the product is dh; C[m,2F] holds g | u and becomes dg | du;
-//                    h[m,F] = silu(g) * u once more, unless NULL (backends with rebuilds_hidden only).
+//                    h[m,F] = silu(g) * u once more, unless NULL (backends with rebuilds_hidden only);
+//                    dots[F/64,m] f32 the sums of dh h over each 64 columns, unless NULL (backends with
+//                    swiglu_dots, for k a multiple of 8 and at most swiglu_dots groups).
 enum gemm_swiglu { SWIGLU_NONE, SWIGLU_FORWARD, SWIGLU_BACKWARD };
 struct gemm {
     enum gemm_ragged ragged;
@@ -147,6 +149,8 @@ struct gemm {
     struct mem *space; // scratch of at least gemm_space() bytes; may be NULL when that is 0
     enum gemm_swiglu swiglu;
     struct mem *h;      // SWIGLU_FORWARD; SWIGLU_BACKWARD where wanted
+    struct mem *dots;   // SWIGLU_BACKWARD where wanted
+    struct mem *norms;  // where wanted: gemm_norms() floats, whose sum of squares is that of C
     struct mem *packed; // B as gemm_pack() left it, for the same B and swiglu; or NULL
 };
 
@@ -215,6 +219,7 @@ struct backend {
                   int count);
     size_t (*gemm_space)(struct device *dev, const struct gemm *g); // scratch bytes that gemm wants
     int (*gemm)(struct stream *s, const struct gemm *g);
+    int (*gemm_norms)(struct device *dev, const struct gemm *g); // optional; 0: it leaves none
     // Optional, for a B [n,k] that many products meet: the bytes of the form in which gemm wants it (0:
     // as it is), which does not depend on m nor on swiglu; and making it, in g->packed from g->b.
     size_t (*gemm_packed)(struct device *dev, const struct gemm *g);
@@ -249,6 +254,7 @@ struct device {
     int swiglu_columns;   // gemm() takes SwiGLU in where F is a multiple of this; 0: never
     int fused_width;      // accelerate() fuses combine and LayerNorm for multiples of 128 up to this
     bool rebuilds_hidden; // SWIGLU_BACKWARD can write h again, so that it need not be kept
+    int swiglu_dots;      // SWIGLU_BACKWARD can write dots, for at most so many groups; 0: never
     bool half_weights;    // products want weights as bf16 (runtime/tensor.h: in two halves)
     unsigned flags;       // as opened
     uint64_t allocations; // alloc() calls so far; tests assert that training makes none

@@ -49,9 +49,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) dispatch_rows_2(const disp
     dispatch_rows<2>(a);
 }
 
-// drows[slot,:] = weight dout[m,:] and the dot product of dout[m,:] and rows[slot,:], K choices of
-// a token at a time; a warp a token. drows may be rows: a vector is read before it is written, by
-// one thread.
+// drows[slot,:] = weight dout[m,:] and, where there are rows, the dot product of dout[m,:] and
+// rows[slot,:], K choices of a token at a time; a warp a token. drows may be rows: a vector is read
+// before it is written, by one thread.
 template <int K> INLINE void combine_back(const combine_backward &a)
 {
     enum { AHEAD = 2 };
@@ -76,7 +76,8 @@ template <int K> INLINE void combine_back(const combine_backward &a)
                     dout[i] = load16(a.dout, token * vectors + v + i * WARP);
 #pragma unroll
                     for (int k = 0; k < K; k++)
-                        rows[i][k] = load16(a.rows, slot[k] + v + i * WARP);
+                        rows[i][k] = a.rows ? load16(a.rows, slot[k] + v + i * WARP)
+                                            : make_uint4(0, 0, 0, 0);
                 }
 #pragma unroll
             for (int i = 0; i < AHEAD; i++)
@@ -96,7 +97,7 @@ template <int K> INLINE void combine_back(const combine_backward &a)
                 }
         }
         const float sum = warp_sums(dots);
-        if (lane % (WARP / K) == 0)
+        if (a.dweight && lane % (WARP / K) == 0)
             static_cast<float *>(a.dweight)[pair + lane / (WARP / K)] = sum;
     }
 }

@@ -16,6 +16,8 @@ void gemm_check(const struct device *dev, const struct gemm *g)
     int columns = dev->swiglu_columns, F = g->swiglu == SWIGLU_FORWARD ? g->n / 2 : g->n;
     BUG_IF(columns == 0 || F % columns != 0 || g->trans_b != (g->swiglu == SWIGLU_FORWARD));
     BUG_IF(g->trans_a || g->bias || g->accumulate);
+    const int groups = g->ragged == GEMM_PLAIN ? 1 : g->groups;
+    BUG_IF(g->dots && (g->swiglu != SWIGLU_BACKWARD || groups > dev->swiglu_dots || g->k % 8));
 }
 
 // Work-groups in x, y, z of the kernels with square tiles of `tile`.

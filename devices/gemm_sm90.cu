@@ -148,16 +148,19 @@ __device__ __forceinline__ void multiply_tile(float (&sum)[BLOCKS][WIDTH / 2], c
 
 template <class K, finish FINISH, int WIDTH>
 __device__ __forceinline__ void multiply_tiles(const shared &s, const tensor_map *c,
-                                               const gemm_sm90 &p)
+                                               const tensor_map *h, const gemm_sm90 &p)
 {
     const int warpgroup = threadIdx.x / 128 - 1;
     ring<K::STAGES> at;
     int group = 0, turn = 0;
     // Barriers tell a phase only from the next one: a warpgroup waits for its tile's stages when
     // those of the tile before are there. The first tile has no such.
-    int turn_phase = warpgroup == 0, unit_phase = 0;
+    int turn_phase = warpgroup == 0;
     const schedule of = find_schedule<K>(s, p);
     const int items = of.whole + of.rest * of.parts;
+    strips<K, WIDTH> units;
+    if constexpr (FINISH == SWIGLU_BWD)
+        units.begin(s, c, p, items);
     for (int i = blockIdx.x; i < items; i += gridDim.x, turn ^= 1) {
         const tile t = find_tile<K>(s, p, of, i, &group);
         if (turn != warpgroup) {
@@ -177,21 +180,24 @@ __device__ __forceinline__ void multiply_tiles(const shared &s, const tensor_map
         multiply_tile<K, WIDTH>(sum, s, at, t.length);
         if (K::DIVIDES && t.part >= 0)
             keep_part<WIDTH>(sum, p, t.part);
-        else if (FINISH == SWIGLU_BWD)
-            finish_swiglu_backward<WIDTH>(sum, s, c, p, t, &unit_phase);
+        else if constexpr (FINISH == SWIGLU_BWD)
+            finish_swiglu_backward<K, WIDTH>(sum, units, s, c, h, p, t);
+        else if (FINISH == SWIGLU_FWD && p.c)
+            finish_swiglu_kept<WIDTH>(sum, s, c, h, p, t);
         else
             finish_tile<K, FINISH, WIDTH>(sum, s, p, t);
     }
+    store_wait(); // shared memory may go when everything has been read from it
 }
 
 // ---- kernels ------------------------------------------------------------------------------------
 
 template <form FORM, finish FINISH, int WIDTH>
 __device__ __forceinline__ void run(const tensor_map &a, const tensor_map &b, const tensor_map &c,
-                                    const gemm_sm90 &p)
+                                    const tensor_map &h, const gemm_sm90 &p)
 {
     typedef kernel<FORM, FINISH, WIDTH> K;
-    const shared s = shared_of(K::STAGES * K::STAGE, K::UNITS * GEMM_SM90_UNIT);
+    const shared s = shared_of(K::STAGES * K::STAGE, 8 * K::STRIPS * GEMM_SM90_STRIP);
     if (threadIdx.x == 0) {
         prefetch_map(&a);
         prefetch_map(&b);
@@ -199,11 +205,10 @@ __device__ __forceinline__ void run(const tensor_map &a, const tensor_map &b, co
             barrier_init(s.full + 8 * i, 1);
             barrier_init(s.empty + 8 * i, 4); // warps that read it
         }
-        for (int i = 0; i < 2; i++) {
+        for (int i = 0; i < 2; i++)
             barrier_init(s.turn + 8 * i, 4);
-            barrier_init(s.unit_full + 8 * i, 1);
-            barrier_init(s.unit_empty + 8 * i, 4);
-        }
+        for (int i = 0; i < 8 * K::STRIPS; i++)
+            barrier_init(s.strip_full + 8 * i, 1);
         barrier_fence();
     }
     await_previous();
@@ -215,11 +220,9 @@ __device__ __forceinline__ void run(const tensor_map &a, const tensor_map &b, co
         registers_less<24>();
         if (threadIdx.x == 0)
             load_tiles<K, FINISH, WIDTH>(s, &a, &b, p);
-        else if (FINISH == SWIGLU_BWD && (threadIdx.x == 32 || threadIdx.x == 64))
-            load_units<K, WIDTH>(s, &c, p, threadIdx.x / 32 - 1);
     } else {
         registers_more<240>();
-        multiply_tiles<K, FINISH, WIDTH>(s, &c, p);
+        multiply_tiles<K, FINISH, WIDTH>(s, &c, &h, p);
     }
 }
 
@@ -228,7 +231,7 @@ template <form FORM, finish FINISH, int WIDTH>
 __device__ __forceinline__ void finish_rest(const gemm_sm90 &p)
 {
     typedef kernel<FORM, FINISH, WIDTH> K;
-    __shared__ __align__(16) unsigned char staging[GEMM_SM90_STAGING / 2];
+    __shared__ __align__(16) unsigned char staging[4 * GEMM_SM90_STAGING];
     __shared__ int tables[2 * (GEMM_SM90_GROUPS + 4)];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     shared s = {};
@@ -250,12 +253,13 @@ __device__ __forceinline__ void finish_rest(const gemm_sm90 &p)
     for (int part = 0; part < of.parts; part++)
         add_part<WIDTH>(sum, p, part * of.rest + item, strip % 8);
     place_in_c at;
-    at.staging = (uint32_t)__cvta_generic_to_shared(staging) + warp * (GEMM_SM90_STAGING / 8);
+    at.staging = (uint32_t)__cvta_generic_to_shared(staging) + warp * GEMM_SM90_STAGING;
     at.row = row + (K::RAGGED_K ? (size_t)t.group * p.m : 0);
     at.rows = t.end - row;
     at.column = t.column;
     at.columns = p.n - t.column;
-    if (at.rows > 0)
+    at.strip = t.number * (ROWS / 16) + strip % 8;
+    if (at.rows > 0 || (K::RAGGED_K && p.norms))
         finish_rows<K, FINISH, WIDTH>(sum, p, at);
 }
 
@@ -263,11 +267,12 @@ __device__ __forceinline__ void finish_rest(const gemm_sm90 &p)
 
 #define ARGUMENTS                                                                           \
     const __grid_constant__ sm90::tensor_map a, const __grid_constant__ sm90::tensor_map b, \
-        const __grid_constant__ sm90::tensor_map c, const __grid_constant__ gemm_sm90 p
+        const __grid_constant__ sm90::tensor_map c, const __grid_constant__ sm90::tensor_map h, \
+        const __grid_constant__ gemm_sm90 p
 #define GEMM(name, form, finish, width)                                                          \
     extern "C" __global__ void __launch_bounds__(GEMM_SM90_THREADS, 1) name##_##width(ARGUMENTS) \
     {                                                                                            \
-        run<form, finish, width>(a, b, c, p);                                                    \
+        run<form, finish, width>(a, b, c, h, p);                                                    \
     }
 #define GEMM_REST(name, form, finish, width)                       \
     extern "C" __global__ void __launch_bounds__(128)              \

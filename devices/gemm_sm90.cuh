@@ -127,10 +127,23 @@ __device__ __forceinline__ void store_box(const tensor_map *map, uint32_t from, 
         : "memory");
 }
 
+__device__ __forceinline__ void store_box(const tensor_map *map, uint32_t from, int x, int y)
+{
+    asm volatile(
+        "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
+        "r"(from), "r"(x), "r"(y)
+        : "memory");
+}
+
+__device__ __forceinline__ void store_commit()
+{
+    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+
 // Until what this thread stores has been read from shared memory.
 __device__ __forceinline__ void store_wait()
 {
-    asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group.read 0;" ::: "memory");
+    asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
 }
 
 // Four 8x8 matrices of 16-bit elements from fragments to rows; each lane gives a row's address.

@@ -7,16 +7,19 @@ enum {
     GEMM_SM90_ROWS = 128,      // rows of a tile
     GEMM_SM90_DEPTH = 64,      // elements of k in a stage: 128 bytes, the width of the swizzle
     GEMM_SM90_THREADS = 384,   // a warpgroup that loads and two that multiply
-    GEMM_SM90_GROUPS = 512,    // most experts
+    GEMM_SM90_GROUPS = 320,    // most experts
     GEMM_SM90_PARTS = 8,       // most parts of a tile's sum over k, and fewest stages of each
+    GEMM_SM90_STRIPS = 2,      // pieces of g | u that a warp has in shared memory
     GEMM_SM90_SHARED = 232448, // bytes of shared memory that a block may have
 };
 
-// A product C[m,n] = op(A) op(B) as a kernel sees it; see struct gemm. The matrices A and B come as
-// tensor maps. Addresses are the device's.
+// A product C[m,n] = op(A) op(B) as a kernel sees it; see struct gemm. The matrices A and B, and for
+// SwiGLU C and h, come as tensor maps too. Addresses are the device's.
 struct gemm_sm90 {
     void *c;
     void *h;
+    float *dots;
+    float *norms; // of 16 rows of each tile of A^T B; or NULL
     const float *bias;
     const int *offsets; // NULL: one group of all rows
     void *space;        // sums of parts of tiles; NULL: no tile is divided
@@ -27,22 +30,22 @@ struct gemm_sm90 {
     int workers; // blocks that take tiles
 };
 
-// Bytes: of a stage; of the rows that the eight warps hand around on their way out (16 of 64
-// columns each); of g | u that a warpgroup turns into dg | du (64 columns of a tile); of the
-// barriers and the tables of groups. How many stages fit beside `units` of g | u, and the bytes of
-// it all.
+// Bytes: of a stage; of what one of the eight warps hands around on its way out (16 rows of 32
+// columns of g, u and h, or of 64 of one matrix); of 16 rows of 64 columns of g | u that a warp turns
+// into dg | du; of the barriers and the tables of groups. How many stages fit beside `strips` of
+// g | u a warp, and the bytes of it all.
 #define GEMM_SM90_STAGE(width) ((GEMM_SM90_ROWS + (width)) * GEMM_SM90_DEPTH * 2)
-#define GEMM_SM90_STAGING (8 * 16 * (2 * 64 + 16))
-#define GEMM_SM90_UNIT (2 * GEMM_SM90_ROWS * 128)
-#define GEMM_SM90_BARRIERS 192
-#define GEMM_SM90_BESIDES(units)                                       \
-    ((units)*GEMM_SM90_UNIT + GEMM_SM90_STAGING + GEMM_SM90_BARRIERS + \
+#define GEMM_SM90_STAGING 3072
+#define GEMM_SM90_STRIP (2 * 16 * 128)
+#define GEMM_SM90_BARRIERS 272
+#define GEMM_SM90_BESIDES(strips)                                                  \
+    (8 * (GEMM_SM90_STAGING + (strips)*GEMM_SM90_STRIP) + GEMM_SM90_BARRIERS + \
      2 * (GEMM_SM90_GROUPS + 4) * 4)
-#define GEMM_SM90_FIT(width, units) \
-    ((GEMM_SM90_SHARED - GEMM_SM90_BESIDES(units)) / GEMM_SM90_STAGE(width))
-#define GEMM_SM90_STAGES(width, units) \
-    (GEMM_SM90_FIT(width, units) > 8 ? 8 : GEMM_SM90_FIT(width, units))
-#define GEMM_SM90_BYTES(width, units) \
-    (GEMM_SM90_STAGES(width, units) * GEMM_SM90_STAGE(width) + GEMM_SM90_BESIDES(units))
+#define GEMM_SM90_FIT(width, strips) \
+    ((GEMM_SM90_SHARED - GEMM_SM90_BESIDES(strips)) / GEMM_SM90_STAGE(width))
+#define GEMM_SM90_STAGES(width, strips) \
+    (GEMM_SM90_FIT(width, strips) > 8 ? 8 : GEMM_SM90_FIT(width, strips))
+#define GEMM_SM90_BYTES(width, strips) \
+    (GEMM_SM90_STAGES(width, strips) * GEMM_SM90_STAGE(width) + GEMM_SM90_BESIDES(strips))
 
 #endif

@@ -86,6 +86,7 @@ struct place_in_c {
     size_t row;        // of C
     int rows, columns; // how many of them there are; columns from the tile's first
     int column;
+    int strip; // number of these 16 rows of a tile among all
 };
 
 // sum += bias
@@ -127,6 +128,15 @@ __device__ __forceinline__ void add_bf16(float (&sum)[WIDTH / 2], const gemm_sm9
     }
 }
 
+// sum as fragments of bf16
+template <int COUNT>
+__device__ __forceinline__ void pack_all(uint32_t (&word)[COUNT / 8][2], const float *sum)
+{
+#pragma unroll
+    for (int i = 0; i < COUNT / 4; i++)
+        word[i / 2][i % 2] = pack(sum[2 * i], sum[2 * i + 1]);
+}
+
 // C (+)= sum (+ bias), bf16
 template <int WIDTH, int COUNT>
 __device__ __forceinline__ void finish_bf16(float (&sum)[WIDTH / 2], const gemm_sm90 &p,
@@ -140,19 +150,18 @@ __device__ __forceinline__ void finish_bf16(float (&sum)[WIDTH / 2], const gemm_
 #pragma unroll
     for (int from = 0; from < WIDTH; from += COUNT) {
         uint32_t word[COUNT / 8][2];
-#pragma unroll
-        for (int i = 0; i < COUNT / 4; i++)
-            word[i / 2][i % 2] = pack(sum[from / 2 + 2 * i], sum[from / 2 + 2 * i + 1]);
+        pack_all<COUNT>(word, &sum[from / 2]);
         store_rows<COUNT>(at.staging, word, c + from, p.n, at.rows, at.columns - from);
     }
 }
 
-// C (+)= sum (+ bias), f32: four lanes write the 32 bytes of a sector
+// C (+)= sum (+ bias), f32: four lanes write the 32 bytes of a sector. Leaves its norm where wanted.
 template <int WIDTH>
 __device__ __forceinline__ void finish_f32(float (&sum)[WIDTH / 2], const gemm_sm90 &p,
                                            const place_in_c &at)
 {
     const int lane = threadIdx.x % 32;
+    float squares = 0.0f;
     if (p.bias)
         add_bias<WIDTH>(sum, p, at);
 #pragma unroll
@@ -169,11 +178,30 @@ __device__ __forceinline__ void finish_f32(float (&sum)[WIDTH / 2], const gemm_s
                 v = make_float2(v.x + old.x, v.y + old.y);
             }
             *(float2 *)(c + 8 * j) = v;
+            squares = fmaf(v.x, v.x, fmaf(v.y, v.y, squares));
         }
     }
+    if (!p.norms)
+        return;
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2)
+        squares += __shfl_xor_sync(~0u, squares, step);
+    if (lane == 0)
+        p.norms[at.strip] = sqrtf(squares);
 }
 
-// sum = g | u: h = silu(g) u, and C = g | u when wanted
+// h = silu(g) u of COUNT / 4 pairs of columns, packed as fragments
+template <int COUNT>
+__device__ __forceinline__ void swiglu(uint32_t (&word)[COUNT / 8][2], const float *g,
+                                       const float *u)
+{
+#pragma unroll
+    for (int i = 0; i < COUNT / 4; i++)
+        word[i / 2][i % 2] = pack(g[2 * i] * sigmoid(g[2 * i]) * u[2 * i],
+                                  g[2 * i + 1] * sigmoid(g[2 * i + 1]) * u[2 * i + 1]);
+}
+
+// sum = g | u: h = silu(g) u
 template <int WIDTH, int COUNT>
 __device__ __forceinline__ void finish_swiglu(const float (&sum)[WIDTH / 2], const gemm_sm90 &p,
                                               const place_in_c &at)
@@ -181,25 +209,9 @@ __device__ __forceinline__ void finish_swiglu(const float (&sum)[WIDTH / 2], con
 #pragma unroll
     for (int from = 0; from < WIDTH / 2; from += COUNT) {
         uint32_t word[COUNT / 8][2];
-        const float *g = &sum[from / 2], *u = &sum[WIDTH / 4 + from / 2];
-        bf16 *h = (bf16 *)p.h + at.row * p.n + at.column + from;
-        bf16 *c = (bf16 *)p.c + 2 * at.row * p.n + at.column + from;
-        const int columns = at.columns - from;
-        if (p.c) {
-#pragma unroll
-            for (int i = 0; i < COUNT / 4; i++)
-                word[i / 2][i % 2] = pack(g[2 * i], g[2 * i + 1]);
-            store_rows<COUNT>(at.staging, word, c, 2 * (size_t)p.n, at.rows, columns);
-#pragma unroll
-            for (int i = 0; i < COUNT / 4; i++)
-                word[i / 2][i % 2] = pack(u[2 * i], u[2 * i + 1]);
-            store_rows<COUNT>(at.staging, word, c + p.n, 2 * (size_t)p.n, at.rows, columns);
-        }
-#pragma unroll
-        for (int i = 0; i < COUNT / 4; i++)
-            word[i / 2][i % 2] = pack(g[2 * i] * sigmoid(g[2 * i]) * u[2 * i],
-                                      g[2 * i + 1] * sigmoid(g[2 * i + 1]) * u[2 * i + 1]);
-        store_rows<COUNT>(at.staging, word, h, p.n, at.rows, columns);
+        swiglu<COUNT>(word, &sum[from / 2], &sum[WIDTH / 4 + from / 2]);
+        store_rows<COUNT>(at.staging, word, (bf16 *)p.h + at.row * p.n + at.column + from, p.n,
+                          at.rows, at.columns - from);
     }
 }
 
@@ -221,7 +233,7 @@ __device__ __forceinline__ void finish_tile(float (&sum)[BLOCKS][WIDTH / 2], con
 {
     const int warp = threadIdx.x / 32 - 4;
     place_in_c at;
-    at.staging = s.staging + warp * (GEMM_SM90_STAGING / 8);
+    at.staging = s.staging + warp * GEMM_SM90_STAGING;
     at.column = t.column;
     at.columns = p.n - t.column;
 #pragma unroll
@@ -229,7 +241,8 @@ __device__ __forceinline__ void finish_tile(float (&sum)[BLOCKS][WIDTH / 2], con
         const int row = t.row + 64 * i + warp % 4 * 16;
         at.rows = t.end - row;
         at.row = row + (K::RAGGED_K ? (size_t)t.group * p.m : 0);
-        if (at.rows > 0)
+        at.strip = t.number * (ROWS / 16) + 4 * i + warp % 4;
+        if (at.rows > 0 || (K::RAGGED_K && p.norms))
             finish_rows<K, FINISH, WIDTH>(sum[i], p, at);
     }
 }
@@ -268,52 +281,177 @@ __device__ __forceinline__ void add_part(float (&sum)[WIDTH / 2], const gemm_sm9
     }
 }
 
-// ---- the gradient of SwiGLU ---------------------------------------------------------------------
+// ---- SwiGLU with g | u kept ---------------------------------------------------------------------
 
-// g | u of every tile of a warpgroup, 64 columns of both at a time, in boxes of 16 rows.
-template <class K, int WIDTH>
-__device__ __forceinline__ void load_units(const shared &s, const tensor_map *c, const gemm_sm90 &p,
-                                           int warpgroup)
+// 16 rows of 32 columns that a warp holds as fragments to shared memory, as a copy with the 64-byte
+// swizzle wants them; row r starts at PITCH r.
+template <int PITCH>
+__device__ __forceinline__ void place_32(uint32_t at, const uint32_t (&word)[4][2])
 {
-    const uint32_t full = s.unit_full + 8 * warpgroup, empty = s.unit_empty + 8 * warpgroup;
-    const uint32_t unit = s.units + warpgroup * GEMM_SM90_UNIT;
-    int group = 0, phase = 1;
-    const schedule of = find_schedule<K>(s, p);
-    const int items = of.whole + of.rest * of.parts;
-    const int step = gridDim.x;
-    for (int i = blockIdx.x + warpgroup * step; i < items; i += 2 * step) {
-        const tile t = find_tile<K>(s, p, of, i, &group);
-        const int boxes = min(ROWS / 16, cover(t.end - t.row, 16));
-        for (int j = 0; j < WIDTH; j += 64, phase ^= 1) {
-            barrier_wait(empty, phase);
-            barrier_expect(full, boxes * 4096);
-            for (int box = 0; box < boxes; box++)
-                for (int half = 0; half < 2; half++)
-                    load_box(unit + half * (GEMM_SM90_UNIT / 2) + box * 2048, c, full, t.column + j,
-                             half, t.row + box * 16);
+    const int row = threadIdx.x % 16, half = threadIdx.x / 16 % 2;
+    const int swizzle = (row * PITCH >> 7) & 3;
+#pragma unroll
+    for (int j = 0; j < 4; j += 2)
+        store_matrices(at + row * PITCH + (((j + half) ^ swizzle) << 4), word[j][0], word[j][1],
+                       word[j + 1][0], word[j + 1][1]);
+}
+
+// The first `rows` of what place_32() left, to rows `pitch` apart.
+template <int PITCH>
+__device__ __forceinline__ void store_some_32(uint32_t at, bf16 *out, size_t pitch, int rows,
+                                              int columns)
+{
+    const int chunk = threadIdx.x % 4;
+    for (int row = threadIdx.x % 32 / 4; row < rows && chunk * 8 < columns; row += 8)
+        store_global(out + row * pitch + chunk * 8,
+                     load_shared(at + row * PITCH + ((chunk ^ ((row * PITCH >> 7) & 3)) << 4)));
+}
+
+// sum = g | u: C = g | u and h = silu(g) u. A warp sends 16 rows of 32 columns of all three at a time.
+template <int WIDTH>
+__device__ __forceinline__ void
+finish_swiglu_kept(const float (&sum)[BLOCKS][WIDTH / 2], const shared &s, const tensor_map *c,
+                   const tensor_map *h, const gemm_sm90 &p, const tile &t)
+{
+    const int warp = threadIdx.x / 32 - 4, lane = threadIdx.x % 32;
+    const uint32_t at = s.staging + warp * GEMM_SM90_STAGING, at_h = at + 2048;
+#pragma unroll
+    for (int i = 0; i < BLOCKS; i++) {
+        const int row = t.row + 64 * i + warp % 4 * 16, rows = t.end - row;
+#pragma unroll
+        for (int from = 0; from < WIDTH / 2; from += 32) {
+            const int column = t.column + from;
+            const float *sum_g = &sum[i][from / 2], *sum_u = &sum[i][WIDTH / 4 + from / 2];
+            uint32_t word[4][2];
+            if (rows <= 0 || column >= p.n)
+                continue;
+            swiglu<32>(word, sum_g, sum_u);
+            if (lane == 0)
+                store_wait();
+            __syncwarp();
+            place_32<64>(at_h, word);
+            pack_all<32>(word, sum_g);
+            place_32<128>(at, word);
+            pack_all<32>(word, sum_u);
+            place_32<128>(at + 64, word);
+            fence_async();
+            __syncwarp();
+            if (rows < 16) {
+                bf16 *out = (bf16 *)p.c + 2 * (size_t)row * p.n + column;
+                store_some_32<128>(at, out, 2 * (size_t)p.n, rows, p.n - column);
+                store_some_32<128>(at + 64, out + p.n, 2 * (size_t)p.n, rows, p.n - column);
+                store_some_32<64>(at_h, (bf16 *)p.h + (size_t)row * p.n + column, p.n, rows,
+                                  p.n - column);
+            } else if (lane == 0) {
+                store_box(c, at, column, 0, row);
+                store_box(h, at_h, column, row);
+                store_commit();
+            }
         }
     }
 }
 
-// dh, g, u -> dg (in g), du (in u), and h: two columns
+// ---- the gradient of SwiGLU ---------------------------------------------------------------------
+
+// g | u on its way to a warp: strips of 16 rows and 64 columns, those of its tiles in order, each in
+// one of STRIPS places in shared memory. A warp asks for its own as soon as a place is free, so the
+// first ones of a tile come during its products.
+template <class K, int WIDTH> struct strips {
+    static constexpr int COUNT = BLOCKS * WIDTH / 64; // of a tile
+    int item, items, group, number;                   // of the next strip to ask for
+    int row, end, column;                             // of its tile: this warp's first row
+    uint32_t asked, used;                             // how many
+
+    __device__ __forceinline__ uint32_t place(const shared &s, uint32_t strip) const
+    {
+        const int warp = threadIdx.x / 32 - 4;
+        return s.strips + (warp * K::STRIPS + strip % K::STRIPS) * GEMM_SM90_STRIP;
+    }
+    __device__ __forceinline__ uint32_t barrier(const shared &s, uint32_t strip) const
+    {
+        const int warp = threadIdx.x / 32 - 4;
+        return s.strip_full + 8 * (warp * K::STRIPS + strip % K::STRIPS);
+    }
+    __device__ __forceinline__ void begin(const shared &s, const tensor_map *c, const gemm_sm90 &p,
+                                          int all)
+    {
+        item = blockIdx.x + (threadIdx.x / 128 - 1) * gridDim.x;
+        items = all;
+        group = number = 0;
+        asked = used = 0;
+        enter(s, p);
+        for (int i = 0; i < K::STRIPS; i++)
+            ask(s, c, p);
+    }
+    __device__ __forceinline__ void enter(const shared &s, const gemm_sm90 &p)
+    {
+        if (item >= items)
+            return;
+        const tile t = find_whole<K>(s, p, item, &group);
+        row = t.row + threadIdx.x / 32 % 4 * 16;
+        end = t.end;
+        column = t.column;
+    }
+    // Starts the copy of the next strip, if there is one, to a place that is free.
+    __device__ __forceinline__ void ask(const shared &s, const tensor_map *c, const gemm_sm90 &p)
+    {
+        while (item < items) {
+            const int at_row = row + 64 * (number % BLOCKS);
+            const int at_column = column + 64 * (number / BLOCKS);
+            if (++number == COUNT) {
+                const bool there = at_row < end;
+                if (there)
+                    load(s, c, at_row, at_column);
+                number = 0;
+                item += 2 * gridDim.x;
+                enter(s, p);
+                if (there)
+                    return;
+            } else if (at_row < end) {
+                load(s, c, at_row, at_column);
+                return;
+            }
+        }
+    }
+    __device__ __forceinline__ void load(const shared &s, const tensor_map *c, int at_row,
+                                         int at_column)
+    {
+        if (threadIdx.x % 32 == 0) {
+            const uint32_t to = place(s, asked), full = barrier(s, asked);
+            barrier_expect(full, GEMM_SM90_STRIP);
+            load_box(to, c, full, at_column, 0, at_row);
+            load_box(to + GEMM_SM90_STRIP / 2, c, full, at_column, 1, at_row);
+        }
+        asked++;
+    }
+    // Waits for the next strip.
+    __device__ __forceinline__ uint32_t take(const shared &s)
+    {
+        barrier_wait(barrier(s, used), used / K::STRIPS & 1);
+        return place(s, used++);
+    }
+};
+
+// dh, g, u -> dg (in g), du (in u), and h: two columns. dot += dh h
 __device__ __forceinline__ uint32_t swiglu_backward(float dh_x, float dh_y, uint32_t *g,
-                                                    uint32_t *u)
+                                                    uint32_t *u, float *dot)
 {
     const float2 gate = unpack(*g), up = unpack(*u);
     const float sx = sigmoid(gate.x), sy = sigmoid(gate.y);
     const float hx = gate.x * sx, hy = gate.y * sy; // silu(g)
     *u = pack(dh_x * hx, dh_y * hy);
     *g = pack(dh_x * up.x * (sx + hx * (1.0f - sx)), dh_y * up.y * (sy + hy * (1.0f - sy)));
+    *dot = fmaf(dh_x, hx * up.x, fmaf(dh_y, hy * up.y, *dot));
     return pack(hx * up.x, hy * up.y);
 }
 
-// 16 rows of 64 columns of g, and of u half a unit on, in place; word: h, as fragments. A few at a
-// time are on their way from shared memory.
-__device__ __forceinline__ void change_unit(uint32_t rows_at, const float *sum,
-                                            uint32_t (&word)[8][2])
+// A strip of g | u in place; word: h, as fragments; dots: this lane's sums of dh h in its two rows. A
+// few words at a time are on their way from shared memory.
+__device__ __forceinline__ void change_strip(uint32_t strip, const float *sum,
+                                             uint32_t (&word)[8][2], float (&dots)[2])
 {
     const int lane = threadIdx.x % 32;
-    const uint32_t row = rows_at + lane / 4 * 128 + lane % 4 * 4;
+    const uint32_t row = strip + lane / 4 * 128 + lane % 4 * 4;
 #pragma unroll
     for (int from = 0; from < 8; from += 4) {
         uint32_t g[4][2], u[4][2];
@@ -321,76 +459,105 @@ __device__ __forceinline__ void change_unit(uint32_t rows_at, const float *sum,
         for (int k = 0; k < 8; k++) {
             const uint32_t at = row + k % 2 * 1024 + (((from + k / 2) ^ lane / 4) << 4);
             g[k / 2][k % 2] = load_word(at);
-            u[k / 2][k % 2] = load_word(at + GEMM_SM90_UNIT / 2);
+            u[k / 2][k % 2] = load_word(at + GEMM_SM90_STRIP / 2);
         }
 #pragma unroll
         for (int k = 0; k < 8; k++) {
             const int j = from + k / 2, i = k % 2;
             word[j][i] = swiglu_backward(sum[4 * j + 2 * i], sum[4 * j + 2 * i + 1], &g[k / 2][i],
-                                         &u[k / 2][i]);
+                                         &u[k / 2][i], &dots[i]);
         }
 #pragma unroll
         for (int k = 0; k < 8; k++) {
             const uint32_t at = row + k % 2 * 1024 + (((from + k / 2) ^ lane / 4) << 4);
             store_word(at, g[k / 2][k % 2]);
-            store_word(at + GEMM_SM90_UNIT / 2, u[k / 2][k % 2]);
+            store_word(at + GEMM_SM90_STRIP / 2, u[k / 2][k % 2]);
         }
     }
-    fence_async();
-    __syncwarp();
 }
 
-// `rows` of 16 rows of a unit to C, when they are not all.
-__device__ __forceinline__ void store_some(uint32_t rows_at, const gemm_sm90 &p, size_t row,
-                                           int column, int rows)
+// The sums over a strip's columns; `rows` of its 16 from `row` there are.
+__device__ __forceinline__ void store_dots(const gemm_sm90 &p, float (&dots)[2], int row, int rows,
+                                           int column)
 {
-    const int lane = threadIdx.x % 32, chunk = lane % 8;
-    bf16 *c = (bf16 *)p.c + 2 * row * p.n + column + chunk * 8;
-    if (column + chunk * 8 >= p.n)
-        return;
-    for (int i = lane / 8; i < rows; i += 4) {
-        const uint32_t at = rows_at + i * 128 + ((chunk ^ i % 8) << 4);
-        store_global(c + 2 * i * (size_t)p.n, load_shared(at));
-        store_global(c + 2 * i * (size_t)p.n + p.n, load_shared(at + GEMM_SM90_UNIT / 2));
+    const int lane = threadIdx.x % 32;
+    float *out = p.dots + column / 64 * (size_t)p.m + row;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        dots[i] += __shfl_xor_sync(~0u, dots[i], 1);
+        dots[i] += __shfl_xor_sync(~0u, dots[i], 2);
+        if (lane % 4 == 0 && lane / 4 + 8 * i < rows)
+            out[lane / 4 + 8 * i] = dots[i];
     }
+}
+
+// 16 rows of 64 columns as fragments to shared memory, with the 128-byte swizzle.
+__device__ __forceinline__ void place_64(uint32_t at, const uint32_t (&word)[8][2])
+{
+    const int row = threadIdx.x % 16, half = threadIdx.x / 16 % 2;
+#pragma unroll
+    for (int j = 0; j < 8; j += 2)
+        store_matrices(at + row * 128 + (((j + half) ^ row % 8) << 4), word[j][0], word[j][1],
+                       word[j + 1][0], word[j + 1][1]);
+}
+
+// The first `rows` of 16 rows of 64 columns in shared memory, to rows `pitch` apart.
+__device__ __forceinline__ void store_some_64(uint32_t at, bf16 *out, size_t pitch, int rows,
+                                              int columns)
+{
+    const int chunk = threadIdx.x % 8;
+    for (int row = threadIdx.x % 32 / 8; row < rows && chunk * 8 < columns; row += 4)
+        store_global(out + row * pitch + chunk * 8,
+                     load_shared(at + row * 128 + ((chunk ^ row % 8) << 4)));
 }
 
 // sum = dh: g | u in C becomes dg | du; h again when wanted
-template <int WIDTH>
+template <class K, int WIDTH>
 __device__ __forceinline__ void
-finish_swiglu_backward(const float (&sum)[BLOCKS][WIDTH / 2], const shared &s, const tensor_map *c,
-                       const gemm_sm90 &p, const tile &t, int *phase)
+finish_swiglu_backward(const float (&sum)[BLOCKS][WIDTH / 2], strips<K, WIDTH> &units,
+                       const shared &s, const tensor_map *c, const tensor_map *h,
+                       const gemm_sm90 &p, const tile &t)
 {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 - 4, warpgroup = warp / 4;
-    const uint32_t staging = s.staging + warp * (GEMM_SM90_STAGING / 8);
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 - 4;
+    const uint32_t at_h = s.staging + warp * GEMM_SM90_STAGING;
 #pragma unroll
-    for (int j = 0; j < WIDTH; j += 64, *phase ^= 1) {
-        const int column = t.column + j;
-        barrier_wait(s.unit_full + 8 * warpgroup, *phase);
+    for (int j = 0; j < WIDTH; j += 64)
 #pragma unroll
         for (int i = 0; i < BLOCKS; i++) {
-            const int from = 64 * i + warp % 4 * 16, row = t.row + from, rows = t.end - row;
-            const uint32_t at = s.units + warpgroup * GEMM_SM90_UNIT + from * 128;
+            const int row = t.row + 64 * i + warp % 4 * 16, rows = t.end - row;
+            const int column = t.column + j;
             uint32_t word[8][2];
             if (rows <= 0)
                 continue;
-            change_unit(at, &sum[i][j / 2], word);
+            const uint32_t at = units.take(s);
+            float dots[2] = {};
+            change_strip(at, &sum[i][j / 2], word, dots);
+            if (p.h)
+                place_64(at_h, word);
+            fence_async();
+            __syncwarp();
             if (rows < 16) {
-                store_some(at, p, row, column, rows);
+                bf16 *out = (bf16 *)p.c + 2 * (size_t)row * p.n + column;
+                store_some_64(at, out, 2 * (size_t)p.n, rows, p.n - column);
+                store_some_64(at + GEMM_SM90_STRIP / 2, out + p.n, 2 * (size_t)p.n, rows,
+                              p.n - column);
+                if (p.h)
+                    store_some_64(at_h, (bf16 *)p.h + (size_t)row * p.n + column, p.n, rows,
+                                  p.n - column);
             } else if (lane == 0) {
                 store_box(c, at, column, 0, row);
-                store_box(c, at + GEMM_SM90_UNIT / 2, column, 1, row);
+                store_box(c, at + GEMM_SM90_STRIP / 2, column, 1, row);
+                if (p.h)
+                    store_box(h, at_h, column, row);
+                store_commit();
             }
-            if (p.h)
-                store_rows<64>(staging, word, (bf16 *)p.h + row * (size_t)p.n + column, p.n, rows,
-                               p.n - column);
+            if (p.dots && column < p.n)
+                store_dots(p, dots, row, rows, column);
+            if (lane == 0)
+                store_wait();
+            __syncwarp();
+            units.ask(s, c, p);
         }
-        __syncwarp();
-        if (lane == 0) {
-            store_wait();
-            barrier_arrive(s.unit_empty + 8 * warpgroup);
-        }
-    }
 }
 
 } // namespace

@@ -23,8 +23,8 @@ enum finish { TO_BF16, TO_F32, SWIGLU_FWD, SWIGLU_BWD };
 // How a kernel is made up.
 template <form FORM, finish FINISH, int WIDTH> struct kernel {
     static constexpr bool ACROSS_A = FORM == TN, ACROSS_B = FORM != NT, RAGGED_K = FORM == TN;
-    static constexpr int UNITS = FINISH == SWIGLU_BWD ? 2 : 0; // of g | u: one a warpgroup
-    static constexpr int STAGES = GEMM_SM90_STAGES(WIDTH, UNITS);
+    static constexpr int STRIPS = FINISH == SWIGLU_BWD ? GEMM_SM90_STRIPS : 0; // of g | u a warp
+    static constexpr int STAGES = GEMM_SM90_STAGES(WIDTH, STRIPS);
     static constexpr bool DIVIDES = FINISH == TO_BF16 || FINISH == TO_F32; // tiles along k
     static constexpr int STAGE = GEMM_SM90_STAGE(WIDTH);
     static constexpr int COLUMNS = FINISH == SWIGLU_FWD ? WIDTH / 2 : WIDTH; // of n in a tile
@@ -34,11 +34,12 @@ template <form FORM, finish FINISH, int WIDTH> struct kernel {
 template <class K> constexpr int CHUNK = K::COLUMNS % 64 == 0 ? 64 : 32;
 
 struct shared {
-    uint32_t stages, units, staging, full, empty, turn, unit_full, unit_empty; // addresses
+    uint32_t stages, strips, staging, full, empty, turn, strip_full; // addresses
     int *start, *first; // [groups + 1]: a group's first tile of rows; first row
 };
 
 struct tile {
+    int number;
     int group, row, end, column; // rows row .. end of C (at most 128) from `column`
     int k, length;               // the part of k that is summed over
     int part;                    // where the sum is only a part: its number in space; else -1
@@ -50,19 +51,18 @@ struct schedule {
     int whole, rest, parts;
 };
 
-__device__ __forceinline__ shared shared_of(int stages, int units)
+__device__ __forceinline__ shared shared_of(int stages, int strips)
 {
     extern __shared__ __align__(1024) unsigned char memory[];
     shared s;
     s.stages = (uint32_t)__cvta_generic_to_shared(memory);
-    s.units = s.stages + (uint32_t)stages;
-    s.staging = s.units + (uint32_t)units;
-    s.full = s.staging + GEMM_SM90_STAGING;
+    s.strips = s.stages + (uint32_t)stages;
+    s.staging = s.strips + (uint32_t)strips;
+    s.full = s.staging + 8 * GEMM_SM90_STAGING;
     s.empty = s.full + 64;
     s.turn = s.empty + 64;
-    s.unit_full = s.turn + 16;
-    s.unit_empty = s.unit_full + 16;
-    s.start = (int *)(memory + stages + units + GEMM_SM90_STAGING + GEMM_SM90_BARRIERS);
+    s.strip_full = s.turn + 16;
+    s.start = (int *)(memory + stages + strips + 8 * GEMM_SM90_STAGING + GEMM_SM90_BARRIERS);
     s.first = s.start + GEMM_SM90_GROUPS + 4;
     return s;
 }
@@ -124,6 +124,8 @@ __device__ __forceinline__ tile find_whole(const shared &s, const gemm_sm90 &p, 
 {
     const int columns = cover(p.n, K::COLUMNS), rows = cover(p.m, ROWS);
     int e = *at, count = rows;
+    tile out;
+    out.number = t;
     if (K::RAGGED_K) {
         e = t / (rows * columns);
         t -= e * rows * columns;
@@ -136,7 +138,6 @@ __device__ __forceinline__ tile find_whole(const shared &s, const gemm_sm90 &p, 
     *at = e;
     const int band = t / (p.band * columns), high = min(p.band, count - band * p.band);
     const int in = t - band * p.band * columns, row = ROWS * (band * p.band + in % high);
-    tile out;
     out.group = e;
     out.column = in / high * K::COLUMNS;
     out.row = K::RAGGED_K ? row : s.first[e] + row;

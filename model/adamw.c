@@ -2,6 +2,8 @@
 // of memory that holds parameters of one kind.
 #include "model/train_ranks.h"
 
+#include <stdlib.h>
+
 // Parameters that one pass of the optimiser goes through.
 struct span {
     struct tensor w, low, m, v, ema, g; // low: no shape where w is f32
@@ -39,9 +41,45 @@ static struct span half_span(struct plan *p)
     return s;
 }
 
+// ---- the parts of the gradients -----------------------------------------------------------------
+
+static int add_span(struct trainer *t, const struct tensor *slab, int64_t from, int64_t to)
+{
+    const int64_t count = to - from;
+    return count > 0 ? plan_view(t->dit->plan, slab, from, &t->spans[t->span_count++], 1, &count) : 0;
+}
+
+// Finds what lies between the experts' gradients, whose norms their products leave (dit.norms); a block's
+// two lie beside each other.
+static int find_spans(struct trainer *t)
+{
+    struct dit *d = t->dit;
+    const struct tensor *slab;
+    int64_t at = 0, start, end, next;
+    if (!d->norms.ndim || plan_slabs(d->plan, PLAN_GRADIENTS, &slab) != 1)
+        return 0;
+    TRY(tensor_zero(&d->ctx, &d->norms));
+    t->spans = calloc((size_t)d->config.layers + 1, sizeof *t->spans);
+    if (!t->spans)
+        return fail(ERR_NOMEM, "no host memory for %d blocks", d->config.layers);
+    for (int l = 0; l < d->config.layers; l++) {
+        const struct block_weights *g = &d->g.blocks[l];
+        if (!d->grads[l].norms_gu.ndim)
+            continue;
+        plan_place(d->plan, &g->experts_gu, &start, &end);
+        BUG_IF(start < at);
+        TRY(add_span(t, slab, at, start));
+        plan_place(d->plan, &g->experts_down, &next, &at);
+        BUG_IF(next != end);
+    }
+    return add_span(t, slab, at, tensor_count(slab));
+}
+
 int optimiser_commit(struct trainer *t)
 {
     struct plan *p = t->dit->plan;
+    if (!t->options.early)
+        TRY(find_spans(t));
     if (!t->dit->half || t->options.early)
         return 0;
     const struct span half = half_span(p), s = plain_span(p, 0);
@@ -81,13 +119,15 @@ static int judge(struct trainer *t)
 {
     struct context *c = &t->dit->ctx;
     const struct tensor *g;
-    const int n = plan_slabs(t->dit->plan, PLAN_GRADIENTS, &g);
+    const int n = t->spans ? t->span_count : plan_slabs(t->dit->plan, PLAN_GRADIENTS, &g);
     if (t->reduction) {
         TRY(reduction_finish(t));
         return op_adamw_control(c, &t->control, &t->counts, &t->mean, &t->options.adamw);
     }
     for (int i = 0; i < n; i++)
-        TRY(op_norm2(c, &t->control, &g[i], i > 0));
+        TRY(op_norm2(c, &t->control, t->spans ? &t->spans[i] : &g[i], i > 0));
+    if (t->spans)
+        TRY(op_norm2(c, &t->control, &t->dit->norms, true));
     return op_adamw_control(c, &t->control, &t->counts, &t->losses, &t->options.adamw);
 }
 

@@ -34,6 +34,22 @@ static bool rebuilds(const struct dit *d, int64_t columns)
     return d->lean && op_swiglu_rebuilds(&d->ctx, columns);
 }
 
+// Whether the gradient of the choices' weights comes out of those products too, so that the experts' rows
+// y are not kept.
+static bool drops_y(const struct dit *d)
+{
+    const int64_t D = d->config.hidden;
+    return d->options.train && !d->options.recompute && !d->moe &&
+           d->config.expert != EXPERT_GELU &&
+           op_swiglu_dots(&d->ctx, d->config.experts, D, MLP_RATIO * D);
+}
+
+// Whether the shared expert's g | u is made again, which costs a product.
+static bool remakes_shared(const struct dit *d)
+{
+    return d->lean == LEAN_PRODUCTS && op_swiglu_fuses(&d->ctx, d->config.hidden * d->config.shared);
+}
+
 // Whether `mid` is left out of the forward pass: its sum goes into the block's last one unrounded, which
 // keeps bf16 nearer to f32, and the backward pass makes it again.
 static bool leaves_mid_out(const struct dit *d, int layer)
@@ -91,12 +107,13 @@ static int plan_moe_half(struct dit *d, int l, struct block_act *a)
     if (!d->moe)
         ACTIVATION(d, l, "experts.hidden", act, 3, 4, !gelu && rebuilds(d, F) ? NEVER : 1,
                    &a->hidden, R, F);
-    ACTIVATION(d, l, "experts.y", act, 4, 5, 4, &a->y, R, D);
+    ACTIVATION(d, l, "experts.y", act, 4, 5, drops_y(d) ? NEVER : 4, &a->y, R, D);
     if (c->shared) {
-        if (d->options.train || !op_swiglu_fuses(&d->ctx, Fs))
+        const bool again = remakes_shared(d);
+        if ((d->options.train && !again) || !op_swiglu_fuses(&d->ctx, Fs))
             ACTIVATION(d, l, "shared.gu", act, 2, 2, 3, &a->shared_gu, M, 2 * Fs);
-        ACTIVATION(d, l, "shared.hidden", act, 2, 2, rebuilds(d, Fs) ? NEVER : 3, &a->shared_hidden,
-                   M, Fs);
+        ACTIVATION(d, l, "shared.hidden", act, 2, 2, again || rebuilds(d, Fs) ? NEVER : 3,
+                   &a->shared_hidden, M, Fs);
         ACTIVATION(d, l, "shared.out", act, 2, 5, NEVER, &a->shared, M, D);
     }
     return 0;
@@ -150,11 +167,17 @@ static int plan_moe_gradients(struct dit *d, int l)
         SCRATCH("experts.rows again", act, gelu ? 1 : 2, 2, &s->rows, R, D);
     if (!d->moe && !gelu && rebuilds(d, F))
         SCRATCH("experts.hidden again", act, 1, 1, &s->hidden, R, F);
+    if (drops_y(d)) {
+        SCRATCH("experts.dy", act, 0, 4, &s->dy, R, D);
+        SCRATCH("experts.dots", F32, 1, 2, &s->dots, F / 64, R);
+    }
     if (!c->shared)
         return 0;
     if (!op_swiglu_fuses(&d->ctx, Fs))
         SCRATCH("shared.dhidden", act, 3, 3, &s->dshared_hidden, M, Fs);
-    if (rebuilds(d, Fs))
+    if (remakes_shared(d))
+        SCRATCH("shared.gu again", act, 3, 3, &s->shared_gu, M, 2 * Fs);
+    if (remakes_shared(d) || rebuilds(d, Fs))
         SCRATCH("shared.hidden again", act, 3, 3, &s->shared_hidden, M, Fs);
     return 0;
 }
@@ -286,7 +309,8 @@ static int middle_backward(struct dit *d, int layer)
     struct block_grad *s = &d->grads[layer];
     const bool moe = config_is_moe(&d->config, layer), rest = moe && d->config.shared > 0;
     const struct norm_columns at = middle_columns(d, layer);
-    return op_norm_gate_bwd(&d->ctx, &d->dx, &a->attn, &d->dmod, &s->dh, moe ? &a->y : NULL,
+    return op_norm_gate_bwd(&d->ctx, &d->dx, &a->attn, &d->dmod, &s->dh,
+                            moe ? dit_kept(&a->y, &s->dy) : NULL,
                             moe ? &a->slot : NULL, rest ? &s->dlogits : NULL,
                             rest ? &d->w.blocks[layer].gate_w : NULL, dit_kept(&a->mid, &s->mid),
                             &a->stats2, &a->attn, &d->mod, at);

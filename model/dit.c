@@ -35,19 +35,32 @@ int plan_activation(struct dit *d, int layer, const char *name, enum dtype type,
 
 // ---- making a model ------------------------------------------------------------------------------------
 
+// When gradients that pass, or lie among the activations, live: a block's from its backward pass on, the
+// modulations' from the end, where one product writes them.
+static void gradient_lives(const struct dit *d, struct block_life *lives)
+{
+    const int L = d->config.layers, end = time_backward(d, -1, PHASES);
+    const bool pass = d->options.block_done;
+    for (int l = 0; l < L; l++) {
+        lives[l].first = time_backward(d, l, 0);
+        lives[l].last = pass ? time_backward(d, l, PHASES - 1) : end;
+    }
+    lives[L] = (struct block_life){time_backward(d, -1, 0), pass ? PLAN_FOREVER : end};
+    lives[L + 1] = (struct block_life){time_backward(d, L, 0), pass ? PLAN_FOREVER : end};
+}
+
 static int plan_all_gradients(struct dit *d)
 {
-    const int L = d->config.layers;
+    const size_t L = (size_t)d->config.layers;
     struct block_life *lives = NULL;
-    if (d->options.block_done) {
-        lives = calloc((size_t)L, sizeof *lives);
+    if (d->options.block_done || d->options.one_backward) {
+        lives = calloc(L + 2, sizeof *lives);
         if (!lives)
-            return fail(ERR_NOMEM, "no host memory for %d blocks", L);
-        for (int l = 0; l < L; l++) {
-            lives[l].first = time_backward(d, l, 0);
-            lives[l].last = time_backward(d, l, PHASES - 1);
-        }
+            return fail(ERR_NOMEM, "no host memory for %zu blocks", L);
+        gradient_lives(d, lives);
     }
+    if (d->options.one_backward)
+        plan_host(d->plan, PLAN_ACTIVATIONS, PLAN_GRADIENTS);
     int code = weights_plan_passing(&d->g, &d->params, d->plan, PLAN_GRADIENTS, lives);
     free(lives);
     return code;
@@ -111,11 +124,47 @@ static int plan_residual(struct dit *d)
                        time_backward(d, -1, PHASES - 1), &d->dx, M, D);
 }
 
+static int64_t round_to(int64_t n, int64_t unit)
+{
+    return (n + unit - 1) / unit * unit;
+}
+
+// For the optimiser: norms that the products of the experts' gradients leave, if both of a block do.
+static int plan_norms(struct dit *d)
+{
+    const int64_t R = d->options.batch * (int64_t)config_tokens(&d->config) * d->config.topk;
+    const int64_t align = (int64_t)d->ctx.dev->info.align, unit = align > 128 ? align / 4 : 32;
+    int first = 0, blocks = 0;
+    while (first < d->config.layers && !config_is_moe(&d->config, first))
+        first++;
+    for (int l = first; l < d->config.layers; l++)
+        blocks += config_is_moe(&d->config, l);
+    if (blocks == 0 || d->config.expert == EXPERT_GELU)
+        return 0;
+    const int64_t gu = op_experts_dw_norms(&d->ctx, &d->g.blocks[first].experts_gu, R);
+    const int64_t down = op_experts_dw_norms(&d->ctx, &d->g.blocks[first].experts_down, R);
+    const int64_t place = round_to(gu, unit), both = place + round_to(down, unit);
+    if (!gu || !down)
+        return 0;
+    TRY(PLAN_TENSOR(d->plan, "norms", PLAN_INPUT, F32, 0, PLAN_FOREVER, &d->norms, blocks * both));
+    int64_t at = 0;
+    for (int l = first; l < d->config.layers; l++) {
+        if (!config_is_moe(&d->config, l))
+            continue;
+        TRY(plan_view(d->plan, &d->norms, at, &d->grads[l].norms_gu, 1, &gu));
+        TRY(plan_view(d->plan, &d->norms, at + place, &d->grads[l].norms_down, 1, &down));
+        at += both;
+    }
+    return 0;
+}
+
 static int plan_model(struct dit *d)
 {
     TRY(plan_parameters(d));
     TRY(plan_inputs(d));
     TRY(plan_residual(d));
+    if (d->options.optimiser && !d->options.block_done && !d->options.ranks)
+        TRY(plan_norms(d));
     TRY(embed_plan(d));
     for (int l = 0; l < d->config.layers; l++)
         TRY(block_plan(d, l));
@@ -125,6 +174,26 @@ static int plan_model(struct dit *d)
         TRY(condition_forward(d));
     TRY(dit_forward(d));
     return d->options.train ? dit_backward(d) : 0;
+}
+
+// What is made again costs time and saves activations: little beside the parameters' state (weights,
+// moments, gradients and EMA) where that is far larger. On H200, percent of a step and of the activations:
+// LEAN_PASSES 3 and 33, LEAN_PRODUCTS 2 and 15. With recompute one block's activations are kept anyway,
+// and on CPU devices a pass over memory is dear.
+static enum lean lean_for(const struct dit *d)
+{
+    const struct config *c = &d->config;
+    const struct dit_options *o = &d->options;
+    const double D = c->hidden, rows = (double)o->batch * config_tokens(c) * c->layers;
+    const double columns = D * (2 * MLP_RATIO * c->topk + 2 * c->shared + 8); // g | u, and the rest
+    const double state = 20.0 * (double)config_count(c).total;
+    const double share = rows * columns * (double)dtype_size(d->ctx.dev->act) / state;
+    const enum lean least = share > 0.4 ? LEAN_PRODUCTS : share > 0.2 ? LEAN_PASSES : LEAN_NOTHING;
+    if (!o->train || o->recompute || d->ctx.dev->cpu_forms)
+        return LEAN_NOTHING;
+    if (o->ranks) // each plans by itself what all must do alike
+        return LEAN_PASSES;
+    return least > o->lean ? least : o->lean;
 }
 
 int dit_new(struct device *dev, struct stream *stream, const struct config *c,
@@ -142,7 +211,7 @@ int dit_new(struct device *dev, struct stream *stream, const struct config *c,
     d->ctx.dev = dev;
     d->ctx.stream = stream;
     d->balance_scale = 1;
-    d->lean = options->train && !options->recompute && !dev->cpu_forms;
+    d->lean = lean_for(d);
     const size_t L = (size_t)c->layers;
     d->x = calloc(L + 1, sizeof *d->x);
     d->x_low = calloc(L, sizeof *d->x_low);
@@ -227,10 +296,15 @@ static int zero_gradients(struct dit *d, int block)
     return 0;
 }
 
+// Gradients that share memory: each block's are zeroed when its turn comes.
+static bool zeroed_in_turn(const struct dit *d)
+{
+    return d->options.block_done || d->options.one_backward;
+}
+
 int dit_zero_gradients(struct dit *d)
 {
-    // those that pass share memory: each block's are zeroed when its turn comes
-    for (int l = -1; l < (d->options.block_done ? 0 : d->config.layers); l++)
+    for (int l = -1; l < (zeroed_in_turn(d) ? 0 : d->config.layers); l++)
         TRY(zero_gradients(d, l));
     d->ctx.fresh_gradients = true;
     return 0;
@@ -338,10 +412,11 @@ int dit_backward(struct dit *d)
 {
     if (d->options.batch == 0)
         return serve_backward(d);
+    BUG_IF(zeroed_in_turn(d) && !d->ctx.fresh_gradients && !d->ctx.dry);
     TRY(final_backward(d));
     for (int l = d->config.layers - 1; l >= 0; l--) {
         profile_layer(&d->ctx, l);
-        if (d->options.block_done)
+        if (zeroed_in_turn(d))
             TRY(zero_gradients(d, l));
         TRY(block_backward(d, l));
         if (d->options.block_done && !d->ctx.dry)

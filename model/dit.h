@@ -27,9 +27,8 @@ struct block_act {
     struct tensor out;                              // [M,D] of the MoE or MLP
 };
 // The backward pass writes gradients over what is no longer needed: d attn over attn, d out over out,
-// d gu over gu, d rows over y. So one forward serves one backward. What one cheap operation makes
-// again from what is kept anyway (h1, h2, mid, qk, rows, and hidden where the device's products do it beside
-// their work) is not kept for the backward pass on devices whose memory is short (struct dit: lean).
+// d gu over gu, d rows over y. So one forward serves one backward. What is made again (enum lean) lies
+// in struct block_grad.
 
 // Kept per layer even when the block is recomputed: what logs and the parity door read.
 struct block_route {
@@ -41,7 +40,10 @@ struct block_route {
 // Scratch of a block's backward pass (lifetimes end with it, so blocks share the bytes).
 struct block_grad {
     struct tensor dh;                       // [M,D]
-    struct tensor h1, h2, mid, qk, rows, hidden, shared_hidden; // made again (lean)
+    struct tensor h1, h2, mid, qk, rows, hidden; // made again (lean)
+    struct tensor shared_gu, shared_hidden;      // too
+    struct tensor dy, dots;                 // [R,D] d y, then d rows, where y is not kept; [F/64,R]
+    struct tensor norms_gu, norms_down;     // parts of dit.norms
     struct tensor dqkv, delta;              // [M,3D] [N,H,T]
     struct tensor dhidden, dshared_hidden;  // [R,F] [M,Fs]
     struct tensor dweight, dlogits;         // [M,K] [M,E]
@@ -63,6 +65,11 @@ struct final_act {
     struct tensor dh;
 };
 
+// What the backward pass makes again from what is kept anyway: nothing; what one pass over memory makes
+// (h1, h2, mid, qk, rows), or a product beside its work (hidden, and what y is kept for); a product of
+// its own too (the shared expert's g | u). Each is used where it saves much of the whole: see dit_new().
+enum lean { LEAN_NOTHING, LEAN_PASSES, LEAN_PRODUCTS };
+
 struct dit_options {
     int batch;
     bool train;     // plan gradients and everything a backward pass needs
@@ -71,6 +78,7 @@ struct dit_options {
     bool pack;      // not with train: keep packed copies of weights, where there is memory for them
     int ahead;      // not with train: conditioning is computed for this many steps at once (0: for
                     // each forward pass by itself); see dit_condition
+    enum lean lean; // at least so much is made again, on devices that have little memory for their speed
     bool recompute; // keep only each block's input; run its forward again in the backward pass
     // A block's gradients live only until this is called, at the end of its backward pass (NULL: all
     // gradients stay). They must then start from zero by themselves, so: one backward pass a step.
@@ -80,6 +88,9 @@ struct dit_options {
     void *user;
     const struct dit_ranks *ranks; // the model is spread over these (moe_exchange.h); NULL: one rank.
                                    // `batch` is this rank's, and may then be 0
+    // With train: every dit_backward comes after a dit_zero_gradients of its own. So gradients are there
+    // from their block's backward pass to the next forward pass only, and lie where activations were.
+    bool one_backward;
     uint64_t limit; // bytes of device memory to plan with; 0: what the device has
 };
 
@@ -92,7 +103,7 @@ struct dit {
     struct weights w, g, m, v, ema;
     struct weights low; // with an optimiser, where products read bf16 (struct tensor)
 
-    bool lean; // keep less for the backward pass
+    enum lean lean;
     bool half; // products read weights as bf16 (struct tensor)
 
     // t and labels: [N] f32, int32; with `ahead` the rows of every step, one after the other
@@ -104,6 +115,7 @@ struct dit {
     struct tensor *x;            // [L+1] residual stream [M,D] before each block, and after the last
     struct tensor *x_low;        // [L] in the forward pass: low halves of the first L (dit_stream)
     struct tensor dx;            // [M,D]
+    struct tensor norms;         // of parts of the experts' gradients, where products leave them; or none
     float balance_scale;         // on the balance loss's gradient: 1 / micro-batches a step
     struct block_act *acts;      // [L], or [1] shared by all blocks with recompute
     struct block_route *routes;  // [L]

@@ -16,10 +16,10 @@ int gelu_experts_backward(struct context *c, struct block_weights *g, const stru
                           const struct expert_rows *r, struct tensor *dhidden)
 {
     TRY(op_experts_dx(c, dhidden, r->y, &w->experts_down, r->offsets));
-    TRY(op_experts_dw(c, &g->experts_down, r->y, r->hidden, r->offsets));
+    TRY(op_experts_dw(c, &g->experts_down, NULL, r->y, r->hidden, r->offsets));
     TRY(op_expert_bias_bwd(c, &g->experts_fc2_b, r->y, r->offsets));
     TRY(op_gelu_bwd(c, dhidden, dhidden, r->pre));
-    TRY(op_experts_dw(c, &g->experts_gu, dhidden, r->rows, r->offsets));
+    TRY(op_experts_dw(c, &g->experts_gu, NULL, dhidden, r->rows, r->offsets));
     TRY(op_expert_bias_bwd(c, &g->experts_fc1_b, dhidden, r->offsets));
     return op_experts_dx(c, r->y, dhidden, &w->experts_gu, r->offsets);
 }

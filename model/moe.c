@@ -25,7 +25,9 @@ static int shared_forward(struct dit *d, int layer)
     struct context *c = &d->ctx;
     struct block_act *a = dit_act(d, layer);
     const struct block_weights *w = &d->w.blocks[layer];
-    TRY(op_linear_swiglu(c, &a->shared_hidden, if_planned(&a->shared_gu), &a->h2, &w->shared_gu));
+    // nor is it written where the backward pass makes it again
+    struct tensor *gu = d->grads[layer].shared_gu.ndim ? NULL : if_planned(&a->shared_gu);
+    TRY(op_linear_swiglu(c, &a->shared_hidden, gu, &a->h2, &w->shared_gu));
     return op_linear(c, &a->shared, &a->shared_hidden, &w->shared_down, NULL);
 }
 
@@ -71,8 +73,8 @@ int moe_forward(struct dit *d, int layer)
     return op_experts(c, &a->y, &a->hidden, &w->experts_down, offsets);
 }
 
-// d y (in a->y) -> gradients of the experts; a->y becomes d rows.
-static int experts_backward(struct dit *d, int layer)
+// d y in `dy` -> gradients of the experts; dy becomes d rows.
+static int experts_backward(struct dit *d, int layer, struct tensor *dy)
 {
     struct context *c = &d->ctx;
     struct block_act *a = dit_act(d, layer);
@@ -82,18 +84,18 @@ static int experts_backward(struct dit *d, int layer)
     const struct tensor *offsets = &d->routes[layer].offsets;
     struct tensor *hidden = dit_kept(&a->hidden, &s->hidden), *rows = dit_kept(&a->rows, &s->rows);
     if (has_gelu(d)) {
-        const struct expert_rows r = {rows, &a->gu, hidden, &a->y, offsets};
+        const struct expert_rows r = {rows, &a->gu, hidden, dy, offsets};
         if (d->lean)
             TRY(op_dispatch_fwd(c, rows, &s->h2, &a->token, &a->slot));
         return gelu_experts_backward(c, g, w, &r, &s->dhidden);
     }
-    TRY(op_experts_swiglu_dx(c, &a->gu, if_planned(&s->dhidden), if_planned(&s->hidden), &a->y,
-                             &w->experts_down, offsets));
-    TRY(op_experts_dw(c, &g->experts_down, &a->y, hidden, offsets));
+    TRY(op_experts_swiglu_dx(c, &a->gu, if_planned(&s->dhidden), if_planned(&s->hidden),
+                             if_planned(&s->dots), dy, &w->experts_down, offsets));
+    TRY(op_experts_dw(c, &g->experts_down, if_planned(&s->norms_down), dy, hidden, offsets));
     if (d->lean)
         TRY(op_dispatch_fwd(c, rows, &s->h2, &a->token, &a->slot));
-    TRY(op_experts_dw(c, &g->experts_gu, &a->gu, rows, offsets));
-    return op_experts_dx(c, &a->y, &a->gu, &w->experts_gu, offsets);
+    TRY(op_experts_dw(c, &g->experts_gu, if_planned(&s->norms_gu), &a->gu, rows, offsets));
+    return op_experts_dx(c, dy, &a->gu, &w->experts_gu, offsets);
 }
 
 // d out -> gradients of the shared expert; starts d h2.
@@ -104,12 +106,17 @@ static int shared_backward(struct dit *d, int layer)
     struct block_grad *s = &d->grads[layer];
     struct block_weights *g = &d->g.blocks[layer];
     const struct block_weights *w = &d->w.blocks[layer];
-    TRY(op_linear_swiglu_dx(c, &a->shared_gu, if_planned(&s->dshared_hidden),
-                            if_planned(&s->shared_hidden), &a->out, &w->shared_down));
+    struct tensor *gu = dit_kept(&a->shared_gu, &s->shared_gu), *h2 = dit_kept(&a->h2, &s->h2);
+    const bool again = s->shared_gu.ndim;
+    if (again)
+        TRY(op_linear_swiglu(c, &s->shared_hidden, gu, h2, &w->shared_gu));
+    TRY(op_linear_swiglu_dx(c, gu, if_planned(&s->dshared_hidden),
+                            again ? NULL : if_planned(&s->shared_hidden), &a->out,
+                            &w->shared_down));
     TRY(op_linear_dw(c, &g->shared_down, NULL, &a->out,
                      dit_kept(&a->shared_hidden, &s->shared_hidden)));
-    TRY(op_linear_dw(c, &g->shared_gu, NULL, &a->shared_gu, dit_kept(&a->h2, &s->h2)));
-    return op_linear_dx(c, &s->dh, &a->shared_gu, &w->shared_gu, false);
+    TRY(op_linear_dw(c, &g->shared_gu, NULL, gu, h2));
+    return op_linear_dx(c, &s->dh, gu, &w->shared_gu, false);
 }
 
 // The router's gradient comes from the gate weights and from the balance loss, which is of all ranks'
@@ -132,11 +139,15 @@ static int router_backward(struct dit *d, int layer)
 int moe_backward(struct dit *d, int layer)
 {
     struct block_act *a = dit_act(d, layer);
-    const bool any = d->options.batch > 0;
+    struct block_grad *s = &d->grads[layer];
+    const bool any = d->options.batch > 0, dots = s->dots.ndim;
+    struct tensor *dy = dit_kept(&a->y, &s->dy);
     if (any)
-        TRY(op_combine_bwd(&d->ctx, &a->y, &d->grads[layer].dweight, &a->out, &a->y, &a->slot,
-                           &a->weight));
-    TRY(d->moe ? moe_exchange_send_back(d, layer) : experts_backward(d, layer));
+        TRY(op_combine_bwd(&d->ctx, dy, dots ? NULL : &s->dweight, &a->out, dots ? NULL : &a->y,
+                           &a->slot, &a->weight));
+    TRY(d->moe ? moe_exchange_send_back(d, layer) : experts_backward(d, layer, dy));
+    if (dots)
+        TRY(op_combine_weight_bwd(&d->ctx, &s->dweight, &s->dots, &a->slot, &a->weight));
     if (any && d->config.shared > 0)
         TRY(shared_backward(d, layer));
     if (any)

@@ -557,10 +557,10 @@ static int experts_backward(struct dit *d, int layer)
         const struct expert_rows r = {&rows, &gu, &kept, &dy, &l->offsets};
         return gelu_experts_backward(c, g, w, &r, &dhidden);
     }
-    TRY(op_experts_swiglu_dx(c, &gu, if_planned(&dhidden), if_planned(&again), &dy,
+    TRY(op_experts_swiglu_dx(c, &gu, if_planned(&dhidden), if_planned(&again), NULL, &dy,
                              &w->experts_down, &l->offsets));
-    TRY(op_experts_dw(c, &g->experts_down, &dy, dit_kept(&kept, &again), &l->offsets));
-    TRY(op_experts_dw(c, &g->experts_gu, &gu, &rows, &l->offsets));
+    TRY(op_experts_dw(c, &g->experts_down, NULL, &dy, dit_kept(&kept, &again), &l->offsets));
+    TRY(op_experts_dw(c, &g->experts_gu, NULL, &gu, &rows, &l->offsets));
     return op_experts_dx(c, &dy, &gu, &w->experts_gu, &l->offsets);
 }
 

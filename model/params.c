@@ -323,17 +323,26 @@ static bool in_products(const struct group *g)
     return g->ndim > 1 && !g->frozen && !labels && !router;
 }
 
+static struct block_life life_of(const struct group *g, const struct params *p,
+                                 const struct block_life *lives)
+{
+    const int layers = p->config.layers;
+    if (!lives)
+        return (struct block_life){0, PLAN_FOREVER};
+    if (g->block >= 0)
+        return lives[g->block];
+    return lives[g->member == offsetof(struct weights, ada_w) ? layers : layers + 1];
+}
+
 // Declares the tensors that products read, or the others.
 static int plan_groups(struct weights *w, const struct params *p, struct plan *plan, bool products,
                        enum plan_class class, enum dtype type, const struct block_life *lives)
 {
     for (int i = 0; i < p->group_count; i++) {
         const struct group *g = &p->groups[i];
-        struct block_life life = {0, PLAN_FOREVER};
+        const struct block_life life = life_of(g, p, lives);
         if (in_products(g) != products || (g->frozen && class != PLAN_WEIGHTS))
             continue;
-        if (lives && g->block >= 0)
-            life = lives[g->block];
         TRY(plan_tensor(plan, p->list[g->first].name, g->frozen ? PLAN_INPUT : class, type,
                         life.first, life.last, member_of(w, g->block, g->member), g->ndim,
                         g->shape));

@@ -82,7 +82,8 @@ struct tensor *param_tensor(struct weights *w, const struct param *p);
 // Declares one copy of all parameters (class WEIGHTS, GRADIENTS, ...). `frozen` ones are declared
 // (as PLAN_INPUT) only with PLAN_WEIGHTS. Those that products read come first in every class.
 int weights_plan(struct weights *w, const struct params *p, struct plan *plan, enum plan_class class);
-// Gradients of which a block's live only from lives[block].first to .last.
+// Gradients that live only from .first to .last of their lives' entry: a block's of lives[block], those
+// of ada_w of lives[layers], the others of lives[layers + 1].
 struct block_life {
     int first, last;
 };

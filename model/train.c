@@ -103,8 +103,9 @@ static int plan_optimiser(struct trainer *t)
     return op_norm2(c, &t->control, &slab, false);
 }
 
-int trainer_new(struct device *dev, struct stream *stream, const struct config *c,
-                const struct train_options *o, struct trainer **out)
+// A trainer whose model is at least so lean; *out is there when it only does not fit.
+static int new_trainer(struct device *dev, struct stream *stream, const struct config *c,
+                       const struct train_options *o, enum lean lean, struct trainer **out)
 {
     *out = NULL;
     if (o->accumulate < 1)
@@ -121,9 +122,10 @@ int trainer_new(struct device *dev, struct stream *stream, const struct config *
     t->options = *o;
     t->all = o->ranks ? o->ranks->placement->batch : o->batch;
     const struct dit_options d = {.batch = o->batch, .train = true, .optimiser = true, .ema = true,
-                                  .recompute = o->recompute, .limit = o->limit, .ranks = o->ranks,
-                                  .block_ready = o->ranks ? reduction_block : NULL,
-                                  .block_done = o->early ? trainer_update_block : NULL, .user = t};
+                                  .recompute = o->recompute, .lean = lean, .limit = o->limit,
+                                  .ranks = o->ranks, .block_ready = o->ranks ? reduction_block : NULL,
+                                  .block_done = o->early ? trainer_update_block : NULL, .user = t,
+                                  .one_backward = o->accumulate == 1 && !o->early && !o->ranks};
     int code = dit_new(dev, stream, c, &d, &t->dit);
     if (code >= 0) {
         t->first = moe_first_image(t->dit);
@@ -151,6 +153,19 @@ int trainer_new(struct device *dev, struct stream *stream, const struct config *
     return dit_layout(t->dit);
 }
 
+int trainer_new(struct device *dev, struct stream *stream, const struct config *c,
+                const struct train_options *o, struct trainer **out)
+{
+    int code = new_trainer(dev, stream, c, o, LEAN_NOTHING, out);
+    while (code == ERR_NOMEM && *out && (*out)->dit->lean < LEAN_PRODUCTS && !dev->cpu_forms &&
+           !o->recompute && !o->ranks) {
+        const enum lean leaner = (*out)->dit->lean + 1;
+        trainer_free(*out);
+        code = new_trainer(dev, stream, c, o, leaner, out);
+    }
+    return code;
+}
+
 int trainer_commit(struct trainer *t)
 {
     TRY(dit_commit(t->dit));
@@ -168,6 +183,7 @@ void trainer_free(struct trainer *t)
     reduction_free(t->reduction);
     dit_free(t->dit);
     free(t->t_host), free(t->at_host), free(t->y_host), free(t->entropy), free(t->passes);
+    free(t->spans);
     free(t);
 }
 

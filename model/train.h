@@ -37,6 +37,8 @@ struct trainer {
     struct tensor rest[4]; // moments, EMA, gradients of the weights that stay f32 (half_weights)
     struct tensor mean; // [1] with ranks: the loss of all images of a step
     struct reduction *reduction; // with ranks (model/train_ranks.h), else NULL
+    struct tensor *spans; // parts of the gradients whose norm is taken by a pass over them; NULL: all
+    int span_count;
     float *t_host, *at_host; // [all]; [N,TIME_COLUMNS]
     int32_t *y_host;
     double *entropy; // [L], for reports

@@ -32,8 +32,11 @@ int op_experts(struct context *c, struct tensor *y, const struct tensor *x, cons
                const struct tensor *offsets);
 int op_experts_dx(struct context *c, struct tensor *dx, const struct tensor *dy,
                   const struct tensor *w, const struct tensor *offsets);
-int op_experts_dw(struct context *c, struct tensor *dw, const struct tensor *dy,
+// norms: NULL, or op_experts_dw_norms() floats, of which op_norm2() makes the same as of dw; for a product
+// of `rows` rows. 0: the device leaves none.
+int op_experts_dw(struct context *c, struct tensor *dw, struct tensor *norms, const struct tensor *dy,
                   const struct tensor *x, const struct tensor *offsets);
+int64_t op_experts_dw_norms(const struct context *c, const struct tensor *dw, int64_t rows);
 
 // Biases of experts that have them, bias[E*O] f32: y[R,O] (ACT) += that of each row's expert.
 // Backward: dbias += the sums of dy's rows expert by expert.
@@ -52,6 +55,10 @@ bool op_swiglu_fuses(const struct context *c, int64_t columns);
 // Whether the backward products below can write h[M,F] again beside their work; `h` is NULL elsewhere
 // and where it is not wanted.
 bool op_swiglu_rebuilds(const struct context *c, int64_t columns);
+// Whether they can also write dots[F/64,R] (f32), the sums of dh h over each 64 of F, for experts of a
+// layer of width D; `dots` is NULL elsewhere and where they are not wanted. op_combine_weight_bwd()
+// makes the gradient of the choices' weights of them.
+bool op_swiglu_dots(const struct context *c, int64_t experts, int64_t D, int64_t F);
 int op_linear_swiglu(struct context *c, struct tensor *h, struct tensor *gu, const struct tensor *x,
                      const struct tensor *w);
 int op_linear_swiglu_dx(struct context *c, struct tensor *gu, struct tensor *dh, struct tensor *h,
@@ -59,7 +66,7 @@ int op_linear_swiglu_dx(struct context *c, struct tensor *gu, struct tensor *dh,
 int op_experts_swiglu(struct context *c, struct tensor *h, struct tensor *gu,
                       const struct tensor *x, const struct tensor *w, const struct tensor *offsets);
 int op_experts_swiglu_dx(struct context *c, struct tensor *gu, struct tensor *dh, struct tensor *h,
-                         const struct tensor *dy, const struct tensor *w,
+                         struct tensor *dots, const struct tensor *dy, const struct tensor *w,
                          const struct tensor *offsets);
 
 // Bytes of a packed copy (struct packed) of the weight w[O,I] or w[E,O,I] for the products y = x w^T
@@ -231,10 +238,14 @@ int op_combine_fwd(struct context *c, struct tensor *out, const struct tensor *r
                    const struct tensor *slot, const struct tensor *weight,
                    const struct tensor *shared);
 // drows[slot[m,k],:] = weight[m,k] * dout[m,:];  dweight[m,k] = <dout[m,:], rows[slot[m,k],:]> (f32)
-// drows may be rows.
+// drows may be rows. dweight and rows are NULL where dweight comes from op_combine_weight_bwd().
 int op_combine_bwd(struct context *c, struct tensor *drows, struct tensor *dweight,
                    const struct tensor *dout, const struct tensor *rows,
                    const struct tensor *slot, const struct tensor *weight);
+// The same dweight from what op_experts_swiglu_dx() left in dots: rows = h W^T and drows = weight dout
+// give <dout[m,:], rows[r,:]> = <drows[r,:] W, h[r,:]> / weight, so that rows need not be kept.
+int op_combine_weight_bwd(struct context *c, struct tensor *dweight, const struct tensor *dots,
+                          const struct tensor *slot, const struct tensor *weight);
 
 // Balance statistics over G groups of M/G rows (G = 1: the whole batch; G = N: per sequence):
 // fraction[G,E] = share of the group's choices that fell on e, times E; mean_prob[G,E].

@@ -204,20 +204,39 @@ int op_experts_dx(struct context *c, struct tensor *dx, const struct tensor *dy,
     return multiply(c, &g);
 }
 
-int op_experts_dw(struct context *c, struct tensor *dw, const struct tensor *dy,
+// The product of two tensors of `rows` rows into dw, without its operands.
+static struct gemm experts_dw(const struct context *c, const struct tensor *dw, int64_t rows)
+{
+    BUG_IF(dw->ndim != 3 || dw->dtype != F32);
+    return (struct gemm){.ragged = GEMM_RAGGED_K,
+                         .groups = arg_int(dw->shape[0]),
+                         .m = arg_int(dw->shape[1]),
+                         .n = arg_int(dw->shape[2]),
+                         .k = arg_int(rows),
+                         .trans_a = true,
+                         .type_a = c->dev->act,
+                         .type_b = c->dev->act,
+                         .type_c = F32,
+                         .accumulate = !c->fresh_gradients};
+}
+
+int64_t op_experts_dw_norms(const struct context *c, const struct tensor *dw, int64_t rows)
+{
+    const struct gemm g = experts_dw(c, dw, rows);
+    return c->dev->api->gemm_norms ? c->dev->api->gemm_norms(c->dev, &g) : 0;
+}
+
+int op_experts_dw(struct context *c, struct tensor *dw, struct tensor *norms, const struct tensor *dy,
                   const struct tensor *x, const struct tensor *offsets)
 {
-    struct gemm g = product(dw, dy, x);
-    g.ragged = GEMM_RAGGED_K;
-    g.groups = expert_count(dw, offsets);
+    struct gemm g = experts_dw(c, dw, rows_of(dy));
+    BUG_IF(expert_count(dw, offsets) != g.groups || dy->dtype != x->dtype);
+    BUG_IF(!has_shape2(x, g.k, g.n) || dy->shape[1] != g.m);
+    BUG_IF(norms && (norms->dtype != F32 || tensor_count(norms) != op_experts_dw_norms(c, dw, g.k)));
+    g.a = dy->mem, g.b = x->mem, g.c = dw->mem;
+    g.type_a = dy->dtype, g.type_b = x->dtype;
     g.offsets = offsets->mem;
-    BUG_IF(rows_of(dy) != rows_of(x));
-    BUG_IF(dy->shape[1] != dw->shape[1] || x->shape[1] != dw->shape[2] || dw->dtype != F32);
-    g.m = arg_int(dy->shape[1]);
-    g.n = arg_int(x->shape[1]);
-    g.k = arg_int(rows_of(dy));
-    g.trans_a = true;
-    g.accumulate = !c->fresh_gradients;
+    g.norms = norms ? norms->mem : NULL;
     return multiply(c, &g);
 }
 
@@ -231,6 +250,11 @@ bool op_swiglu_fuses(const struct context *c, int64_t columns)
 bool op_swiglu_rebuilds(const struct context *c, int64_t columns)
 {
     return c->dev->rebuilds_hidden && op_swiglu_fuses(c, columns);
+}
+
+bool op_swiglu_dots(const struct context *c, int64_t experts, int64_t D, int64_t F)
+{
+    return experts <= c->dev->swiglu_dots && D % 8 == 0 && F % 64 == 0 && op_swiglu_rebuilds(c, F);
 }
 
 // The tensor [rows, columns] without memory: shapes are checked against it.
@@ -297,10 +321,15 @@ int op_experts_swiglu(struct context *c, struct tensor *h, struct tensor *gu,
 }
 
 int op_experts_swiglu_dx(struct context *c, struct tensor *gu, struct tensor *dh, struct tensor *h,
-                         const struct tensor *dy, const struct tensor *w,
+                         struct tensor *dots, const struct tensor *dy, const struct tensor *w,
                          const struct tensor *offsets)
 {
     struct tensor shape = matrix(c, rows_of(dy), w->shape[2]);
     struct gemm g = experts_dx(&shape, dy, w, offsets);
+    if (dots) {
+        BUG_IF(!op_swiglu_dots(c, w->shape[0], w->shape[1], g.n) || dots->dtype != F32);
+        BUG_IF(!has_shape2(dots, g.n / 64, g.m));
+        g.dots = dots->mem;
+    }
     return swiglu_bwd(c, gu, dh, h, &g);
 }

@@ -252,15 +252,15 @@ int op_combine_bwd(struct context *c, struct tensor *drows, struct tensor *dweig
                    const struct tensor *dout, const struct tensor *rows, const struct tensor *slot,
                    const struct tensor *weight)
 {
-    check_rows(c, dout, rows, slot);
-    BUG_IF(!same_shape2(drows, rows) || !is_act(c, drows));
-    BUG_IF(!same_shape2(weight, slot) || !same_shape2(dweight, slot));
-    BUG_IF(!is_f32(weight) || !is_f32(dweight));
+    check_rows(c, dout, drows, slot);
+    BUG_IF(!rows != !dweight || !same_shape2(weight, slot) || !is_f32(weight));
+    BUG_IF(rows && (!same_shape2(drows, rows) || !is_act(c, rows)));
+    BUG_IF(dweight && (!same_shape2(dweight, slot) || !is_f32(dweight)));
     int64_t M = dout->shape[0], D = dout->shape[1], K = slot->shape[1], R = M * K;
     const struct combine_backward args = {.drows = drows->mem,
-                                          .dweight = dweight->mem,
+                                          .dweight = MEM(dweight),
                                           .dout = dout->mem,
-                                          .rows = rows->mem,
+                                          .rows = MEM(rows),
                                           .slot = slot->mem,
                                           .weight = weight->mem,
                                           .tokens = arg_int(M),
@@ -272,11 +272,22 @@ int op_combine_bwd(struct context *c, struct tensor *drows, struct tensor *dweig
         return code;
     int64_t chunk = row_chunk(c, M);
     if (c->dev->cpu_forms)
-        return LAUNCH(c, KERNEL_combine_bwd_cpu, cover(M, chunk), 1, 1, BUF(drows), BUF(dweight),
-                      BUF(dout), BUF(rows), BUF(slot), BUF(weight), UINT(R), UINT(K), UINT(D),
-                      UINT(chunk));
-    return LAUNCH(c, KERNEL_combine_bwd, R, 1, 1, BUF(drows), BUF(dweight), BUF(dout), BUF(rows),
-                  BUF(slot), BUF(weight), UINT(R), UINT(K), UINT(D));
+        return LAUNCH(c, KERNEL_combine_bwd_cpu, cover(M, chunk), 1, 1, BUF(drows),
+                      BUF_OR_NULL(dweight), BUF(dout), BUF_OR_NULL(rows), BUF(slot), BUF(weight),
+                      UINT(R), UINT(K), UINT(D), UINT(chunk));
+    return LAUNCH(c, KERNEL_combine_bwd, R, 1, 1, BUF(drows), BUF_OR_NULL(dweight), BUF(dout),
+                  BUF_OR_NULL(rows), BUF(slot), BUF(weight), UINT(R), UINT(K), UINT(D));
+}
+
+int op_combine_weight_bwd(struct context *c, struct tensor *dweight, const struct tensor *dots,
+                          const struct tensor *slot, const struct tensor *weight)
+{
+    const int64_t R = tensor_count(slot);
+    BUG_IF(!same_shape2(dweight, slot) || !same_shape2(weight, slot) || !is_i32(slot));
+    BUG_IF(dots->ndim != 2 || dots->shape[1] != R);
+    BUG_IF(!is_f32(dweight) || !is_f32(dots) || !is_f32(weight));
+    return LAUNCH(c, KERNEL_combine_weight_bwd, cover(R, 64), 1, 1, BUF(dweight), BUF(dots),
+                  BUF(slot), BUF(weight), UINT(R), UINT(dots->shape[0]));
 }
 
 // ---- balance ------------------------------------------------------------------------------------

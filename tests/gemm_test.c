@@ -297,6 +297,21 @@ static int test_linear(void)
     return failures ? FAILED : PASSED;
 }
 
+// Their squares add up to those of dw.
+static void judge_norms(struct op_run *r, struct operand *norms, const double *dw, int64_t count)
+{
+    double sum = 0, want = 0;
+    r->failures += op_read(r, norms);
+    for (int64_t i = 0; i < norms->count; i++)
+        sum += norms->v[i] * norms->v[i];
+    for (int64_t i = 0; i < count; i++)
+        want += dw[i] * dw[i];
+    if (!(fabs(sum - want) <= 1e-5 * want)) {
+        printf("    experts dw: norms give %g, not %g\n", sum, want);
+        r->failures++;
+    }
+}
+
 // The experts' forward and backward on given row counts.
 static int try_experts(unsigned flags, const struct product *p)
 {
@@ -327,20 +342,28 @@ static int try_experts(unsigned flags, const struct product *p)
                 }
     OK(OP_RUN(&r, op_experts(&r.c, &y->t, &x->t, &w->t, &offsets->t)));
     OK(OP_RUN(&r, op_experts_dx(&r.c, &dx->t, &dy->t, &w->t, &offsets->t)));
-    OK(OP_RUN(&r, op_experts_dw(&r.c, &dw->t, &dy->t, &x->t, &offsets->t)));
+    const int64_t parts = op_experts_dw_norms(&r.c, &dw->t, rows);
+    struct operand *norms = op_output(&r, F32, DIMS(parts ? parts : 1));
+    OK(OP_RUN(&r, op_experts_dw(&r.c, &dw->t, parts ? &norms->t : NULL, &dy->t, &x->t,
+                                &offsets->t)));
     op_judge(&r, y, want_y, op_tolerance(&r, 1e-6), "experts y");
     op_judge(&r, dx, want_dx, op_tolerance(&r, 1e-6), "experts dx");
     op_judge(&r, dw, want_dw, 1e-6, "experts dw");
+    if (parts)
+        judge_norms(&r, norms, want_dw, dw->count);
     return op_end(&r);
 }
 
 static int test_experts(void)
 {
+    static const struct product halves = {
+        .n = 136, .k = 200, .groups = 4, .counts = {130, 0, 1, 257}};
     int failures = 0;
     for (int f = 0; f < 4; f++) {
         failures += try_experts(op_flags[f], &raggeds[0]) != PASSED;
         failures += try_experts(op_flags[f], &raggeds[1]) != PASSED;
         failures += try_experts(op_flags[f], &raggeds[6]) != PASSED;
+        failures += try_experts(op_flags[f], &halves) != PASSED;
     }
     return failures ? FAILED : PASSED;
 }
@@ -435,7 +458,7 @@ static int try_swiglu(unsigned flags, const struct product *p)
         if (fuses)
             OK(OP_RUN(&r, op_experts_swiglu(&r.c, &h_alone->t, NULL, &x->t, &w->t, &offsets->t)));
         OK(OP_RUN(
-            &r, op_experts_swiglu_dx(&r.c, &old->t, scratch, NULL, &dy->t, &down->t, &offsets->t)));
+            &r, op_experts_swiglu_dx(&r.c, &old->t, scratch, NULL, NULL, &dy->t, &down->t, &offsets->t)));
     } else {
         OK(OP_RUN(&r, op_linear_swiglu(&r.c, &h->t, &gu->t, &x->t, &w->t)));
         if (fuses)
@@ -552,13 +575,19 @@ static int try_swiglu_halves(unsigned flags, const struct product *p, bool whole
     struct operand *h = op_random(&r, BF16, -3, 3, DIMS(rows, F));
     struct operand *again = op_random(&r, BF16, -3, 3, DIMS(rows, F));
     struct swiglu_case s = swiglu_operands(&r, k, x, w, down, dy, old);
-    double *want_again = op_doubles(&r, h->count);
+    const bool with_dots = whole && k % 8 == 0 && matrices <= r.c.dev->swiglu_dots;
+    struct operand *dots = op_random(&r, F32, -3, 3, DIMS(F / 64, rows));
+    double *want_again = op_doubles(&r, h->count), *want_dots = op_doubles(&r, dots->count);
     swiglu_all(&s, groups, first, rows);
     for (int i = 0; i < rows * F; i++) {
         const double g = old->v[i / F * 2 * F + i % F], u = old->v[i / F * 2 * F + i % F + F];
         want_again[i] = g / (1 + exp(-g)) * u;
+        // d u = dh silu(g)
+        const double dot = s.want_dgu[i / F * 2 * F + i % F + F] * u;
+        want_dots[i % F / 64 * rows + i / F] += i < used * F ? dot : 0;
         if (i < used * F)
             continue;
+        want_dots[i % F / 64 * rows + i / F] = dots->v[i % F / 64 * rows + i / F];
         want_again[i] = again->v[i]; // rows that stay as they are
         s.want_h[i] = h->v[i];
         s.want_gu[2 * i] = gu->v[2 * i];
@@ -589,6 +618,7 @@ static int try_swiglu_halves(unsigned flags, const struct product *p, bool whole
     g.c = old->t.mem;
     g.swiglu = SWIGLU_BACKWARD;
     g.h = whole ? again->t.mem : NULL;
+    g.dots = with_dots ? dots->t.mem : NULL;
     OK(run_gemm(&r, &g));
     op_judge(&r, h, s.want_h, 8e-3, "bf16 swiglu h %d %d %d", rows, F, k);
     op_judge(&r, old, s.want_dgu, 8e-3, "bf16 swiglu dgu %d %d %d", rows, F, k);
@@ -596,6 +626,8 @@ static int try_swiglu_halves(unsigned flags, const struct product *p, bool whole
         op_judge(&r, gu, s.want_gu, 4e-3, "bf16 swiglu gu %d %d %d", rows, F, k);
         op_judge(&r, again, want_again, 4e-3, "bf16 swiglu h again %d %d %d", rows, F, k);
     }
+    if (with_dots)
+        op_judge(&r, dots, want_dots, 1e-5, "bf16 swiglu dots %d %d %d", rows, F, k);
     return op_end(&r);
 }
 

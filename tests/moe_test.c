@@ -532,11 +532,46 @@ static int combine_case(unsigned flags, const struct shape *s)
                                  &weight->t)));
     op_judge(&r, drows, want, op_tolerance(&r, 1e-6), "combine_bwd rows %dx%d", s->M, s->D);
     op_judge(&r, dweight, dweights, 1e-5, "combine_bwd weight %dx%d", s->M, s->D);
+    struct operand *alone = op_output(&r, r.act, DIMS(R, s->D));
+    OK(OP_RUN(&r, op_combine_bwd(&r.c, &alone->t, NULL, &shared->t, NULL, &slot->t, &weight->t)));
+    op_judge(&r, alone, want, op_tolerance(&r, 1e-6), "combine_bwd rows alone %dx%d", s->M, s->D);
     OK(OP_RUN(&r, op_combine_bwd(&r.c, &rows->t, &dweight->t, &shared->t, &rows->t, &slot->t,
                                  &weight->t)));
     op_judge(&r, rows, want, op_tolerance(&r, 1e-6), "combine_bwd in place %dx%d", s->M, s->D);
     op_judge(&r, dweight, dweights, 1e-5, "combine_bwd weight in place %dx%d", s->M, s->D);
     return op_end(&r);
+}
+
+// dweight from sums over parts of the experts' columns, in the order of rows.
+static int combine_weight_case(unsigned flags, const struct shape *s)
+{
+    enum { PARTS = 5 };
+    struct op_run r;
+    const int R = s->M * s->K;
+    OK(op_begin(&r, flags, (uint64_t)(s->M + 7 * s->D)));
+    struct route to = ref_route(&r, s, choose(&r, s));
+    struct operand *slot = op_values(&r, I32, to.slot, DIMS(s->M, s->K));
+    double *weights = op_doubles(&r, R), *want = op_doubles(&r, R);
+    for (int i = 0; i < R; i++)
+        weights[i] = i % 7 == 3 ? 0 : op_uniform(&r, 0.1, 1);
+    struct operand *weight = op_values(&r, F32, weights, DIMS(s->M, s->K));
+    struct operand *dots = op_random(&r, F32, -1, 1, DIMS(PARTS, R));
+    struct operand *dweight = op_output(&r, F32, DIMS(s->M, s->K));
+    for (int i = 0; i < R; i++)
+        for (int part = 0; part < PARTS && weight->v[i] != 0; part++)
+            want[i] += dots->v[part * R + (int)to.slot[i]] / weight->v[i];
+    OK(OP_RUN(&r, op_combine_weight_bwd(&r.c, &dweight->t, &dots->t, &slot->t, &weight->t)));
+    op_judge(&r, dweight, want, 1e-6, "combine_weight_bwd %dx%d", s->M, s->K);
+    return op_end(&r);
+}
+
+static int combine_weight(void)
+{
+    int failed = 0;
+    FOR_FLAGS(flags)
+    FOR_SHAPES(s)
+    failed |= combine_weight_case(*flags, s);
+    return failed ? FAILED : PASSED;
 }
 
 static int combine(void)
@@ -642,6 +677,7 @@ const struct test moe_tests[] = {
     {"dispatch", dispatch},
     {"combine_reference", combine_reference},
     {"combine", combine},
+    {"combine_weight", combine_weight},
     {"balance", balance},
     {0},
 };

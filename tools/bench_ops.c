@@ -321,7 +321,7 @@ static int run_experts_swiglu_dx(struct bench *b)
     USES(b, GU, GU, DROWS, EXPERTS_DOWN_W, rebuilds ? HIDDEN : ABSENT);
     multiplies(b, T(ROWS)->shape[0], columns(b, HIDDEN), columns(b, DROWS));
     return op_experts_swiglu_dx(&b->c, T(GU), fuses ? NULL : T(DHIDDEN),
-                                rebuilds ? T(HIDDEN) : NULL, T(DROWS), T(EXPERTS_DOWN_W),
+                                rebuilds ? T(HIDDEN) : NULL, NULL, T(DROWS), T(EXPERTS_DOWN_W),
                                 T(OFFSETS));
 }
 
@@ -347,7 +347,7 @@ static int run_experts_gu_dw(struct bench *b)
     USES(b, GU, ROWS);
     struct tensor g = gradient(b, EXPERTS_GU_W);
     multiplies(b, columns(b, GU), columns(b, ROWS), T(ROWS)->shape[0]);
-    return op_experts_dw(&b->c, &g, T(GU), T(ROWS), T(OFFSETS));
+    return op_experts_dw(&b->c, &g, NULL, T(GU), T(ROWS), T(OFFSETS));
 }
 
 static int run_experts_down_dw(struct bench *b)
@@ -355,7 +355,7 @@ static int run_experts_down_dw(struct bench *b)
     USES(b, DROWS, HIDDEN);
     struct tensor g = gradient(b, EXPERTS_DOWN_W);
     multiplies(b, columns(b, DROWS), columns(b, HIDDEN), T(ROWS)->shape[0]);
-    return op_experts_dw(&b->c, &g, T(DROWS), T(HIDDEN), T(OFFSETS));
+    return op_experts_dw(&b->c, &g, NULL, T(DROWS), T(HIDDEN), T(OFFSETS));
 }
 
 static void attends(struct bench *b, double products)
