@@ -32,6 +32,9 @@ static int read_index(const char *path, json_t **out)
 
 static bool is_plain(const char *name)
 {
+    for (const char *c = name; *c; c++)
+        if ((unsigned char)*c < 32 || *c == 127)
+            return false; // it would break a message into lines
     return *name && !strchr(name, '/') && strcmp(name, ".") && strcmp(name, "..") &&
            strlen(name) < 256;
 }
