@@ -132,6 +132,8 @@ same "copies that agree at checkpoints" agreed one 50
 DITMOE_REPLAN=random ranks 3 "${train[@]}" --steps 50 --out anywhere --replan 7
 same "experts anywhere, every 7 steps" anywhere one 50
 grep -q '^49,7,2,all,' anywhere/ranks.csv && ok "ranks.csv" || bad "ranks.csv" "no row of rank 2 after step 49"
+run "$ditmoe" plan "${model[@]}" --here --batch 6 --load anywhere/load.json
+[ "$status" -eq 0 ] && ok "plan reads load.json" || bad "plan reads load.json" "exit status $status"
 ranks 2 "${train[@]}" --steps 50 --out evened --replan 10
 same "experts that even the load out" evened one 50
 grep -q 'experts move after step' err && ok "and say so" || bad "and say so" "no such line"

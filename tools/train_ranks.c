@@ -20,8 +20,10 @@ int train_ranks_new(const struct config *c, const char *dir, struct train_ranks 
         (struct train_ranks){.began = now_seconds(), .before = exchange_figures(ranks_exchange())};
     if (!ranks_exchange())
         return 0;
-    out->load = calloc((size_t)c->layers * (size_t)c->experts, sizeof *out->load);
-    if (!out->load)
+    const size_t experts = (size_t)c->layers * (size_t)c->experts;
+    out->load = calloc(experts, sizeof *out->load);
+    out->total = calloc(experts, sizeof *out->total);
+    if (!out->load || !out->total)
         return fail(ERR_NOMEM, "out of memory");
     snprintf(out->path, sizeof out->path, "%s/ranks.csv", dir);
     return 0;
@@ -29,7 +31,7 @@ int train_ranks_new(const struct config *c, const char *dir, struct train_ranks 
 
 void train_ranks_free(struct train_ranks *r)
 {
-    free(r->load);
+    free(r->load), free(r->total);
     *r = (struct train_ranks){0};
 }
 
@@ -132,10 +134,34 @@ int train_ranks_load(struct train_ranks *r, struct trainer *t)
         if (!config_is_moe(c, l))
             continue;
         TRY(dit_read_load(t->dit, l, load));
-        for (int e = 0; e < c->experts; e++)
-            r->load[(size_t)l * (size_t)c->experts + (size_t)e] += load[e];
+        for (int e = 0; e < c->experts; e++) {
+            const size_t at = (size_t)l * (size_t)c->experts + (size_t)e;
+            r->load[at] += load[e];
+            r->total[at] += load[e];
+        }
     }
     return 0;
+}
+
+int train_ranks_write_load(const struct train_ranks *r, const struct config *c, const char *dir)
+{
+    char path[4200];
+    if (!ranks_exchange() || !ranks_first())
+        return 0;
+    json_t *layers = json_array(),
+           *json = json_pack("{s:i, s:o}", "ditmoe_load", 1, "load", layers);
+    for (int l = 0; l < c->layers; l++) {
+        json_t *row = config_is_moe(c, l) ? json_array() : json_null();
+        for (int e = 0; e < c->experts && config_is_moe(c, l); e++)
+            json_array_append_new(
+                row,
+                json_integer((json_int_t)r->total[(size_t)l * (size_t)c->experts + (size_t)e]));
+        json_array_append_new(layers, row);
+    }
+    snprintf(path, sizeof path, "%s/load.json", dir);
+    int code = json ? write_json_file(path, json) : fail(ERR_NOMEM, "%s: out of memory", path);
+    json_decref(json);
+    return code;
 }
 
 // Rows of the rank with most for each expert that it holds, in a layer.

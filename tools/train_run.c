@@ -435,6 +435,7 @@ static int train(struct run *r)
     progress_clear(&r->progress);
     TRY(code);
     print_summary(r);
+    TRY(train_ranks_write_load(&r->together, &r->config, o->out));
     TRY(train_log_close(&r->log));
     if (ranks_first())
         TRY(train_log_chart(o->out, model_title(o->model, &r->config, title)));

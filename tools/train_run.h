@@ -103,7 +103,8 @@ int train_samples_write(struct train_samples *s, struct trainer *t, const struct
 // Nothing of this does anything in a process by itself.
 struct train_ranks {
     char path[4200];
-    double *load;   // [layers, experts] rows since experts moved last
+    double *load;   // [layers, experts] rows since it was last asked whether experts should move
+    double *total;  // and of this process's whole run
     int64_t noted;  // the step of the last rows in ranks.csv
     double began;
     struct exchange_figures before;
@@ -116,6 +117,8 @@ void train_ranks_free(struct train_ranks *r);
 // "all" seconds waited and in all, and bytes of gradients summed.
 int train_ranks_load(struct train_ranks *r, struct trainer *t);
 int train_ranks_note(struct train_ranks *r, struct trainer *t, bool last);
+// RUN_DIR/load.json: the rows that each expert got, for 'ditmoe plan --load'.
+int train_ranks_write_load(const struct train_ranks *r, const struct config *c, const char *dir);
 // What it came to; `rows` of all ranks that have been routed.
 void train_ranks_say(const struct train_ranks *r, int64_t rows);
 // Whether experts should lie elsewhere, and where (*next, when *moved).
