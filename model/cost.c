@@ -34,8 +34,9 @@ static struct device paper_device(const struct cost_options *o)
     return dev;
 }
 
+// line: for a line through several plans, which one device's own, leaner or not by the batch, is not.
 static int training_memory(struct device *dev, const struct config *c, const struct cost_options *o,
-                           int batch, const struct dit_ranks *ranks, double *bytes)
+                           int batch, const struct dit_ranks *ranks, bool line, double *bytes)
 {
     struct train_options t = train_defaults();
     struct trainer *trainer = NULL;
@@ -43,6 +44,7 @@ static int training_memory(struct device *dev, const struct config *c, const str
     t.recompute = o->recompute;
     t.early = o->early;
     t.ranks = ranks;
+    t.as_ranks = line;
     int code = trainer_new(dev, NULL, c, &t, &trainer);
     if (code >= 0)
         *bytes = (double)plan_total(trainer->dit->plan);
@@ -52,12 +54,12 @@ static int training_memory(struct device *dev, const struct config *c, const str
 }
 
 static int memory_with(const struct config *c, const struct cost_options *o, int batch,
-                       const struct dit_ranks *ranks, double *bytes)
+                       const struct dit_ranks *ranks, bool line, double *bytes)
 {
     struct device dev = paper_device(o);
     struct dit *d = NULL;
     if (o->train)
-        return training_memory(&dev, c, o, batch, ranks, bytes);
+        return training_memory(&dev, c, o, batch, ranks, line, bytes);
     TRY(dit_new(&dev, NULL, c, &(struct dit_options){.batch = batch, .ranks = ranks}, &d));
     int code = dit_layout(d);
     *bytes = (double)plan_total(d->plan);
@@ -67,7 +69,7 @@ static int memory_with(const struct config *c, const struct cost_options *o, int
 
 int model_memory(const struct config *c, const struct cost_options *o, int batch, double *bytes)
 {
-    return memory_with(c, o, batch, NULL, bytes);
+    return memory_with(c, o, batch, NULL, true, bytes);
 }
 
 // Without an exchange a process is rank 0: so the rank in question changes places with it.
@@ -93,7 +95,7 @@ int model_memory_rank(const struct config *c, const struct cost_options *o,
                                     .headroom = o->alone          ? 0
                                                 : o->headroom > 0 ? o->headroom
                                                                   : 1.5};
-    int code = memory_with(c, o, p.share[0] * copies, p.ranks > 1 ? &ranks : NULL, bytes);
+    int code = memory_with(c, o, p.share[0] * copies, p.ranks > 1 ? &ranks : NULL, false, bytes);
     placement_free(&p);
     return code;
 }

@@ -20,7 +20,8 @@ struct cost_options {
 int model_cost_new(const struct config *c, const struct cost_options *o, struct model_cost *out);
 void model_cost_free(struct model_cost *m); // also of a zeroed struct
 
-// Bytes that the model's plan takes on one device of the kind, everything on it.
+// Bytes that the model's plan takes on one device of the kind, everything on it, planned as ranks plan
+// (a trainer of one rank may need less: plan_host(), enum lean).
 int model_memory(const struct config *c, const struct cost_options *o, int batch, double *bytes);
 // Bytes that it takes on a rank of a placement, all of whose experts live on devices.
 int model_memory_rank(const struct config *c, const struct cost_options *o,

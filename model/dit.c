@@ -191,7 +191,7 @@ static enum lean lean_for(const struct dit *d)
     const enum lean least = share > 0.4 ? LEAN_PRODUCTS : share > 0.2 ? LEAN_PASSES : LEAN_NOTHING;
     if (!o->train || o->recompute || d->ctx.dev->cpu_forms)
         return LEAN_NOTHING;
-    if (o->ranks) // each plans by itself what all must do alike
+    if (o->ranks || o->as_ranks) // each plans by itself what all must do alike
         return LEAN_PASSES;
     return least > o->lean ? least : o->lean;
 }

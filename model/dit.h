@@ -91,6 +91,7 @@ struct dit_options {
     // With train: every dit_backward comes after a dit_zero_gradients of its own. So gradients are there
     // from their block's backward pass to the next forward pass only, and lie where activations were.
     bool one_backward;
+    bool as_ranks; // lean as ranks are, which is alike for every batch
     uint64_t limit; // bytes of device memory to plan with; 0: what the device has
 };
 

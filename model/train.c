@@ -125,7 +125,9 @@ static int new_trainer(struct device *dev, struct stream *stream, const struct c
                                   .recompute = o->recompute, .lean = lean, .limit = o->limit,
                                   .ranks = o->ranks, .block_ready = o->ranks ? reduction_block : NULL,
                                   .block_done = o->early ? trainer_update_block : NULL, .user = t,
-                                  .one_backward = o->accumulate == 1 && !o->early && !o->ranks};
+                                  .one_backward = o->accumulate == 1 && !o->early && !o->ranks &&
+                                                  !o->as_ranks,
+                                  .as_ranks = o->as_ranks};
     int code = dit_new(dev, stream, c, &d, &t->dit);
     if (code >= 0) {
         t->first = moe_first_image(t->dit);
@@ -158,7 +160,7 @@ int trainer_new(struct device *dev, struct stream *stream, const struct config *
 {
     int code = new_trainer(dev, stream, c, o, LEAN_NOTHING, out);
     while (code == ERR_NOMEM && *out && (*out)->dit->lean < LEAN_PRODUCTS && !dev->cpu_forms &&
-           !o->recompute && !o->ranks) {
+           !o->recompute && !o->ranks && !o->as_ranks) {
         const enum lean leaner = (*out)->dit->lean + 1;
         trainer_free(*out);
         code = new_trainer(dev, stream, c, o, leaner, out);

@@ -22,6 +22,7 @@ struct train_options {
     uint64_t seed;
     uint64_t limit; // device memory to plan with, bytes; 0: all
     const struct dit_ranks *ranks; // `batch` is then this rank's part of each, 0 or more; NULL: one rank
+    bool as_ranks; // keep and make again what ranks do, so that memory grows evenly with the batch
 };
 struct train_options train_defaults(void);
 
