@@ -80,6 +80,21 @@ enum { CUDA_STAGED_MAX = 4 << 20, CUDA_NOT_STAGED = 1 };
 int cuda_write_staged(struct stream *s, cuda_address to, const void *from, size_t bytes);
 void cuda_staging_free(struct stream *s);
 
+// cuda_nccl.c: see the verbs of groups in device.h.
+int cuda_group_can(void);
+int cuda_group_id(struct device *dev, unsigned char id[GROUP_ID]);
+int cuda_group_open(struct device *dev, const unsigned char id[GROUP_ID], int member, int members,
+                    struct group **out);
+void cuda_group_close(struct group *group);
+int cuda_group_begin(struct group *group);
+int cuda_group_end(struct group *group);
+int cuda_group_send(struct group *group, struct stream *s, const struct mem *src, size_t offset,
+                    size_t bytes, int member);
+int cuda_group_receive(struct group *group, struct stream *s, struct mem *dst, size_t offset,
+                       size_t bytes, int member);
+int cuda_group_sum(struct group *group, struct stream *s, struct mem *at, size_t offset,
+                   size_t count);
+
 // cuda_gemm.c: see struct gemm and gemm_space in device.h.
 int cuda_gemm(struct stream *s, const struct gemm *g);
 size_t cuda_gemm_space(struct device *dev, const struct gemm *g);

@@ -230,4 +230,39 @@ const struct cublaslt_api *cublaslt_library(void);
 // "cuBLASLt 13.0.0", or what is wrong with it: "no cuBLASLt 12 or 13: ...".
 const char *cublaslt_text(void);
 
+// ---- NCCL ---------------------------------------------------------------------------------------
+
+typedef struct ncclComm *nccl_comm;
+typedef struct {
+    char bytes[128];
+} nccl_id; // ncclUniqueId
+
+enum {
+    NCCL_OLDEST = 20700, // the first with sends and receives
+    NCCL_UINT8 = 1,      // ncclDataType_t
+    NCCL_FLOAT32 = 7,
+    NCCL_SUM = 0, // ncclRedOp_t
+};
+
+// F(field, function of nccl.h, parameters); they return ncclResult_t, 0 for success
+#define NCCL_FUNCTIONS(F)                                                                         \
+    F(version, ncclGetVersion, (int *))                                                           \
+    F(unique_id, ncclGetUniqueId, (nccl_id *))                                                    \
+    F(comm_init, ncclCommInitRank, (nccl_comm *, int, nccl_id, int))                              \
+    F(comm_destroy, ncclCommDestroy, (nccl_comm))                                                 \
+    F(group_start, ncclGroupStart, (void))                                                        \
+    F(group_end, ncclGroupEnd, (void))                                                            \
+    F(send, ncclSend, (const void *, size_t, nccl_type, int, nccl_comm, cuda_stream))             \
+    F(receive, ncclRecv, (void *, size_t, nccl_type, int, nccl_comm, cuda_stream))                \
+    F(all_reduce, ncclAllReduce,                                                                  \
+      (const void *, void *, size_t, nccl_type, nccl_operation, nccl_comm, cuda_stream))
+typedef unsigned nccl_type, nccl_operation; // the compiler's types of ncclDataType_t, ncclRedOp_t
+
+struct nccl_api {
+#define NCCL_FIELD(field, function, parameters) unsigned(*field) parameters;
+    NCCL_FUNCTIONS(NCCL_FIELD)
+#undef NCCL_FIELD
+    const char *(*error_text)(unsigned); // ncclGetErrorString
+};
+
 #endif

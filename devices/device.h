@@ -38,6 +38,7 @@ struct mem;
 struct stream;
 struct event;
 struct graph;
+struct group;
 
 // What `ditmoe devices` shows; filled by a backend's list() and completed from hwloc by devices.c.
 struct device_info {
@@ -179,6 +180,9 @@ enum accelerated {
 };
 enum { NOT_MINE = 1 }; // accelerate()'s polite refusal: the portable kernel runs instead
 
+// What one member of a group of devices gives to the others, so that they find each other.
+enum { GROUP_ID = 128 };
+
 enum open_flags {
     OPEN_BF16 = 1,      // activations are stored as bf16 (compiled into the kernels); f32 otherwise
     OPEN_GPU_FORMS = 2, // use the GPU forms of kernels on a CPU device (tests)
@@ -233,6 +237,25 @@ struct backend {
     int (*capture_end)(struct stream *s, struct graph **out); // *out NULL: the capture failed
     int (*replay)(struct stream *s, struct graph *graph);
     void (*graph_free)(struct graph *graph);
+
+    // Optional: devices of this backend as one group that passes memory between its members, each opened by
+    // a process of its own, without the host (NCCL). group_can(): 0, or ERR_NODEVICE and why not. One
+    // member makes an id, all open the group with it at the same time. Transfers between begin and end
+    // are one step for all of them: what one member sends, another receives in it, in the same order pair by
+    // pair. sum: [count] f32 in place, over all members, the same bits on each.
+    int (*group_can)(void);
+    int (*group_id)(struct device *dev, unsigned char id[GROUP_ID]);
+    int (*group_open)(struct device *dev, const unsigned char id[GROUP_ID], int member, int members,
+                      struct group **out);
+    void (*group_close)(struct group *group);
+    int (*group_begin)(struct group *group);
+    int (*group_end)(struct group *group);
+    int (*group_send)(struct group *group, struct stream *s, const struct mem *src, size_t offset,
+                      size_t bytes, int member);
+    int (*group_receive)(struct group *group, struct stream *s, struct mem *dst, size_t offset,
+                         size_t bytes, int member);
+    int (*group_sum)(struct group *group, struct stream *s, struct mem *at, size_t offset,
+                     size_t count);
 
     // events (for timing and for ordering streams) and the host's wait
     int (*event_new)(struct device *dev, struct event **out);

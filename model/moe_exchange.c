@@ -30,6 +30,7 @@ struct layer {
 
 struct moe_exchange {
     struct exchange *exchange;
+    struct roads *roads;
     const struct placement *place;
     int rank, ranks, experts;
     int64_t *tokens; // [ranks]
@@ -110,6 +111,7 @@ static int make(struct moe_exchange *m, struct dit *d, const struct dit_ranks *o
     const struct config *c = &d->config;
     const size_t sets = d->options.recompute ? 1 : (size_t)c->layers;
     m->exchange = o->exchange;
+    m->roads = o->roads;
     m->place = o->placement;
     m->rank = exchange_rank(o->exchange);
     m->ranks = o->placement->ranks;
@@ -359,23 +361,63 @@ static struct end served_end(struct dit *d, int layer, struct tensor *rows)
     return (struct end){y->served, y->served_count, rows, d->moe->in};
 }
 
-// Sends what lies at `from` to other ranks, each segment as soon as it has been read, and expects what
-// comes to `to`.
+// The peer of a segment is reached straight, through the host, or is this rank.
+enum road { OWN, STRAIGHT, HOST };
+
+static enum road road_of(const struct moe_exchange *m, const struct segment *s)
+{
+    return s->peer == m->rank ? OWN : roads_straight(m->roads, s->peer) ? STRAIGHT : HOST;
+}
+
+static bool any_on(const struct moe_exchange *m, const struct end *e, enum road road)
+{
+    bool any = false;
+    for (int i = 0; i < e->count; i++)
+        any = any || road_of(m, &e->list[i]) == road;
+    return any;
+}
+
+// Both ends list what passes between two ranks by expert: so it is matched by its order.
+static int depart_straight(struct dit *d, const struct end *from, const struct end *to)
+{
+    struct moe_exchange *m = d->moe;
+    const size_t row = row_bytes(d);
+    int code = roads_begin(m->roads, LANE_ROWS);
+    for (int i = 0; i < to->count && code >= 0; i++) {
+        const struct segment *s = &to->list[i];
+        if (road_of(m, s) == STRAIGHT)
+            code = roads_receive(m->roads, LANE_ROWS, to->rows->mem, (size_t)s->at * row,
+                                 (size_t)s->rows * row, s->peer);
+    }
+    for (int i = 0; i < from->count && code >= 0; i++) {
+        const struct segment *s = &from->list[i];
+        if (road_of(m, s) == STRAIGHT)
+            code = roads_send(m->roads, LANE_ROWS, from->rows->mem, (size_t)s->at * row,
+                              (size_t)s->rows * row, s->peer);
+    }
+    TRY(code);
+    return roads_end(m->roads, LANE_ROWS);
+}
+
+// Sends what lies at `from` to other ranks and expects what comes to `to`: straight, and, each segment
+// as soon as it has been read, through the host.
 static int depart(struct dit *d, const struct end *from, const struct end *to)
 {
     struct moe_exchange *m = d->moe;
     struct context *c = &d->ctx;
     const size_t row = row_bytes(d);
+    if (any_on(m, from, STRAIGHT) || any_on(m, to, STRAIGHT))
+        TRY(depart_straight(d, from, to));
     for (int i = 0; i < to->count; i++) {
         const struct segment *s = &to->list[i];
-        if (s->peer != m->rank)
+        if (road_of(m, s) == HOST)
             TRY(exchange_receive(m->transfers, to->host + (size_t)s->at * row,
                                  (size_t)s->rows * row, s->peer, s->expert));
     }
     for (int i = 0; i < from->count; i++) {
         const struct segment *s = &from->list[i];
         const size_t at = (size_t)s->at * row, bytes = (size_t)s->rows * row;
-        if (s->peer == m->rank)
+        if (road_of(m, s) != HOST)
             continue;
         TRY(c->dev->api->read(c->stream, from->rows->mem, at, from->host + at, bytes));
         TRY(exchange_send(m->transfers, from->host + at, bytes, s->peer, s->expert));
@@ -411,16 +453,18 @@ static int arrive(struct dit *d, int layer, const struct end *from, const struct
     const size_t row = row_bytes(d);
     const double before = exchange_figures(m->exchange).waited;
     TRY(copy_own(d, from, to));
+    if (any_on(m, from, STRAIGHT) || any_on(m, to, STRAIGHT))
+        TRY(roads_join(m->roads, LANE_ROWS));
     TRY(exchange_wait(m->transfers));
     m->layers[layer].traffic.waited += exchange_figures(m->exchange).waited - before;
     for (int i = 0; i < to->count;) {
-        if (to->list[i].peer == m->rank) {
+        if (road_of(m, &to->list[i]) != HOST) {
             i++;
             continue;
         }
         const size_t at = (size_t)to->list[i].at * row;
         size_t bytes = 0;
-        for (; i < to->count && to->list[i].peer != m->rank; i++)
+        for (; i < to->count && road_of(m, &to->list[i]) == HOST; i++)
             bytes += (size_t)to->list[i].rows * row;
         TRY(c->dev->api->write(c->stream, to->rows->mem, at, to->host + at, bytes));
     }

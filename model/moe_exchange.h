@@ -6,13 +6,14 @@
 // to where the rows lay, so the rest of the layer knows nothing of this. Rows are copied, never
 // changed: R ranks compute the same products as one, in another order of rows.
 //
-// Bytes go device, host, MPI, host, device (runtime/exchange.h); while they travel the device computes
-// the shared expert.
+// Bytes go from device to device where there is a straight road (runtime/roads.h), else device, host,
+// MPI, host, device (runtime/exchange.h); while they travel the device computes the shared expert.
 #ifndef DITMOE_MOE_EXCHANGE_H
 #define DITMOE_MOE_EXCHANGE_H
 
 #include "runtime/exchange.h"
 #include "runtime/placement.h"
+#include "runtime/roads.h"
 #include "runtime/tensor.h"
 
 struct dit;
@@ -23,6 +24,7 @@ struct dit_ranks {
     struct exchange *exchange;
     const struct placement *placement; // `share` as images of one pass
     int copies;      // of each image in a pass: 2 where a sampler computes both guidance classes
+    struct roads *roads; // straight ones, or NULL
     double headroom; // room for received rows, as a multiple of an even load; 0: for the worst case
 };
 

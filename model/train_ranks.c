@@ -10,6 +10,7 @@ struct piece {
     const struct param *param;
     struct tensor *gradient;
     int64_t start, count;
+    bool straight;      // summed on the devices (runtime/roads.h); else in the host's memory
     size_t at;          // in `host`
     const int *holders; // NULL: all ranks
     int holder_count;
@@ -17,12 +18,13 @@ struct piece {
 
 struct reduction {
     struct exchange *exchange;
+    struct roads *roads;
     struct transfers *transfers;
     // In the order of the backward pass: blocks descending, then the rest; of a block first what all ranks
     // have, which is the same list on each, then experts that some have.
     struct piece *pieces;
     int count, *holders; // the lists that pieces point into
-    float *host;         // all pieces
+    float *host;         // all pieces that pass through it
     float *noise;        // [N,C,S,S]
 };
 
@@ -57,7 +59,8 @@ static void add_piece(struct trainer *t, const struct param *p, bool all, size_t
         piece->start = p->start;
         piece->count = param_count(p);
     }
-    *at += (size_t)piece->count;
+    piece->straight = !piece->holders && roads_all(r->roads);
+    *at += piece->straight ? 0 : (size_t)piece->count;
     r->count++;
 }
 
@@ -92,6 +95,7 @@ int reduction_new(struct trainer *t)
     if (!r)
         return fail(ERR_NOMEM, "no host memory for a sum over ranks");
     r->exchange = ranks->exchange;
+    r->roads = ranks->roads;
     r->noise = malloc(tensor_bytes(&t->noise) + sizeof *r->noise);
     if (!r->noise)
         return fail(ERR_NOMEM, "no host memory for noise");
@@ -111,11 +115,31 @@ void reduction_free(struct reduction *r)
 
 // ---- sums ---------------------------------------------------------------------------------------
 
-static int read_piece(struct trainer *t, const struct piece *p)
+static int read_piece(struct trainer *t, const struct piece *p, float *to)
 {
     struct context *c = &t->dit->ctx;
-    return c->dev->api->read(c->stream, p->gradient->mem, (size_t)p->start * sizeof(float),
-                             t->reduction->host + p->at, (size_t)p->count * sizeof(float));
+    return c->dev->api->read(c->stream, p->gradient->mem, (size_t)p->start * sizeof(float), to,
+                             (size_t)p->count * sizeof(float));
+}
+
+// Sums what `layer` has on the straight road, as one step.
+static int sum_straight(struct trainer *t, int layer)
+{
+    struct reduction *r = t->reduction;
+    bool any = false;
+    int code = 0;
+    for (int i = 0; i < r->count && code >= 0; i++) {
+        const struct piece *p = &r->pieces[i];
+        if (!p->straight || p->param->block != layer)
+            continue;
+        if (!any)
+            TRY(roads_begin(r->roads, LANE_SUMS));
+        any = true;
+        code = roads_sum(r->roads, LANE_SUMS, p->gradient->mem, (size_t)p->start * sizeof(float),
+                         (size_t)p->count);
+    }
+    TRY(code);
+    return any ? roads_end(r->roads, LANE_SUMS) : 0;
 }
 
 int reduction_block(void *trainer, int layer)
@@ -125,15 +149,16 @@ int reduction_block(void *trainer, int layer)
     if (t->micro + 1 < t->options.accumulate)
         return 0;
     exchange_doing(r->exchange, "summing gradients", layer);
+    TRY(sum_straight(t, layer));
     for (int i = 0; i < r->count;) {
         const struct piece *first = &r->pieces[i];
         size_t count = 0;
-        if (first->param->block != layer) {
+        if (first->param->block != layer || first->straight) {
             i++;
             continue;
         }
         do {
-            TRY(read_piece(t, &r->pieces[i]));
+            TRY(read_piece(t, &r->pieces[i], r->host + r->pieces[i].at));
             count += (size_t)r->pieces[i++].count;
         } while (!first->holders && i < r->count && r->pieces[i].param->block == layer &&
                  !r->pieces[i].holders);
@@ -147,16 +172,34 @@ static int write_back(struct trainer *t)
 {
     struct reduction *r = t->reduction;
     struct context *c = &t->dit->ctx;
+    TRY(roads_join(r->roads, LANE_SUMS));
     TRY(exchange_wait(r->transfers));
     for (int i = 0; i < r->count; i++) {
         const struct piece *p = &r->pieces[i];
-        TRY(c->dev->api->write(c->stream, p->gradient->mem, (size_t)p->start * sizeof(float),
-                               r->host + p->at, (size_t)p->count * sizeof(float)));
+        if (!p->straight)
+            TRY(c->dev->api->write(c->stream, p->gradient->mem, (size_t)p->start * sizeof(float),
+                                   r->host + p->at, (size_t)p->count * sizeof(float)));
     }
     return 0;
 }
 
 // ---- the norm -----------------------------------------------------------------------------------
+
+// An expert that several ranks hold is counted by the first of them.
+static bool counts_elsewhere(const struct reduction *r, const struct piece *p)
+{
+    const int first = p->holders ? p->holders[0] : 0;
+    return p->param->expert != NO_EXPERT && first != exchange_rank(r->exchange);
+}
+
+// Are all experts of this tensor counted elsewhere?
+static bool all_elsewhere(const struct reduction *r, const struct tensor *gradient)
+{
+    int64_t count = 0;
+    for (int i = 0; i < r->count; i++)
+        count += r->pieces[i].gradient == gradient && counts_elsewhere(r, &r->pieces[i]);
+    return count == gradient->shape[0];
+}
 
 // The squares of gradients that all ranks have, or of this rank's experts, added up on the device.
 static int device_norm(struct trainer *t, bool experts, double *sum)
@@ -166,9 +209,11 @@ static int device_norm(struct trainer *t, bool experts, double *sum)
     float value = 0;
     for (int i = 0; i < d->params.count; i++) {
         const struct param *p = &d->params.list[i];
-        if (p->frozen || p->start != 0 || (p->expert != NO_EXPERT) != experts)
+        const struct tensor *gradient = param_tensor(&d->g, p);
+        if (p->frozen || p->start != 0 || (p->expert != NO_EXPERT) != experts ||
+            (experts && all_elsewhere(t->reduction, gradient)))
             continue;
-        TRY(op_norm2(&d->ctx, &t->control, param_tensor(&d->g, p), any));
+        TRY(op_norm2(&d->ctx, &t->control, gradient, any));
         any = true;
     }
     if (any)
@@ -178,21 +223,29 @@ static int device_norm(struct trainer *t, bool experts, double *sum)
     return 0;
 }
 
-// The squares of those experts' gradients that an earlier rank counts, to be left out here.
-static double counted_elsewhere(const struct trainer *t)
+static int squares_of(struct trainer *t, const struct piece *p, double *sum)
+{
+    float *at = p->straight ? malloc((size_t)p->count * sizeof *at) : t->reduction->host + p->at;
+    if (!at)
+        return fail(ERR_NOMEM, "no host memory for %lld gradients", (long long)p->count);
+    int code = p->straight ? read_piece(t, p, at) : 0;
+    for (int64_t k = 0; k < p->count && code >= 0; k++)
+        *sum += (double)at[k] * (double)at[k];
+    if (p->straight)
+        free(at);
+    return code;
+}
+
+// The squares of those experts' gradients that another rank counts, in tensors that hold others too, to
+// be left out here.
+static int counted_twice(struct trainer *t, double *sum)
 {
     const struct reduction *r = t->reduction;
-    const int rank = exchange_rank(r->exchange);
-    double sum = 0;
-    for (int i = 0; i < r->count; i++) {
-        const struct piece *p = &r->pieces[i];
-        const int first = p->holders ? p->holders[0] : 0;
-        if (p->param->expert == NO_EXPERT || first == rank)
-            continue;
-        for (int64_t k = 0; k < p->count; k++)
-            sum += (double)r->host[p->at + (size_t)k] * (double)r->host[p->at + (size_t)k];
-    }
-    return sum;
+    *sum = 0;
+    for (int i = 0; i < r->count; i++)
+        if (counts_elsewhere(r, &r->pieces[i]) && !all_elsewhere(r, r->pieces[i].gradient))
+            TRY(squares_of(t, &r->pieces[i], sum));
+    return 0;
 }
 
 static int local_loss(struct trainer *t, double *sum)
@@ -216,15 +269,16 @@ int reduction_finish(struct trainer *t)
     struct reduction *r = t->reduction;
     struct context *c = &t->dit->ctx;
     const bool first = exchange_rank(r->exchange) == 0;
-    double shared = 0, experts = 0, loss = 0;
+    double shared = 0, experts = 0, twice = 0, loss = 0;
     exchange_doing(r->exchange, "waiting for sums of gradients", -1);
     TRY(write_back(t));
     if (first) // the same on every rank, so one counts
         TRY(device_norm(t, false, &shared));
     TRY(device_norm(t, true, &experts));
+    TRY(counted_twice(t, &twice));
     TRY(local_loss(t, &loss));
     const double images = (double)t->all * t->options.accumulate;
-    double sums[2] = {shared + experts - counted_elsewhere(t), loss / images};
+    double sums[2] = {shared + experts - twice, loss / images};
     exchange_doing(r->exchange, "summing the norm and the loss", -1);
     TRY(exchange_sum(r->exchange, sums, 2));
     const float norm2 = (float)(sums[0] > 0 || sums[0] != sums[0] ? sums[0] : 0);

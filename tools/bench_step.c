@@ -26,6 +26,8 @@ struct subject {
     int32_t *labels;
     double times[3 * ROUNDS_MAX]; // seconds a step
     int count;
+    struct rank_plan ranks;
+    double seconds, waited; // all rounds; of them, for other ranks
 };
 
 // ---- random weights and inputs ------------------------------------------------------------------
@@ -51,6 +53,8 @@ static int randomise(struct dit *d)
     }
     for (int i = 0; i < d->params.count && code >= 0; i++) {
         const struct param *p = &d->params.list[i];
+        if (p->start == PARAM_ELSEWHERE)
+            continue;
         bool gain = p->init == INIT_ONE && param_count(p) <= SHIFTS;
         code = param_write(&d->ctx, &d->w, p, gain ? gains : noise + (size_t)i * 1009 % SHIFTS);
     }
@@ -77,6 +81,7 @@ static void subject_free(struct subject *s)
 {
     trainer_free(s->trainer);
     sampler_free(s->sampler);
+    ranks_plan_free(&s->ranks);
     free(s->images), free(s->latents), free(s->labels);
     free(s);
 }
@@ -89,15 +94,18 @@ static struct dit *subject_dit(const struct subject *s)
 static int subject_open(struct subject *s, bool train, const struct step_settings *o)
 {
     TRY(make_inputs(s));
+    TRY(ranks_plan(&o->ranks, s->config, s->batch, 1, &s->ranks));
     if (train) {
         struct train_options t = train_defaults();
-        t.batch = s->batch;
+        t.ranks = ranks_of(&s->ranks);
+        t.batch = ranks_share(&s->ranks, s->batch);
         t.recompute = o->recompute;
         t.early = o->early;
         TRY(trainer_new(s->dev, s->stream, s->config, &t, &s->trainer));
         TRY(trainer_commit(s->trainer));
     } else { // without guidance: one forward pass of `batch` images
-        struct sample_options plain = {.steps = s->steps, .cfg = 1, .pack = true};
+        struct sample_options plain = {
+            .steps = s->steps, .cfg = 1, .pack = true, .ranks = ranks_of(&s->ranks)};
         TRY(sampler_new(s->dev, s->stream, s->config, s->batch, &plain, &s->sampler));
     }
     return randomise(subject_dit(s));
@@ -124,16 +132,32 @@ static int run_round(struct subject *s)
     return s->dev->api->sync(s->stream);
 }
 
+// Seconds that this rank has stood still for others since the last call: its host, its device.
+static int take_waited(struct subject *s, double *seconds)
+{
+    static double before;
+    const double now = exchange_figures(ranks_exchange()).waited;
+    *seconds = 0;
+    if (s->ranks.ranks.roads)
+        TRY(roads_waited(s->ranks.ranks.roads, LANE_ROWS, seconds));
+    *seconds += now - before;
+    before = now;
+    return 0;
+}
+
 static int measure(struct subject *s, int rounds)
 {
+    double waited;
     const int warm_up = s->sampler ? 1 : 3, each = s->sampler ? s->steps : 1;
     for (int i = -warm_up; i < rounds && s->count < 3 * ROUNDS_MAX; i++) {
         double start = now_seconds();
         TRY(run_round(s));
         double seconds = now_seconds() - start;
-        if (i >= 0)
+        TRY(take_waited(s, &waited));
+        if (i >= 0) {
             s->times[s->count++] = seconds / each;
-        else if (s->sampler && seconds > LONG_RUN) // its many steps are a mean already
+            s->seconds += seconds, s->waited += waited;
+        } else if (s->sampler && (seconds > LONG_RUN || ranks_exchange())) // its many steps are a mean already
             rounds = rounds > 3 ? 3 : rounds;
     }
     return 0;
@@ -232,6 +256,9 @@ static void print_row(FILE *table, const json_t *row)
             format_rate(1e9 * number(row, "gflops"), "FLOP", rate), 100 * number(row, "of_product"),
             format_bytes(number(row, "memory"), planned),
             format_bytes(number(row, "allocated"), allocated));
+    if (number(row, "ranks") > 1)
+        fprintf(table, "%-12s on %.0f ranks; rank 0 waits %.1f%% of the time for others\n", "",
+                number(row, "ranks"), 100 * number(row, "waited"));
     json_array_foreach(json_object_get(row, "peers"), i, peer)
     {
         fprintf(table, "%-12s %-12s %8.2f ms  own speed / peer's: %.2f\n", "", text(peer, "mode"),
@@ -254,12 +281,13 @@ static void add_row(struct subject *s, const struct ceilings *ceilings, json_t *
         json_object_set_new(peer, "ratio", json_real(number(peer, "ms") / (1e3 * seconds)));
     }
     json_t *row =
-        json_pack("{s:s, s:s, s:s, s:s, s:i, s:f, s:f, s:f, s:f, s:I, s:I, s:O}", "bench", "step",
+        json_pack("{s:s, s:s, s:s, s:s, s:i, s:f, s:f, s:f, s:f, s:I, s:I, s:i, s:f, s:O}", "bench", "step",
                   "name", s->name, "what", train ? "train" : "sample", "type",
                   dtype_name(s->dev->act), "batch", s->batch, "ms", 1e3 * seconds, "images_per_s",
-                  s->batch / seconds, "gflops", 1e-9 * flops, "of_product", flops / ceilings->flops,
+                  s->batch / seconds, "gflops", 1e-9 * flops, "of_product", flops / ceilings->flops / ranks_count(),
                   "memory", (json_int_t)plan_total(subject_dit(s)->plan), "allocated",
-                  (json_int_t)s->dev->allocated, "peers", peers);
+                  (json_int_t)s->dev->allocated, "ranks", ranks_count(), "waited",
+                  s->waited / s->seconds, "peers", peers);
     print_row(table, row);
     json_array_append_new(rows, row);
 }

@@ -4,6 +4,7 @@
 #define DITMOE_BENCH_STEP_H
 
 #include "tools/measure.h"
+#include "tools/ranks.h"
 
 struct step_settings {
     const char *models, *batches; // lists, separated by commas
@@ -11,13 +12,15 @@ struct step_settings {
     struct model_options overrides;
     int rounds, steps, what; // what: 0 both, 1 train, 2 sample; steps 0: by the device
     int recompute, early, profile;
+    struct rank_options ranks;
 };
 
 // Every model at every batch. Training: median time of single steps. Sampling (without guidance:
 // one forward pass of the batch a step): median over runs of `steps` steps each, divided by their
-// number. Appends one object a row: {"bench": "step", "name", "what", "type", "batch", "ms",
+// number. On ranks `batch` is all ranks' together, and `ranks` says how the model lies on them. Appends one object a row: {"bench": "step", "name", "what", "type", "batch", "ms",
 // "images_per_s", "gflops" (2 a multiply-accumulate of active parameters and attention; three
-// forwards in training), "of_product" (share of the ceiling), "memory" (planned bytes), "allocated"
+// forwards in training), "of_product" (share of the ceiling of one device, of each with ranks), "ranks" and
+// "waited" (share of the time that rank 0 stood still for other ranks), "memory" (planned bytes), "allocated"
 // (by the device), "peers": [{"mode", "ms", "ratio"}]}. ratio: the peer's time over ours.
 int bench_step(struct device *dev, struct stream *stream, const struct step_settings *o,
                const struct ceilings *ceilings, json_t *rows, FILE *table);

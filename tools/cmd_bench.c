@@ -118,7 +118,8 @@ static int run_part(const struct bench_settings *o, const char *part, json_t *ro
     struct bench b = {.settings = o, .part = part, .rows = rows, .table = table};
     TRY(session_open(&o->device, &b.session));
     const struct device *dev = b.session.dev;
-    fprintf(stderr, "%s: %s, %s\n", dev->info.key, dev->info.name, dtype_name(dev->act));
+    TRY(ranks_connect(&o->step.ranks, b.session.dev, b.session.stream, NULL));
+    say("%s: %s, %s\n", dev->info.key, dev->info.name, dtype_name(dev->act));
     int code = run_session(&b);
     session_close(&b.session);
     return code;
@@ -127,13 +128,13 @@ static int run_part(const struct bench_settings *o, const char *part, json_t *ro
 static int bench_run(const struct bench_settings *o, const char *part)
 {
     json_t *rows = json_array();
-    FILE *table = o->json ? fopen("/dev/null", "w") : stdout;
+    FILE *table = o->json || !ranks_first() ? fopen("/dev/null", "w") : stdout;
     if (!rows || !table)
         return fail(ERR_NOMEM, "out of memory");
     int code = run_part(o, part, rows, table);
     if (code >= 0 && o->compare)
         code = bench_compare(o->compare, rows, table);
-    if (o->json && json_array_size(rows) > 0) { // what was measured before a failure too
+    if (o->json && ranks_first() && json_array_size(rows) > 0) { // what was measured before a failure too
         json_dumpf(rows, stdout, JSON_INDENT(2));
         printf("\n");
     }
@@ -161,6 +162,7 @@ int cmd_bench(int argc, char **argv)
         {"vae (it and inception take --batch, --rounds, --profile, --trace too)", vae_options,
          &o.vae},
         {"device", device_option_list, &o.device},
+        {"step: several devices (README: mixed devices, cluster)", rank_option_list, &o.step.ranks},
         {0},
     };
     const struct command command = {
@@ -190,5 +192,13 @@ int cmd_bench(int argc, char **argv)
         return usage_error("bench", "%s: not gemm, ops, step, vae or inception", part);
     if (bench_each(&o.step, nothing, NULL) < 0)
         return usage_error("bench", "%s", error_message());
+    const bool alone = strcmp(part, "step") || o.step.peer || o.step.profile || o.step.trace;
+    if (alone && (ranks_count() > 1 || strchr(o.device.device, ',')))
+        return usage_error("bench", "only steps, without a peer or a profile, are measured on ranks");
+    status = ranks_launch(o.device.device, "bench", argc, argv);
+    if (status)
+        return status;
+    if (ranks_same_start(&command) < 0)
+        return report_failure("bench");
     return bench_run(&o, part) < 0 ? report_failure("bench") : 0;
 }

@@ -79,6 +79,7 @@ void session_close(struct session *s)
     if (!s->dev)
         return;
     const struct backend *api = s->dev->api;
+    ranks_disconnect(s->dev);
     if (s->stream)
         api->stream_free(s->stream);
     api->close(s->dev);

@@ -130,6 +130,8 @@ int drawing_open(const struct draw_options *o, const struct checkpoint *file, in
     int code = session_open(&o->device, &out->session);
     stop_on_signals();
     if (code >= 0)
+        code = ranks_connect(&o->ranks, out->session.dev, out->session.stream, &out->ranks);
+    if (code >= 0)
         code = sampler_new(out->session.dev, out->session.stream, &file->config, batch, &options,
                            &out->sampler);
     if (code >= 0)

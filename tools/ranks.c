@@ -1,6 +1,7 @@
 #include "tools/ranks.h"
 
 #include <errno.h>
+#include <math.h>
 #include <sched.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -14,6 +15,8 @@
 
 enum { MOST_DEVICES = 64 };
 
+static const char *const fabric_choices[] = {"auto", "mpi", "nccl", NULL}; // as in enum road_choice
+
 #define AT(member) offsetof(struct rank_options, member)
 const struct option_spec rank_option_list[] = {
     {"placement", 0, OPTION_STRING, "WHICH", "uniform",
@@ -22,6 +25,10 @@ const struct option_spec rank_option_list[] = {
     {"headroom", 0, OPTION_FLOAT, "X", "0",
      "memory for tokens that come from other ranks, as a multiple of an even load; 0: for any load",
      AT(headroom), 0, 1e6, NULL},
+    {"fabric", 0, OPTION_CHOICE, "ROAD", "auto",
+     "how bytes pass between devices: nccl (NVIDIA GPUs only), mpi (through the hosts), auto (nccl for "
+     "every pair that can)",
+     AT(fabric), 0, 0, fabric_choices},
     {0},
 };
 #undef AT
@@ -29,6 +36,8 @@ const struct option_spec rank_option_list[] = {
 // ---- the process --------------------------------------------------------------------------------
 
 static struct exchange *exchange;
+static struct roads *roads;
+static const struct device *connected; // the device that they begin at
 static bool told; // this rank has said what went wrong
 
 // mpirun binds a rank to one core unless told otherwise, and a CPU device's threads, which start with its
@@ -48,7 +57,7 @@ static void widen_binding(void)
 
 int ranks_open(const char *command)
 {
-    static const char *const on_ranks[] = {"train", "sample", "calibrate"};
+    static const char *const on_ranks[] = {"train", "sample", "bench", "calibrate"};
     bool wanted = false;
     for (size_t i = 0; i < sizeof on_ranks / sizeof *on_ranks; i++)
         wanted = wanted || !strcmp(command, on_ranks[i]);
@@ -351,7 +360,7 @@ int ranks_plan(const struct rank_options *o, const struct config *c, int batch, 
     int code = read_placement(o, c, moe, batch, &out->placement);
     free(moe);
     TRY(code);
-    out->ranks = (struct dit_ranks){exchange, &out->placement, copies, (double)o->headroom};
+    out->ranks = (struct dit_ranks){exchange, &out->placement, copies, roads, (double)o->headroom};
     if (!on_devices(&out->placement))
         return fail(ERR_INPUT, "%s: it has experts in host memory, which this version does not run",
                     o->placement);
@@ -373,8 +382,39 @@ int ranks_replan(const struct rank_plan *from, int batch, int copies, struct ran
     memcpy(q->home, p->home, places * sizeof *p->home);
     q->batch = p->batch;
     placement_rescale(q, batch);
-    out->ranks = (struct dit_ranks){exchange, q, copies, from->ranks.headroom};
+    out->ranks = (struct dit_ranks){exchange, q, copies, roads, from->ranks.headroom};
     return 0;
+}
+
+int ranks_connect(const struct rank_options *o, struct device *dev, struct stream *stream,
+                  struct rank_plan *p)
+{
+    if (!exchange)
+        return 0;
+    TRY(roads_open(exchange, dev, stream, (enum road_choice)o->fabric, &roads));
+    connected = dev;
+    if (p)
+        p->ranks.roads = roads;
+    double members = roads_members(roads);
+    TRY(exchange_sum(exchange, &members, 1)); // each member says how many: n squared
+    const int straight = (int)(sqrt(members) + 0.5), all = ranks_count();
+    if (straight == all)
+        say("ranks: %d, all pairs by NCCL\n", all);
+    else if (straight > 1)
+        say("ranks: %d, pairs among %d of them by NCCL, the others through the host and MPI\n", all,
+            straight);
+    else
+        say("ranks: %d, all pairs through the host and MPI\n", all);
+    return 0;
+}
+
+void ranks_disconnect(const struct device *dev)
+{
+    if (dev != connected)
+        return;
+    roads_close(roads);
+    roads = NULL;
+    connected = NULL;
 }
 
 void ranks_plan_free(struct rank_plan *p)

@@ -13,6 +13,7 @@ struct config;
 struct rank_options {
     const char *placement; // "uniform" or a file
     float headroom;
+    int fabric; // enum road_choice
 };
 extern const struct option_spec rank_option_list[];
 
@@ -62,6 +63,11 @@ struct rank_plan {
 };
 int ranks_plan(const struct rank_options *o, const struct config *c, int batch, int copies,
                struct rank_plan *out);
+// Looks for straight roads between the ranks' devices, which models planned with `p` (or NULL: with plans
+// made later) then take; says which there are. A collective call, after the session's device is open; ranks_disconnect() before it closes.
+int ranks_connect(const struct rank_options *o, struct device *dev, struct stream *stream,
+                  struct rank_plan *p);
+void ranks_disconnect(const struct device *dev);
 // The same placement for another number of images at a time.
 int ranks_replan(const struct rank_plan *from, int batch, int copies, struct rank_plan *out);
 void ranks_plan_free(struct rank_plan *p);

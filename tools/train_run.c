@@ -472,6 +472,7 @@ static int prepare_and_train(struct run *r)
     }
     TRY(session_open(&o->device, &r->session));
     TRY(compare_devices(r));
+    TRY(ranks_connect(&o->ranks, r->session.dev, r->session.stream, r->ranks));
     print_header(r);
     TRY(plan_memory(r));
     return o->dry_run ? 0 : train(r);

@@ -2,6 +2,10 @@
 // nothing here is linked or runs.
 #include <cublasLt.h>
 #include <cuda.h>
+#if __has_include(<nccl.h>)
+#include <nccl.h>
+#define HAVE_NCCL
+#endif
 
 #include "devices/cuda_api.h"
 
@@ -116,3 +120,22 @@ EQUAL(CUBLASLT_REDUCE_IN_F32, CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE);
 #define CHECK(field, function, parameters) SAME(&function, unsigned(*) parameters);
 CUBLASLT_FUNCTIONS(CHECK)
 #undef CHECK
+
+// ---- NCCL ---------------------------------------------------------------------------------------
+
+#ifdef HAVE_NCCL
+SAME(nccl_comm, ncclComm_t);
+EQUAL(sizeof(nccl_id), sizeof(ncclUniqueId));
+EQUAL(sizeof(nccl_type), sizeof(ncclDataType_t));
+EQUAL(NCCL_UINT8, ncclUint8);
+EQUAL(NCCL_FLOAT32, ncclFloat32);
+EQUAL(NCCL_SUM, ncclSum);
+
+#define nccl_id ncclUniqueId
+#define nccl_type ncclDataType_t
+#define nccl_operation ncclRedOp_t
+#define CHECK(field, function, parameters) SAME(&function, unsigned(*) parameters);
+NCCL_FUNCTIONS(CHECK)
+#undef CHECK
+SAME(&ncclGetErrorString, const char *(*)(ncclResult_t));
+#endif
