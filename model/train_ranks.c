@@ -197,8 +197,9 @@ static bool all_elsewhere(const struct reduction *r, const struct tensor *gradie
 {
     int64_t count = 0;
     for (int i = 0; i < r->count; i++)
-        count += r->pieces[i].gradient == gradient && counts_elsewhere(r, &r->pieces[i]);
-    return count == gradient->shape[0];
+        if (r->pieces[i].gradient == gradient && counts_elsewhere(r, &r->pieces[i]))
+            count += r->pieces[i].count;
+    return count == tensor_count(gradient);
 }
 
 // The squares of gradients that all ranks have, or of this rank's experts, added up on the device.

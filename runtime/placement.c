@@ -46,17 +46,36 @@ void placement_free(struct placement *p)
     *p = (struct placement){0};
 }
 
+static void even_shares(struct placement *p, int batch)
+{
+    p->batch = batch;
+    for (int r = 0; r < p->ranks; r++)
+        p->share[r] = batch / p->ranks + (r < batch % p->ranks);
+}
+
 int placement_uniform(int ranks, int layers, int experts, const bool *moe, int batch,
                       struct placement *out)
 {
     TRY(placement_new(ranks, 1, layers, experts, out));
-    out->batch = batch;
-    for (int r = 0; r < ranks; r++)
-        out->share[r] = batch / ranks + (r < batch % ranks);
+    even_shares(out, batch);
     for (int l = 0; l < layers; l++) {
         int turn = experts % ranks == 0 ? 0 : l;
         for (int e = 0; e < experts && (!moe || moe[l]); e++)
             *placement_owner(out, 0, l, e) = (int)(((int64_t)e * ranks / experts + turn) % ranks);
+    }
+    return 0;
+}
+
+int placement_replicated(int ranks, int layers, int experts, const bool *moe, int batch,
+                         struct placement *out)
+{
+    TRY(placement_new(ranks, ranks, layers, experts, out));
+    even_shares(out, batch);
+    for (int r = 0; r < ranks; r++) {
+        out->group[r] = r;
+        for (int l = 0; l < layers; l++)
+            for (int e = 0; e < experts && (!moe || moe[l]); e++)
+                *placement_owner(out, r, l, e) = r;
     }
     return 0;
 }

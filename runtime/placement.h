@@ -44,6 +44,10 @@ void placement_free(struct placement *p); // also of a zeroed struct
 int placement_uniform(int ranks, int layers, int experts, const bool *moe, int batch,
                       struct placement *out);
 
+// Data parallelism: as uniform, but every rank is a group and holds all experts.
+int placement_replicated(int ranks, int layers, int experts, const bool *moe, int batch,
+                         struct placement *out);
+
 // The shares of the same placement for another global batch: in the old proportions, largest
 // remainders first, so that the sum is exact.
 void placement_rescale(struct placement *p, int batch);

@@ -20,7 +20,8 @@ static const char *const fabric_choices[] = {"auto", "mpi", "nccl", NULL}; // as
 #define AT(member) offsetof(struct rank_options, member)
 const struct option_spec rank_option_list[] = {
     {"placement", 0, OPTION_STRING, "WHICH", "uniform",
-     "which rank has which experts and how many images: uniform, or a file of 'ditmoe plan'",
+     "which rank has which experts and how many images: uniform (experts shared out), replicated (all on "
+     "every rank), or a file of 'ditmoe plan'",
      AT(placement), 0, 0, NULL},
     {"headroom", 0, OPTION_FLOAT, "X", "0",
      "memory for tokens that come from other ranks, as a multiple of an even load; 0: for any load",
@@ -323,6 +324,8 @@ static int read_placement(const struct rank_options *o, const struct config *c, 
     const int ranks = ranks_count();
     if (!o->placement || !strcmp(o->placement, "uniform"))
         return placement_uniform(ranks, c->layers, c->experts, moe, batch, out);
+    if (!strcmp(o->placement, "replicated"))
+        return placement_replicated(ranks, c->layers, c->experts, moe, batch, out);
     TRY(placement_read(o->placement, out));
     int code = placement_matches(out, ranks, c->layers, c->experts, moe);
     if (code < 0) {
@@ -347,7 +350,7 @@ int ranks_plan(const struct rank_options *o, const struct config *c, int batch, 
 {
     *out = (struct rank_plan){0};
     if (!exchange) {
-        if (o->placement && strcmp(o->placement, "uniform"))
+        if (o->placement && strcmp(o->placement, "uniform") && strcmp(o->placement, "replicated"))
             return fail(ERR_INPUT, "--placement %s: this is one process; start ranks with mpirun",
                         o->placement);
         return 0;
