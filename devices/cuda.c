@@ -237,6 +237,18 @@ static bool inside(const struct mem *mem, size_t offset, size_t bytes)
     return offset <= mem->bytes && bytes <= mem->bytes - offset;
 }
 
+static int cuda_write_begin(struct stream *s, struct mem *dst, size_t offset, const void *src,
+                            size_t bytes)
+{
+    BUG_IF(!inside(dst, offset, bytes));
+    if (bytes == 0)
+        return 0;
+    TRY(enter(s->dev));
+    CU(s->dev->api, s->dev->api->write(dst->address + offset, src, bytes, s->cu),
+       "cuMemcpyHtoDAsync");
+    return 0;
+}
+
 // Small writes go by way of page-locked memory and do not wait. Larger ones wait, because the driver
 // does not promise on every machine that it is done with `src` earlier: where the GPU reads pageable
 // host memory itself, it copies later.
@@ -250,13 +262,12 @@ static int cuda_write(struct stream *s, struct mem *dst, size_t offset, const vo
     int code = cuda_write_staged(s, dst->address + offset, src, bytes);
     if (code != CUDA_NOT_STAGED)
         return code;
-    CU(s->dev->api, s->dev->api->write(dst->address + offset, src, bytes, s->cu),
-       "cuMemcpyHtoDAsync");
+    TRY(cuda_write_begin(s, dst, offset, src, bytes));
     return cuda_sync(s);
 }
 
-static int cuda_read(struct stream *s, const struct mem *src, size_t offset, void *dst,
-                     size_t bytes)
+static int cuda_read_begin(struct stream *s, const struct mem *src, size_t offset, void *dst,
+                           size_t bytes)
 {
     BUG_IF(!inside(src, offset, bytes));
     if (bytes == 0)
@@ -264,7 +275,29 @@ static int cuda_read(struct stream *s, const struct mem *src, size_t offset, voi
     TRY(enter(s->dev));
     CU(s->dev->api, s->dev->api->read(dst, src->address + offset, bytes, s->cu),
        "cuMemcpyDtoHAsync");
-    return cuda_sync(s);
+    return 0;
+}
+
+static int cuda_read(struct stream *s, const struct mem *src, size_t offset, void *dst,
+                     size_t bytes)
+{
+    TRY(cuda_read_begin(s, src, offset, dst, bytes));
+    return bytes ? cuda_sync(s) : 0;
+}
+
+static int cuda_pin(struct device *base, void *at, size_t bytes)
+{
+    struct cuda_device *dev = cuda_device_of(base);
+    TRY(enter(dev));
+    CU(dev->api, dev->api->host_register(at, bytes, 0), "cuMemHostRegister");
+    return 0;
+}
+
+static void cuda_unpin(struct device *base, void *at)
+{
+    struct cuda_device *dev = cuda_device_of(base);
+    if (enter(dev) == 0)
+        dev->api->host_unregister(at);
 }
 
 static int cuda_copy(struct stream *s, struct mem *dst, size_t dst_offset, const struct mem *src,
@@ -459,6 +492,10 @@ const struct backend backend_cuda = {
     .stream_free = cuda_stream_free,
     .write = cuda_write,
     .read = cuda_read,
+    .write_begin = cuda_write_begin,
+    .read_begin = cuda_read_begin,
+    .pin = cuda_pin,
+    .unpin = cuda_unpin,
     .copy = cuda_copy,
     .peer = cuda_peer,
     .fill = cuda_fill,

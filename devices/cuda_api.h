@@ -111,6 +111,8 @@ enum {
     F(memory, cuMemGetInfo, "cuMemGetInfo_v2", (size_t *, size_t *))                             \
     F(host_alloc, cuMemHostAlloc, "cuMemHostAlloc", (void **, size_t, unsigned))                 \
     F(host_free, cuMemFreeHost, "cuMemFreeHost", (void *))                                       \
+    F(host_register, cuMemHostRegister, "cuMemHostRegister_v2", (void *, size_t, unsigned))      \
+    F(host_unregister, cuMemHostUnregister, "cuMemHostUnregister", (void *))                     \
     F(read, cuMemcpyDtoHAsync, "cuMemcpyDtoHAsync_v2",                                           \
       (void *, cuda_address, size_t, cuda_stream))                                               \
     F(copy, cuMemcpyDtoDAsync, "cuMemcpyDtoDAsync_v2",                                           \

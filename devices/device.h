@@ -212,6 +212,14 @@ struct backend {
     void (*stream_free)(struct stream *stream);
     int (*write)(struct stream *s, struct mem *dst, size_t offset, const void *src, size_t bytes);
     int (*read)(struct stream *s, const struct mem *src, size_t offset, void *dst, size_t bytes);
+    // The same, only begun: the host's memory belongs to the stream until it is there.
+    int (*write_begin)(struct stream *s, struct mem *dst, size_t offset, const void *src,
+                       size_t bytes);
+    int (*read_begin)(struct stream *s, const struct mem *src, size_t offset, void *dst,
+                      size_t bytes);
+    // Optional: locks pages of the host's memory (`at` starts one), so that such copies need none in between.
+    int (*pin)(struct device *dev, void *at, size_t bytes);
+    void (*unpin)(struct device *dev, void *at);
     int (*copy)(struct stream *s, struct mem *dst, size_t dst_offset, const struct mem *src,
                 size_t src_offset, size_t bytes);
     int (*peer)(struct stream *s, struct mem *dst, size_t dst_offset, const struct mem *src,

@@ -181,23 +181,49 @@ static bool inside(const struct mem *mem, size_t offset, size_t bytes)
     return offset <= mem->bytes && bytes <= mem->bytes - offset;
 }
 
-static int opencl_write(struct stream *s, struct mem *dst, size_t offset, const void *src,
-                        size_t bytes)
+static int enqueue_write(struct stream *s, struct mem *dst, size_t offset, const void *src,
+                         size_t bytes, cl_bool wait)
 {
     BUG_IF(!inside(dst, offset, bytes));
     if (bytes)
-        CL(clEnqueueWriteBuffer(s->queue, dst->cl, CL_TRUE, offset, bytes, src, 0, NULL, NULL),
+        CL(clEnqueueWriteBuffer(s->queue, dst->cl, wait, offset, bytes, src, 0, NULL, NULL),
            "clEnqueueWriteBuffer");
     return 0;
+}
+
+static int enqueue_read(struct stream *s, const struct mem *src, size_t offset, void *dst,
+                        size_t bytes, cl_bool wait)
+{
+    BUG_IF(!inside(src, offset, bytes));
+    if (bytes)
+        CL(clEnqueueReadBuffer(s->queue, src->cl, wait, offset, bytes, dst, 0, NULL, NULL),
+           "clEnqueueReadBuffer");
+    return 0;
+}
+
+static int opencl_write(struct stream *s, struct mem *dst, size_t offset, const void *src,
+                        size_t bytes)
+{
+    return enqueue_write(s, dst, offset, src, bytes, CL_TRUE);
 }
 
 static int opencl_read(struct stream *s, const struct mem *src, size_t offset, void *dst,
                        size_t bytes)
 {
-    BUG_IF(!inside(src, offset, bytes));
-    if (bytes)
-        CL(clEnqueueReadBuffer(s->queue, src->cl, CL_TRUE, offset, bytes, dst, 0, NULL, NULL),
-           "clEnqueueReadBuffer");
+    return enqueue_read(s, src, offset, dst, bytes, CL_TRUE);
+}
+
+static int opencl_write_begin(struct stream *s, struct mem *dst, size_t offset, const void *src,
+                              size_t bytes)
+{
+    return enqueue_write(s, dst, offset, src, bytes, CL_FALSE);
+}
+
+static int opencl_read_begin(struct stream *s, const struct mem *src, size_t offset, void *dst,
+                             size_t bytes)
+{
+    TRY(enqueue_read(s, src, offset, dst, bytes, CL_FALSE));
+    CL(clFlush(s->queue), "clFlush");
     return 0;
 }
 
@@ -351,6 +377,8 @@ const struct backend backend_opencl = {
     .stream_free = opencl_stream_free,
     .write = opencl_write,
     .read = opencl_read,
+    .write_begin = opencl_write_begin,
+    .read_begin = opencl_read_begin,
     .copy = opencl_copy,
     .fill = opencl_fill,
     .launch = opencl_launch,

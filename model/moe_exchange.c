@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "model/dit.h"
+#include "runtime/window.h"
 
 // What a rank keeps of a layer's received rows, H of them at most. With recompute one set serves
 // all layers.
@@ -11,10 +12,10 @@ struct served {
     struct tensor rows, gu, hidden, y; // [H,D] [H,2F] [H,F] [H,D]
 };
 
-// A run of rows of one expert, that has come from or goes to `peer`.
+// A run of rows of one expert, that has come from or goes to `peer`, where it lies at row `there`.
 struct segment {
     int expert, peer;
-    int64_t at, rows;
+    int64_t at, rows, there;
 };
 
 struct layer {
@@ -39,9 +40,11 @@ struct moe_exchange {
     struct layer *layers;
     struct served *served; // [L], or [1]
     struct transfers *transfers;
-    unsigned char *out, *in; // host: a->rows and the served rows, laid out as on the device
+    struct window *out, *in; // host: a->rows and the served rows, laid out as on the device
     size_t in_bytes;
+    bool by_host;     // not every rank is reached straight
     int32_t *numbers; // host scratch [E+1]
+    int64_t *own_at, *served_at; // host scratch [ranks]
 };
 
 // ---- who has what -------------------------------------------------------------------------------
@@ -120,9 +123,12 @@ static int make(struct moe_exchange *m, struct dit *d, const struct dit_ranks *o
     m->layers = calloc((size_t)c->layers, sizeof *m->layers);
     m->served = calloc(sets, sizeof *m->served);
     m->numbers = calloc((size_t)m->experts + 1, sizeof *m->numbers);
-    if (!m->tokens || !m->layers || !m->served || !m->numbers)
+    m->own_at = calloc((size_t)m->ranks, sizeof *m->own_at);
+    m->served_at = calloc((size_t)m->ranks, sizeof *m->served_at);
+    if (!m->tokens || !m->layers || !m->served || !m->numbers || !m->own_at || !m->served_at)
         return fail(ERR_NOMEM, "no host memory for an exchange of %d layers", c->layers);
     for (int r = 0; r < m->ranks; r++) {
+        m->by_host = m->by_host || (r != m->rank && !roads_straight(m->roads, r));
         m->tokens[r] = (int64_t)o->placement->share[r] * o->copies * config_tokens(c);
         m->all_tokens += m->tokens[r];
         m->first_image += r < m->rank ? o->placement->share[r] : 0;
@@ -150,7 +156,9 @@ void moe_exchange_free(struct moe_exchange *m)
         free(m->layers[l].experts), free(m->layers[l].counts), free(m->layers[l].own),
             free(m->layers[l].served);
     transfers_free(m->transfers);
-    free(m->tokens), free(m->layers), free(m->served), free(m->out), free(m->in), free(m->numbers);
+    window_close(m->out), window_close(m->in);
+    free(m->tokens), free(m->layers), free(m->served), free(m->numbers);
+    free(m->own_at), free(m->served_at);
     free(m);
 }
 
@@ -175,21 +183,17 @@ static int64_t largest_room(const struct moe_exchange *m, const struct dit *d, i
     return most;
 }
 
-// Host memory for rows on their way, both ways: enough for the layer with the most.
-static int grow_staging(struct dit *d, int64_t room)
+// Host memory for rows on their way: room for the layer with the most. Made at the first exchange, which
+// all ranks reach.
+static int open_windows(struct dit *d)
 {
     struct moe_exchange *m = d->moe;
-    const size_t row = row_bytes(d), bytes = (size_t)(room + 1) * row;
-    const size_t own = (size_t)(m->tokens[m->rank] * d->config.topk + 1) * row;
-    if (!m->out)
-        m->out = malloc(own);
-    if (bytes > m->in_bytes) {
-        free(m->in);
-        m->in = malloc(bytes);
-        m->in_bytes = bytes;
-    }
-    return m->in && m->out ? 0
-                           : fail(ERR_NOMEM, "no host memory for %zu bytes of rows", bytes + own);
+    struct context *c = &d->ctx;
+    const size_t own = (size_t)(m->tokens[m->rank] * d->config.topk) * row_bytes(d);
+    if (m->out || !m->by_host)
+        return 0;
+    TRY(window_open(m->exchange, c->dev, c->stream, own, &m->out));
+    return window_open(m->exchange, c->dev, c->stream, m->in_bytes, &m->in);
 }
 
 // The shared expert's work comes between sending rows and the experts' work on them, in the backward
@@ -220,7 +224,8 @@ int moe_exchange_plan(struct dit *d, int layer)
     const bool train = d->options.train;
     const bool gelu = d->config.expert == EXPERT_GELU;
     const bool again = !gelu && d->lean && op_swiglu_rebuilds(&d->ctx, F);
-    TRY(grow_staging(d, H));
+    if ((size_t)H * row_bytes(d) > m->in_bytes)
+        m->in_bytes = (size_t)H * row_bytes(d);
     TRY(PLAN_TENSOR(d->plan, "served.offsets", PLAN_ACTIVATIONS, I32, 0, PLAN_FOREVER,
                     &m->layers[layer].offsets, m->layers[layer].held + 1));
     if (train)
@@ -237,33 +242,32 @@ int moe_exchange_plan(struct dit *d, int layer)
 
 // ---- counts -------------------------------------------------------------------------------------
 
-// How the rows of this pass lie, here and at their owners.
-static int list_segments(struct moe_exchange *m, int layer)
+// How the rows of this pass lie: at their sources by expert, at the owners by expert and source.
+static void list_segments(struct moe_exchange *m, int layer)
 {
     struct layer *y = &m->layers[layer];
     const int E = m->experts;
-    int64_t at = 0;
+    int held = 0;
     y->own_count = y->served_count = 0;
+    memset(m->own_at, 0, (size_t)m->ranks * sizeof *m->own_at);
+    memset(m->served_at, 0, (size_t)m->ranks * sizeof *m->served_at);
     for (int e = 0; e < E; e++) {
-        const int64_t rows = y->counts[m->rank * E + e];
-        if (rows)
-            y->own[y->own_count++] = (struct segment){e, owner_of(m, m->rank, layer, e), at, rows};
-        at += rows;
-    }
-    y->rows = 0;
-    for (int i = 0; i < y->held; i++) {
-        const int e = y->experts[i];
-        m->numbers[i] = (int32_t)y->rows;
+        if (held < y->held && y->experts[held] == e)
+            m->numbers[held++] = (int32_t)m->served_at[m->rank];
         for (int s = 0; s < m->ranks; s++) {
             const int64_t rows = y->counts[s * E + e];
-            if (rows && owner_of(m, s, layer, e) == m->rank) {
-                y->served[y->served_count++] = (struct segment){e, s, y->rows, rows};
-                y->rows += rows;
-            }
+            const int owner = owner_of(m, s, layer, e);
+            int64_t *own = &m->own_at[s], *served = &m->served_at[owner];
+            if (rows && s == m->rank)
+                y->own[y->own_count++] = (struct segment){e, owner, *own, rows, *served};
+            if (rows && owner == m->rank)
+                y->served[y->served_count++] = (struct segment){e, s, *served, rows, *own};
+            *own += rows;
+            *served += rows;
         }
     }
+    y->rows = m->served_at[m->rank];
     m->numbers[y->held] = (int32_t)y->rows;
-    return 0;
 }
 
 // Every rank knows all counts, so all say the same when the rows of one have no room.
@@ -325,7 +329,8 @@ static int exchange_counts(struct dit *d, int layer)
     TRY(exchange_gather(m->exchange, mine, y->counts, (size_t)E * sizeof *mine));
     TRY(check_room(d, layer));
     TRY(write_fractions(d, layer));
-    TRY(list_segments(m, layer));
+    list_segments(m, layer);
+    TRY(open_windows(d));
     return tensor_write(&d->ctx, &y->offsets, m->numbers);
 }
 
@@ -346,7 +351,7 @@ struct end {
     const struct segment *list;
     int count;
     struct tensor *rows;
-    unsigned char *host;
+    struct window *host;
 };
 
 static struct end own_end(struct dit *d, int layer, struct tensor *rows)
@@ -361,12 +366,16 @@ static struct end served_end(struct dit *d, int layer, struct tensor *rows)
     return (struct end){y->served, y->served_count, rows, d->moe->in};
 }
 
-// The peer of a segment is reached straight, through the host, or is this rank.
-enum road { OWN, STRAIGHT, HOST };
+// The peer of a segment is this rank, or reached straight, or by a window, or by messages.
+enum road { OWN, STRAIGHT, WINDOW, MESSAGES };
 
 static enum road road_of(const struct moe_exchange *m, const struct segment *s)
 {
-    return s->peer == m->rank ? OWN : roads_straight(m->roads, s->peer) ? STRAIGHT : HOST;
+    if (s->peer == m->rank)
+        return OWN;
+    if (roads_straight(m->roads, s->peer))
+        return STRAIGHT;
+    return window_of(m->out, s->peer) ? WINDOW : MESSAGES;
 }
 
 static bool any_on(const struct moe_exchange *m, const struct end *e, enum road road)
@@ -399,28 +408,48 @@ static int depart_straight(struct dit *d, const struct end *from, const struct e
     return roads_end(m->roads, LANE_ROWS);
 }
 
-// Sends what lies at `from` to other ranks and expects what comes to `to`: straight, and, each segment
-// as soon as it has been read, through the host.
+// Begins to send what lies at `from` to other ranks and expects what comes to `to`. What does not go
+// straight is copied to the host's memory beside what the device is given next.
 static int depart(struct dit *d, const struct end *from, const struct end *to)
 {
     struct moe_exchange *m = d->moe;
-    struct context *c = &d->ctx;
     const size_t row = row_bytes(d);
     if (any_on(m, from, STRAIGHT) || any_on(m, to, STRAIGHT))
         TRY(depart_straight(d, from, to));
+    if (!m->by_host)
+        return 0;
     for (int i = 0; i < to->count; i++) {
         const struct segment *s = &to->list[i];
-        if (road_of(m, s) == HOST)
-            TRY(exchange_receive(m->transfers, to->host + (size_t)s->at * row,
+        if (road_of(m, s) == MESSAGES)
+            TRY(exchange_receive(m->transfers,
+                                 window_of(to->host, m->rank) + (size_t)s->at * row,
                                  (size_t)s->rows * row, s->peer, s->expert));
     }
+    TRY(window_after(from->host));
     for (int i = 0; i < from->count; i++) {
         const struct segment *s = &from->list[i];
-        const size_t at = (size_t)s->at * row, bytes = (size_t)s->rows * row;
-        if (road_of(m, s) != HOST)
-            continue;
-        TRY(c->dev->api->read(c->stream, from->rows->mem, at, from->host + at, bytes));
-        TRY(exchange_send(m->transfers, from->host + at, bytes, s->peer, s->expert));
+        const size_t at = (size_t)s->at * row;
+        if (road_of(m, s) >= WINDOW)
+            TRY(window_take(from->host, from->rows->mem, at, at, (size_t)s->rows * row));
+    }
+    return 0;
+}
+
+// What depart() copied is there: sends it, or says so. Every rank that sees this one's windows meets it here in
+// every journey, also with no rows for it. So a window is free again when its next turn comes: between its
+// two turns lies a journey the other way, of which nobody speaks before his device has done with this one.
+static int send_off(struct moe_exchange *m, const struct end *from, size_t row)
+{
+    if (!m->by_host)
+        return 0;
+    TRY(window_done(from->host));
+    TRY(window_meet(from->host, m->transfers));
+    for (int i = 0; i < from->count; i++) {
+        const struct segment *s = &from->list[i];
+        if (road_of(m, s) == MESSAGES)
+            TRY(exchange_send(m->transfers,
+                              window_of(from->host, m->rank) + (size_t)s->at * row,
+                              (size_t)s->rows * row, s->peer, s->expert));
     }
     return 0;
 }
@@ -445,28 +474,27 @@ static int copy_own(struct dit *d, const struct end *from, const struct end *to)
     return 0;
 }
 
-// Waits for what depart() began and puts it on the device, neighbours in one write.
+// Waits for what depart() began and has it put on the device.
 static int arrive(struct dit *d, int layer, const struct end *from, const struct end *to)
 {
     struct moe_exchange *m = d->moe;
-    struct context *c = &d->ctx;
     const size_t row = row_bytes(d);
     const double before = exchange_figures(m->exchange).waited;
     TRY(copy_own(d, from, to));
+    TRY(send_off(m, from, row));
     if (any_on(m, from, STRAIGHT) || any_on(m, to, STRAIGHT))
         TRY(roads_join(m->roads, LANE_ROWS));
     TRY(exchange_wait(m->transfers));
     m->layers[layer].traffic.waited += exchange_figures(m->exchange).waited - before;
-    for (int i = 0; i < to->count;) {
-        if (road_of(m, &to->list[i]) != HOST) {
-            i++;
-            continue;
-        }
-        const size_t at = (size_t)to->list[i].at * row;
-        size_t bytes = 0;
-        for (; i < to->count && road_of(m, &to->list[i]) == HOST; i++)
-            bytes += (size_t)to->list[i].rows * row;
-        TRY(c->dev->api->write(c->stream, to->rows->mem, at, to->host + at, bytes));
+    for (int i = 0; i < to->count; i++) {
+        const struct segment *s = &to->list[i];
+        const size_t at = (size_t)s->at * row, there = (size_t)s->there * row;
+        const size_t bytes = (size_t)s->rows * row;
+        const enum road road = road_of(m, s);
+        if (road == WINDOW) // the peer's memory of the same journey
+            TRY(window_give(from->host, s->peer, there, to->rows->mem, at, bytes));
+        else if (road == MESSAGES)
+            TRY(window_give(to->host, m->rank, at, to->rows->mem, at, bytes));
     }
     return 0;
 }

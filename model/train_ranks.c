@@ -3,15 +3,17 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "runtime/ops.h"
 #include "runtime/rng.h"
+#include "runtime/window.h"
 
 // A gradient that several ranks have a part of: a whole tensor, or one expert's part of it.
 struct piece {
     const struct param *param;
     struct tensor *gradient;
     int64_t start, count;
-    bool straight;      // summed on the devices (runtime/roads.h); else in the host's memory
-    size_t at;          // in `host`
+    bool straight;      // summed by the devices' own road (runtime/roads.h); else by way of `host`
+    size_t at;          // in `host`, floats; the same on all ranks
     const int *holders; // NULL: all ranks
     int holder_count;
 };
@@ -24,9 +26,15 @@ struct reduction {
     // have, which is the same list on each, then experts that some have.
     struct piece *pieces;
     int count, *holders; // the lists that pieces point into
-    float *host;         // all pieces that pass through it
+    // Pieces that are not straight. Where all ranks see each other's, each device adds them up from there;
+    // else MPI does, in it.
+    struct window *host;
+    int begun, taken;        // pieces from here to there are being taken, and are not yet summed
+    struct tensor sum, part; // [CHUNK], where devices add up
     float *noise;        // [N,C,S,S]
 };
+
+enum { CHUNK = 4 << 20 }; // floats that a device adds up at a time
 
 // ---- what is shared -----------------------------------------------------------------------------
 
@@ -54,14 +62,14 @@ static void add_piece(struct trainer *t, const struct param *p, bool all, size_t
         int *list = r->holders + (size_t)r->count * (size_t)place->ranks;
         piece->holder_count = list_holders(place, p->block, p->expert, list);
         piece->holders = piece->holder_count < place->ranks ? list : NULL;
-        if (p->start == PARAM_ELSEWHERE || piece->holder_count < 2 || all != !piece->holders)
+        if (piece->holder_count < 2 || all != !piece->holders)
             return;
         piece->start = p->start;
         piece->count = param_count(p);
     }
     piece->straight = !piece->holders && roads_all(r->roads);
     *at += piece->straight ? 0 : (size_t)piece->count;
-    r->count++;
+    r->count += p->start != PARAM_ELSEWHERE;
 }
 
 static int list_pieces(struct trainer *t)
@@ -80,10 +88,14 @@ static int list_pieces(struct trainer *t)
             if (p->block == l && !p->frozen)
                 add_piece(t, p, i < all->count, &total);
         }
-    r->host = malloc((total + 1) * sizeof *r->host);
-    return r->host
-               ? 0
-               : fail(ERR_NOMEM, "no host memory for gradients to be summed, %zu floats", total);
+    TRY(window_open(r->exchange, t->dit->ctx.dev, t->dit->ctx.stream, total * sizeof(float),
+                    &r->host));
+    if (total == 0 || !window_all(r->host))
+        return 0;
+    TRY(PLAN_TENSOR(t->dit->plan, "sum", PLAN_INPUT, F32, 0, PLAN_FOREVER, &r->sum,
+                    total < CHUNK ? (int64_t)total : CHUNK));
+    return PLAN_TENSOR(t->dit->plan, "part of a sum", PLAN_INPUT, F32, 0, PLAN_FOREVER, &r->part,
+                       r->sum.shape[0]);
 }
 
 int reduction_new(struct trainer *t)
@@ -109,7 +121,8 @@ void reduction_free(struct reduction *r)
     if (!r)
         return;
     transfers_free(r->transfers);
-    free(r->pieces), free(r->holders), free(r->host), free(r->noise);
+    window_close(r->host);
+    free(r->pieces), free(r->holders), free(r->noise);
     free(r);
 }
 
@@ -142,6 +155,26 @@ static int sum_straight(struct trainer *t, int layer)
     return any ? roads_end(r->roads, LANE_SUMS) : 0;
 }
 
+// Where MPI sums: waits for the copies that are under way and begins to sum them.
+static int sum_taken(struct trainer *t)
+{
+    struct reduction *r = t->reduction;
+    float *host = (float *)(void *)window_of(r->host, exchange_rank(r->exchange));
+    if (r->begun == r->taken || window_all(r->host))
+        return 0;
+    TRY(window_done(r->host));
+    while (r->begun < r->taken) {
+        const struct piece *first = &r->pieces[r->begun];
+        size_t count = 0;
+        do
+            count += (size_t)r->pieces[r->begun++].count;
+        while (!first->holders && r->begun < r->taken && !r->pieces[r->begun].holders);
+        TRY(exchange_sum_floats(r->transfers, host + first->at, count, first->holders,
+                                first->holder_count));
+    }
+    return 0;
+}
+
 int reduction_block(void *trainer, int layer)
 {
     struct trainer *t = trainer;
@@ -150,35 +183,65 @@ int reduction_block(void *trainer, int layer)
         return 0;
     exchange_doing(r->exchange, "summing gradients", layer);
     TRY(sum_straight(t, layer));
-    for (int i = 0; i < r->count;) {
-        const struct piece *first = &r->pieces[i];
-        size_t count = 0;
-        if (first->param->block != layer || first->straight) {
-            i++;
-            continue;
-        }
-        do {
-            TRY(read_piece(t, &r->pieces[i], r->host + r->pieces[i].at));
-            count += (size_t)r->pieces[i++].count;
-        } while (!first->holders && i < r->count && r->pieces[i].param->block == layer &&
-                 !r->pieces[i].holders);
-        TRY(exchange_sum_floats(r->transfers, r->host + first->at, count, first->holders,
-                                first->holder_count));
+    TRY(sum_taken(t)); // of the block before, while the device was at this one
+    int from = 0;
+    while (from < r->count && (r->pieces[from].param->block != layer || r->pieces[from].straight))
+        from++;
+    if (from == r->count)
+        return 0;
+    TRY(window_after(r->host));
+    r->begun = r->taken = from;
+    for (; r->taken < r->count && r->pieces[r->taken].param->block == layer; r->taken++) {
+        const struct piece *p = &r->pieces[r->taken];
+        TRY(window_take(r->host, p->gradient->mem, (size_t)p->start * sizeof(float),
+                        p->at * sizeof(float), (size_t)p->count * sizeof(float)));
     }
     return 0;
+}
+
+// Adds up [count] floats of a piece, from element `from`, on the device: what ranks hold, in their order, so
+// that every rank gets the same bits.
+static int add_up(struct trainer *t, const struct piece *p, int64_t from, int64_t count)
+{
+    struct reduction *r = t->reduction;
+    struct context *c = &t->dit->ctx;
+    const size_t at = (p->at + (size_t)from) * sizeof(float), bytes = (size_t)count * sizeof(float);
+    const size_t own = (size_t)(p->start + from) * sizeof(float);
+    const int ranks = p->holders ? p->holder_count : exchange_ranks(r->exchange);
+    struct tensor sum = r->sum, part = r->part;
+    sum.shape[0] = part.shape[0] = count;
+    for (int i = 0; i < ranks; i++) {
+        const int rank = p->holders ? p->holders[i] : i;
+        const struct tensor *to = i ? &part : &sum;
+        if (rank == exchange_rank(r->exchange))
+            TRY(c->dev->api->copy(c->stream, to->mem, 0, p->gradient->mem, own, bytes));
+        else
+            TRY(window_give(r->host, rank, at, to->mem, 0, bytes));
+        if (i)
+            TRY(op_add(c, &sum, &part));
+    }
+    return c->dev->api->copy(c->stream, p->gradient->mem, own, sum.mem, 0, bytes);
 }
 
 static int write_back(struct trainer *t)
 {
     struct reduction *r = t->reduction;
-    struct context *c = &t->dit->ctx;
+    const int rank = exchange_rank(r->exchange);
+    const bool adds = window_all(r->host);
     TRY(roads_join(r->roads, LANE_SUMS));
+    TRY(sum_taken(t));
+    if (adds) {
+        TRY(window_done(r->host));
+        TRY(window_meet(r->host, r->transfers));
+    }
     TRY(exchange_wait(r->transfers));
     for (int i = 0; i < r->count; i++) {
         const struct piece *p = &r->pieces[i];
-        if (!p->straight)
-            TRY(c->dev->api->write(c->stream, p->gradient->mem, (size_t)p->start * sizeof(float),
-                                   r->host + p->at, (size_t)p->count * sizeof(float)));
+        for (int64_t k = 0; k < p->count && adds && !p->straight; k += CHUNK)
+            TRY(add_up(t, p, k, p->count - k < CHUNK ? p->count - k : CHUNK));
+        if (!adds && !p->straight)
+            TRY(window_give(r->host, rank, p->at * sizeof(float), p->gradient->mem,
+                            (size_t)p->start * sizeof(float), (size_t)p->count * sizeof(float)));
     }
     return 0;
 }
@@ -226,14 +289,13 @@ static int device_norm(struct trainer *t, bool experts, double *sum)
 
 static int squares_of(struct trainer *t, const struct piece *p, double *sum)
 {
-    float *at = p->straight ? malloc((size_t)p->count * sizeof *at) : t->reduction->host + p->at;
+    float *at = malloc((size_t)p->count * sizeof *at);
     if (!at)
         return fail(ERR_NOMEM, "no host memory for %lld gradients", (long long)p->count);
-    int code = p->straight ? read_piece(t, p, at) : 0;
+    const int code = read_piece(t, p, at);
     for (int64_t k = 0; k < p->count && code >= 0; k++)
         *sum += (double)at[k] * (double)at[k];
-    if (p->straight)
-        free(at);
+    free(at);
     return code;
 }
 
@@ -280,6 +342,7 @@ int reduction_finish(struct trainer *t)
     TRY(local_loss(t, &loss));
     const double images = (double)t->all * t->options.accumulate;
     double sums[2] = {shared + experts - twice, loss / images};
+    TRY(c->dev->api->sync(c->stream)); // nobody takes gradients before all have read the last ones
     exchange_doing(r->exchange, "summing the norm and the loss", -1);
     TRY(exchange_sum(r->exchange, sums, 2));
     const float norm2 = (float)(sums[0] > 0 || sums[0] != sums[0] ? sums[0] : 0);

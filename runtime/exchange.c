@@ -191,6 +191,11 @@ int exchange_node_ranks(const struct exchange *x)
     return x ? x->node_ranks : 1;
 }
 
+int exchange_machine(const struct exchange *x)
+{
+    return x ? x->board[0].rank : 0;
+}
+
 const char *exchange_library(const struct exchange *x)
 {
     return x ? x->library : "";

@@ -36,6 +36,7 @@ int exchange_rank(const struct exchange *x);
 int exchange_ranks(const struct exchange *x);
 int exchange_node_rank(const struct exchange *x); // among the ranks of this machine
 int exchange_node_ranks(const struct exchange *x);
+int exchange_machine(const struct exchange *x); // a number of this machine: its first rank
 const char *exchange_library(const struct exchange *x); // "Open MPI v4.1.4"
 
 // What this rank is doing, for those who will miss it: "sends rows to experts". A step of -1 and a

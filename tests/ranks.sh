@@ -96,6 +96,16 @@ for case in "unequal 3" "empty 3" "first 2" "copies 2" "mixed 4"; do
     ranks "$2" "${train[@]}" --steps 50 --out "$1" --placement "$1.json"
     same "$2 ranks, placement $1" "$1" one 50
 done
+# by messages alone, as between machines: the same bits on two ranks, whose sums have one order
+for case in "uniform2 2" "copies 2" "mixed 4"; do
+    set -- $case
+    place_option=()
+    [ -f "$1.json" ] && place_option=(--placement "$1.json")
+    DITMOE_SHARE=0 ranks "$2" "${train[@]}" --steps 50 --out "apart-$1" "${place_option[@]}"
+    same "$2 ranks that see no windows, $1" "apart-$1" one 50
+done
+cmp <(cut -d, -f1-5 uniform2/log.csv) <(cut -d, -f1-5 apart-uniform2/log.csv) >/dev/null 2>&1 &&
+    ok "windows and messages give the same bits" || bad "windows and messages" "losses differ"
 
 # ---- other ways to train ------------------------------------------------------------------------------
 other() { # other NAME RANKS OPTIONS...: six steps on one process and on ranks
@@ -154,6 +164,9 @@ run "$ditmoe" "${draw[@]}" --sampler ddpm --latents noisy.safetensors
 ranks 3 "${draw[@]}" --sampler ddpm --latents 3.safetensors
 cmp noisy.safetensors 3.safetensors >/dev/null 2>&1 && ok "and with noise in every step" ||
     bad "samples with noise on 3 ranks" "exit status $status, or they differ"
+DITMOE_SHARE=0 ranks 2 "${draw[@]}" --latents apart.safetensors
+cmp one.safetensors apart.safetensors >/dev/null 2>&1 && ok "and without windows" ||
+    bad "samples of 2 ranks without windows" "exit status $status, or they differ"
 rm -rf alone together # at rate 0, so that rounding in the steps changes no pixel
 cp -r one alone && cp -r one together
 again=("${train[@]}" --resume --lr 0 --steps 54 --sample-every 54 --sample-steps 2)

@@ -109,9 +109,50 @@ static int test_writes(void)
     return PASSED;
 }
 
+// Begun copies between two streams and locked memory: in order, beside what the first stream does next.
+static int test_begun(void)
+{
+    enum { BYTES = 4 << 20 };
+    struct device *dev = test_device(0);
+    struct stream *work, *copies;
+    struct event *after;
+    struct mem *m;
+    CHECK(dev, "no device");
+    const struct backend *api = dev->api;
+    uint32_t *host = aligned_alloc(4096, 2 * BYTES), *back = host + BYTES / 4;
+    CHECK(host, "memory");
+    const bool pinned = api->pin && api->pin(dev, host, 2 * BYTES) == 0;
+    OK(api->alloc(dev, 2 * BYTES, &m));
+    OK(api->stream_new(dev, &work));
+    OK(api->stream_new(dev, &copies));
+    OK(api->event_new(dev, &after));
+    for (uint32_t i = 0; i < BYTES / 4; i++)
+        host[i] = i * 2654435761u;
+    OK(api->fill(work, m, 0, 2 * BYTES, 5));
+    OK(api->write_begin(work, m, 8, host, BYTES));
+    OK(api->record(work, after));
+    OK(api->wait(copies, after));
+    OK(api->read_begin(copies, m, 4, back, BYTES));
+    OK(api->fill(work, m, BYTES + 8, 8, 7)); // behind what is read
+    OK(api->sync(copies));
+    CHECK(back[0] == 5, "the word before is %x", back[0]);
+    for (uint32_t i = 1; i < BYTES / 4; i++)
+        CHECK(back[i] == host[i - 1], "word %u is %x", i, back[i]);
+    OK(api->sync(work));
+    if (pinned)
+        api->unpin(dev, host);
+    api->event_free(after);
+    api->stream_free(copies);
+    api->stream_free(work);
+    api->free(m);
+    free(host);
+    return PASSED;
+}
+
 const struct test transfers_tests[] = {
     {"mixed", test_transfers},
     {"large_fill", test_large_fill},
     {"writes", test_writes},
+    {"begun", test_begun},
     {0},
 };
