@@ -3,8 +3,8 @@
 // knows that it is rank 0 of 1 and that sums, gathers and broadcasts are done already. So callers
 // have no second path, and the program needs no MPI to run on one device.
 //
-// Memory is the host's: callers bring bytes from and to their device. (Between CUDA devices NCCL
-// could carry them without the host; it would be a second fabric beside MPI, see fabric.h.)
+// Memory is the host's: callers bring bytes from and to their device (runtime/window.h). Between CUDA
+// devices NCCL can carry them without the host (runtime/roads.h).
 //
 // A transfer is begun in a set and done after exchange_wait() of the set; until then its memory
 // belongs to it. Collective calls (sum, gather, broadcast, barrier) are made by all ranks in the same order.

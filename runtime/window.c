@@ -14,6 +14,7 @@ struct view {
     unsigned char *at; // or NULL
     size_t bytes;
     bool pinned;
+    char said, heard; // what meetings pass
 };
 
 struct window {
@@ -23,7 +24,6 @@ struct window {
     int rank, ranks;
     bool all;
     struct view *views; // [ranks]
-    char said, heard;   // what meetings pass
 };
 
 // How another process finds a rank's memory.
@@ -200,8 +200,8 @@ int window_meet(struct window *w, struct transfers *t)
     for (int r = 0; r < w->ranks; r++) {
         if (r == w->rank || !w->views[r].at)
             continue;
-        TRY(exchange_receive(t, &w->heard, 1, r, MEETING_TAG));
-        TRY(exchange_send(t, &w->said, 1, r, MEETING_TAG));
+        TRY(exchange_receive(t, &w->views[r].heard, 1, r, MEETING_TAG));
+        TRY(exchange_send(t, &w->views[r].said, 1, r, MEETING_TAG));
     }
     return 0;
 }

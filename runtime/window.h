@@ -20,17 +20,19 @@ void window_close(struct window *w);
 unsigned char *window_of(const struct window *w, int rank);
 bool window_all(const struct window *w); // are all seen by all?
 
-// Copies to this rank's memory begin after what the device's stream holds at window_after(), beside what it is
-// given later. window_done(): they are done, and so is all that the stream held then.
+// Copies to this rank's memory begin after what the device's stream holds at window_after(), beside what
+// it is given later. window_done() waits for them, and so for all that the stream held then.
 int window_after(struct window *w);
+// Bytes from `offset` of src to `at` of this rank's memory.
 int window_take(struct window *w, const struct mem *src, size_t offset, size_t at, size_t bytes);
 int window_done(struct window *w);
 
-// From a rank's memory to the device, on its stream; begun. The memory must stay until the stream is there.
+// From a rank's memory to the device, on its stream; begun. The memory must stay as it is until it is done.
 int window_give(struct window *w, int rank, size_t at, struct mem *dst, size_t offset,
                 size_t bytes);
 
-// Tells all ranks that see this one's memory that it is ready, and expects the same of them; done when the set is.
+// Tells all ranks that see this one's memory that it is ready, and expects the same of them; done when
+// the set is.
 int window_meet(struct window *w, struct transfers *t);
 
 #endif
