@@ -115,8 +115,9 @@ static int show(void *user, int done, int total)
 {
     (void)total;
     progress_update(user, done, "sampling");
-    TRY(ranks_stop());
-    return stop_wanted ? fail(ERR_STOPPED, "stopped; nothing was written") : 0;
+    bool stop;
+    TRY(ranks_stop(&stop));
+    return stop ? fail(ERR_STOPPED, "stopped; nothing was written") : 0;
 }
 
 int drawing_open(const struct draw_options *o, const struct checkpoint *file, int count,

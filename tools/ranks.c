@@ -127,11 +127,10 @@ bool ranks_tell(char who[32])
     return true;
 }
 
-int ranks_stop(void)
+int ranks_stop(bool *stop)
 {
-    bool any;
-    TRY(exchange_any(exchange, stop_wanted != 0, &any));
-    if (any)
+    TRY(exchange_any(exchange, stop_wanted != 0, stop));
+    if (*stop)
         stop_wanted = 1;
     return 0;
 }

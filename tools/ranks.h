@@ -37,8 +37,9 @@ void say(const char *format, ...) __attribute__((format(printf, 1, 2)));
 // Whether this rank tells what went wrong: true for one of those who failed at the same time. Puts
 // "rank 1: " into `who` where that is of interest.
 bool ranks_tell(char who[32]);
-// Has any rank been asked to stop? Then all stop. A collective call.
-int ranks_stop(void);
+// *stop: has any rank been asked to stop? Then all stop, at this call: a rank that is asked later must not
+// stop before the next one. A collective call.
+int ranks_stop(bool *stop);
 
 // ---- devices ------------------------------------------------------------------------------------
 

@@ -131,8 +131,9 @@ static int show(void *user, int done, int total)
     (void)done, (void)total;
     if (ranks_first())
         progress_update(&a->progress, a->part.count - a->part.left, "sampling");
-    TRY(ranks_stop());
-    return stop_wanted ? fail(ERR_STOPPED, "stopped; call it again to go on") : 0;
+    bool stop;
+    TRY(ranks_stop(&stop));
+    return stop ? fail(ERR_STOPPED, "stopped; call it again to go on") : 0;
 }
 
 // Grey becomes RGB.

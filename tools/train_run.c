@@ -363,23 +363,25 @@ static int replan(struct run *r)
 static int take_steps(struct run *r)
 {
     const struct train_settings *o = r->o;
-    while (r->trainer->step < o->steps && !stop_wanted) {
+    bool stop = stop_wanted != 0 && ranks_count() == 1;
+    while (r->trainer->step < o->steps && !stop) {
         struct train_report report;
         TRY(take_step(r, &report));
-        TRY(ranks_stop());
+        TRY(ranks_stop(&stop));
         show_progress(r, &report);
         const int64_t step = r->trainer->step;
         const bool last = step == o->steps;
         if (o->checkpoint_every && step % o->checkpoint_every == 0)
             TRY(save(r));
-        if (r->samples.sampler && !stop_wanted && (last || step % o->sample_every == 0)) {
+        if (r->samples.sampler && !stop && (last || step % o->sample_every == 0)) {
             int code = train_samples_write(&r->samples, r->trainer, r->data, o->out);
             if (code < 0 && code != ERR_STOPPED)
                 return code;
+            stop = code == ERR_STOPPED;
             r->progress.pace_time = now_seconds(); // sampling is no part of a step's time
         }
-        TRY(train_ranks_note(&r->together, r->trainer, last || stop_wanted));
-        if (!last && !stop_wanted)
+        TRY(train_ranks_note(&r->together, r->trainer, last || stop));
+        if (!last && !stop)
             TRY(replan(r));
     }
     progress_clear(&r->progress);

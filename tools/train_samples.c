@@ -94,8 +94,9 @@ static int copy_ema(struct dit *to, struct dit *from)
 static int stop_when_wanted(void *user, int done, int total)
 {
     (void)user, (void)done, (void)total;
-    TRY(ranks_stop());
-    return stop_wanted ? fail(ERR_STOPPED, "stopped while sampling") : 0;
+    bool stop;
+    TRY(ranks_stop(&stop));
+    return stop ? fail(ERR_STOPPED, "stopped while sampling") : 0;
 }
 
 static int write_grid(const struct train_samples *s, const struct trainer *t,
