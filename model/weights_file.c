@@ -37,8 +37,8 @@ static int open_in_directory(const char *path, struct safetensors **out)
             return weights_file_open(full, out);
     }
     return fail(ERR_IO,
-                "%s: no checkpoint in it: no run's (step-*.safetensors), no model's file or index "
-                "(model.safetensors, pytorch_model.bin), nothing of DeepSpeed's",
+                "%s: no weights in it: neither a run's (step-*.safetensors) nor DeepSpeed's, nor a file or "
+                "index of the usual name (model.safetensors, pytorch_model.bin)",
                 path);
 }
 

@@ -358,7 +358,7 @@ latent_draw=("$ditmoe" sample --ckpt on-latents --steps 2 --classes 0-1 --per-cl
 fails 2 "sample latents without an autoencoder" "--vae" "${latent_draw[@]}" --out no.png
 works "sample and decode" "${latent_draw[@]}" --vae "$vae/kl.safetensors" --latents l.safetensors --out l.png --images l
 check "an image of 32x32" bash -c "file l/00000-class-0.png | grep -q '32 x 32'"
-works "eval of latents" "$ditmoe" eval --knn --data latents --samples l.safetensors --references 32 --json
+works "eval of latents" "$ditmoe" eval knn --data latents --samples l.safetensors --references 32 --json
 works "decode what was sampled" "$ditmoe" decode --vae "$vae/kl.safetensors" --latents l.safetensors --images decoded --out d.png \
     --raw whole.safetensors
 check "decode makes each image" test "$(ls decoded | wc -l)" -eq 4
@@ -399,7 +399,7 @@ fi
 edit overlap.safetensors 's/"data_offsets":\[0,/"data_offsets":[1,/'
 fails 1 "offsets that do not fit" "overlap.safetensors" "${sample[@]}" --ckpt overlap.safetensors
 fails 1 "no checkpoint" "nothing.safetensors" "${sample[@]}" --ckpt nothing.safetensors
-fails 1 "a folder without a checkpoint" "no checkpoint" "${sample[@]}" --ckpt data
+fails 1 "a folder without a checkpoint" "no weights" "${sample[@]}" --ckpt data
 check "nothing was written" test ! -e no.safetensors
 
 # ---- samples -----------------------------------------------------------------------------------------
@@ -437,9 +437,9 @@ fails 2 "classes that are no list" "not a list" "$ditmoe" sample --ckpt whole --
 fails 1 "noise file without z" "z" "${draw[@]}" --noise a.safetensors --out no.png
 fails 1 "no room for the grid" "nodir" "${draw[@]}" --out nodir/x.png
 fails 1 "forward without x" "'?x'?" "$ditmoe" forward --ckpt whole --input a.safetensors --output no.safetensors
-works "eval of samples" "$ditmoe" eval --knn --data data --samples a.safetensors --references 64 --json
+works "eval of samples" "$ditmoe" eval knn --data data --samples a.safetensors --references 64 --json
 check "eval prints JSON" grep -q '"share"' out
-works "eval draws by itself" "$ditmoe" eval --knn --data data --ckpt whole --per-class 1 --steps 2
+works "eval draws by itself" "$ditmoe" eval knn --data data --ckpt whole --per-class 1 --steps 2
 
 # ---- many samples, and their figures -----------------------------------------------------------------
 many=("$ditmoe" sample --ckpt whole --steps 1 --seed 5 --count 600)
@@ -529,7 +529,7 @@ fails 1 "more steps than there are" "must be 1 to 1000" "${noisy[@]}" --steps 10
 fails 1 "rectified flow is not respaced" "only DDPM models" \
     "$ditmoe" sample --ckpt whole --classes 0 --respacing 5 --latents no.safetensors
 fails 2 "eta out of range" "eta" "${noisy[@]}" --sampler ddim --eta 2 --latents no.safetensors
-works "eval of a DDPM model" "$ditmoe" eval --knn --data data --ckpt noisy --per-class 1 --steps 2
+works "eval of a DDPM model" "$ditmoe" eval knn --data data --ckpt noisy --per-class 1 --steps 2
 latent=$root/tests/golden/ddpm_latent
 given=("$ditmoe" sample --ckpt "$latent/model.safetensors" --classes 1 --noise "$latent/input.safetensors")
 works "noise of every step from a file" "${given[@]}" --steps 5 --latents way.safetensors

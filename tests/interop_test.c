@@ -210,7 +210,7 @@ static int test_bad_directories(void)
     snprintf(path, sizeof path, "%s/empty", test_directory());
     CHECK(mkdir(path, 0777) == 0, "mkdir");
     CHECK(weights_file_open(path, &s) == ERR_IO && one_line(path) &&
-              strstr(error_message(), "no checkpoint in it"),
+              strstr(error_message(), "no weights in it"),
           "%s", error_message());
     CHECK(weights_file_open(fixture("nowhere"), &s) == ERR_IO && one_line(fixture("nowhere")), "%s",
           error_message());

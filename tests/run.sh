@@ -45,11 +45,13 @@ build() { # build DIRECTORY CMAKE_ARGUMENTS...
 asan() { # everything again under ASan and UBSan; leaks are looked for where no driver adds its own
     build build-asan -DCMAKE_BUILD_TYPE=RelWithDebInfo -DDITMOE_SANITIZE=ON || return 1
     export UBSAN_OPTIONS=halt_on_error=1
-    ASAN_OPTIONS=detect_leaks=1 build-asan/ditmoe_test files images data plan npz frechet latents topology placement cost
+    ASAN_OPTIONS=detect_leaks=1 build-asan/ditmoe_test files/ images/ data/ torch/ interop/ fuzz/ npz/ \
+        frechet/ latents/ plan/ topology/ placement/ policy/ cost/
 }
 asan_device() {
     ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
-        build-asan/ditmoe_test devices transfers gemm pool layers attention conv moe fused halves train_ops diffusion schedule profile golden model vae
+        build-asan/ditmoe_test devices/ transfers/ gemm/ pool/ layers/ attention/ conv/ moe/ experts/ fused/ \
+        halves/ train_ops/ diffusion/ schedule/ sampler/ profile/ golden/ model/ upcycle/ vae/ inception/features
 }
 asan_cli() {
     ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 tests/cli.sh build-asan

@@ -19,16 +19,15 @@ struct eval_settings {
 #define AT(member) offsetof(struct eval_settings, member)
 static const struct option_spec eval_options[] = {
     {"knn", 0, OPTION_FLAG, NULL, "yes",
-     "vote of the 5 nearest training images; or say 'ditmoe eval knn'; 'ditmoe eval fid' has FID",
+     "the vote, as 'ditmoe eval knn': of the 5 nearest training images",
      AT(knn), 0, 0, NULL},
     {"data", 0, OPTION_STRING, "PATH", NULL, "the training data, as for 'ditmoe train'", AT(data),
      0, 0, NULL},
     {"per-class", 0, OPTION_INT, "N", "20", "samples to draw of each class", AT(per_class), 1,
      100000, NULL},
     {"samples", 0, OPTION_STRING, "FILE", NULL,
-     "judge these instead of drawing: latents [N,C,H,W] and labels [N], as 'ditmoe sample "
-     "--latents' "
-     "writes them",
+     "judge these instead of drawing: latents [N,C,H,W] and labels [N], as "
+     "'ditmoe sample --latents' writes them",
      AT(samples), 0, 0, NULL},
     {"references", 0, OPTION_INT64, "N", "10000", "training images that vote: the first N",
      AT(references), 5, 1e9, NULL},
@@ -265,7 +264,7 @@ static int eval_knn(int argc, char **argv)
                  "images put into the class that was asked for, beside the same figure for real "
                  "test images. "
                  "'ditmoe eval fid' compares images by FID and its kin.",
-        .example = "ditmoe eval --knn --ckpt run --data /usr/share/datasets/fashion-mnist",
+        .example = "ditmoe eval knn --ckpt run --data /usr/share/datasets/fashion-mnist",
         .groups = groups,
     };
     int status;

@@ -355,7 +355,7 @@ static int sample_run(const struct sample_settings *o, const struct checkpoint *
     const struct sample_noise noise = {q->noise, q->step_noise};
     draw_guidance_text(&s, guidance, sizeof guidance);
     draw_way_text(&s, way, sizeof way);
-    say("%d images, %s, cfg %g%s, seed %llu\n", q->count, way, (double)s.cfg, guidance,
+    say("%d image%s, %s, cfg %g%s, seed %llu\n", q->count, q->count == 1 ? "" : "s", way, (double)s.cfg, guidance,
         (unsigned long long)o->draw.seed);
     if (draw_samples(&o->draw, file, q->count, q->classes, &noise, q->latents) < 0)
         return report_failure("sample");
@@ -378,7 +378,7 @@ int cmd_sample(int argc, char **argv)
         {"what is written (at least one)", output_options, &o},
         {"many images for an evaluator", npz_option_list, &o.npz},
         {"device", device_option_list, &o.draw.device},
-        {"several devices (README: mixed devices, cluster)", rank_option_list, &o.draw.ranks},
+        {RANK_OPTIONS_TITLE, rank_option_list, &o.draw.ranks},
         {0},
     };
     const struct command command = {

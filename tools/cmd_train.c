@@ -17,11 +17,12 @@ static const struct option_spec run_options[] = {
      "what 'ditmoe upcycle' writes) instead of a preset's",
      AT(init), 0, 0, NULL},
     {"data", 0, OPTION_STRING, "PATH", NULL,
-     "directory with MNIST-like files (Fashion-MNIST), or folder of class folders of PNG or JPEG "
-     "images",
+     "directory with MNIST-like files (Fashion-MNIST), folder of class folders of PNG or JPEG images, "
+     "or latents that 'ditmoe encode' made",
      AT(data), 0, 0, NULL},
     {"diffusion", 0, OPTION_CHOICE, "WHICH", "rf",
-     "what is learned: rf, rectified flow; ddpm, noise and variance in 1000 steps", AT(diffusion), 0,
+     "what is learned: rf, rectified flow; ddpm, noise and variance in 1000 steps; with --init as FILE, "
+     "unless given", AT(diffusion), 0,
      0, diffusion_choices},
     {"out", 'o', OPTION_STRING, "RUN_DIR", NULL, "where the run's files go", AT(out), 0, 0, NULL},
     {"steps", 'n', OPTION_INT64, "N", "10000",
@@ -125,7 +126,7 @@ int cmd_train(int argc, char **argv)
         {"what is written", output_options, &o},
         {"the autoencoder that shows samples of latents", vae_option_list, &o.vae},
         {"device", device_option_list, &o.device},
-        {"several devices (README: mixed devices, cluster)", rank_option_list, &o.ranks},
+        {RANK_OPTIONS_TITLE, rank_option_list, &o.ranks},
         {0},
     };
     const struct command command = {

@@ -45,8 +45,7 @@ static const char *const precision_choices[] = {"f32", "bf16", NULL};
 #define AT(member) offsetof(struct device_options, member)
 const struct option_spec device_option_list[] = {
     {"device", 'd', OPTION_STRING, "KEY", "auto",
-     "device to run on, as 'ditmoe devices' lists them; auto: the best; several, separated by commas: a "
-     "rank on each, under mpirun",
+     "device to run on, as 'ditmoe devices' lists them; auto: the best",
      AT(device), 0, 0, NULL},
     {"precision", 0, OPTION_CHOICE, "TYPE", "f32",
      "storage of activations: f32 or bf16 (sums are f32 in both)", AT(precision), 0, 0,

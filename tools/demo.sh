@@ -31,7 +31,7 @@ cp "$run/loss.png" demo/loss.png
 cp "$run/model.safetensors" demo/model.safetensors.part
 build/ditmoe sample --ckpt "$run" --classes all --per-class 8 --steps 50 --cfg 3 --seed 1 \
     --batch 40 --out demo/samples.png
-build/ditmoe eval --knn --ckpt "$run" --data "$data" --per-class 20 --steps 50 --cfg 3 --seed 2 \
+build/ditmoe eval knn --ckpt "$run" --data "$data" --per-class 20 --steps 50 --cfg 3 --seed 2 \
     --batch 50 >demo/knn.txt.part
 mv demo/model.safetensors.part demo/model.safetensors
 mv demo/knn.txt.part demo/knn.txt

@@ -20,11 +20,11 @@ static const struct {
 static void print_commands(FILE *out)
 {
     fprintf(out, "usage: ditmoe COMMAND [options]\n\n"
-                 "Trains and samples DiT-MoE diffusion transformers on OpenCL devices.\n\n");
+                 "Trains and samples DiT-MoE diffusion transformers on NVIDIA GPUs and OpenCL devices.\n\n");
     for (int i = 0; commands[i].name; i++)
-        fprintf(out, "  %-9s %s\n", commands[i].name, commands[i].summary);
-    fprintf(out, "\n  --version print the version\n"
-                 "  --help    print this; 'ditmoe COMMAND --help' says more of a command\n");
+        fprintf(out, "  %-10s %s\n", commands[i].name, commands[i].summary);
+    fprintf(out, "\n  --version  print the version\n"
+                 "  --help     print this; 'ditmoe COMMAND --help' says more of a command\n");
 }
 
 static const char *command_name_at(const void *unused, int i)

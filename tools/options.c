@@ -295,8 +295,9 @@ static void print_wrapped(const char *text, int column, int at)
 static void print_option(const struct option_spec *o)
 {
     char left[64], text[600];
-    int n = snprintf(left, sizeof left, "  %c%c%s --%s%s%s", o->letter ? '-' : ' ',
-                     o->letter ? o->letter : ' ', o->letter ? "," : " ", o->name,
+    const bool on = o->type == OPTION_FLAG && o->fallback && !strcmp(o->fallback, "yes");
+    int n = snprintf(left, sizeof left, "  %c%c%s --%s%s%s%s", o->letter ? '-' : ' ',
+                     o->letter ? o->letter : ' ', o->letter ? "," : " ", on ? "[no-]" : "", o->name,
                      o->value ? " " : "", o->value ? o->value : "");
     bool show = o->fallback && strcmp(o->fallback, "no");
     snprintf(text, sizeof text, "%s%s%s%s", o->help, show ? " [" : "", show ? o->fallback : "",

@@ -16,6 +16,7 @@ struct rank_options {
     int fabric; // enum road_choice
 };
 extern const struct option_spec rank_option_list[];
+#define RANK_OPTIONS_TITLE "several devices: --device KEY,KEY,... (a rank on each), or mpirun"
 
 // ---- the process --------------------------------------------------------------------------------
 

@@ -7,10 +7,10 @@ set -u
 bench="$1/ditmoe bench step --device cuda:0 --rounds 7" peer=$2 out=$3
 here=$(cd "$(dirname "$0")" && pwd)
 mkdir -p "$out" || exit 1
-ours() { # ours NAME OPTION...
+ours() { # ours NAME OPTION...: kept as JSON, each once
     local name=$1
     shift
-    $bench "$@" --json >"$out/$name.json" && $bench "$@" 2>/dev/null | tail -n +2
+    $bench "$@" --json >"$out/$name.json" && python3 "$here/peer_gpu.py" --show "$out/$name.json"
 }
 ours sample --precision bf16 --model S/2-8E2A,XL/2-8E2A --batch 16,128 --what sample
 ours small --precision bf16 --model XL/2-8E2A --batch 1,2,4,8 --what sample
@@ -21,11 +21,7 @@ ours train-xl-80 --precision bf16 --model XL/2-8E2A --batch 32 --what train --re
 python3 "$here/peer_gpu.py" "$peer" "$out/peer.json" sample:S/2:16:reduce-overhead sample:S/2:128:default \
     sample32:S/2:128:eager sample:XL/2:16:reduce-overhead sample:XL/2:128:default train:S/2:128:default \
     train:B/2:128:default train:XL/2:32:default
-for what in "sample --model S/2-8E2A,XL/2-8E2A --batch 16,128" "train --model S/2-8E2A,B/2-8E2A --batch 128" \
-    "train --model XL/2-8E2A --batch 32"; do
-    # shellcheck disable=SC2086 # words on purpose
-    $bench --precision bf16 --what $what --compare "$out/peer.json"
-done
+python3 "$here/peer_gpu.py" --show "$out/sample.json" "$out/train.json" "$out/train-xl.json" --peer "$out/peer.json"
 for precision in bf16 f32; do # features of images, beside PyTorch
     python3 "$here/peer_inception.py" "$out/inception-$precision.json" 32 128 $([ $precision = f32 ] && echo --f32)
     "$1/ditmoe" bench inception --device cuda:0 --precision $precision --batch 32,128 --compare "$out/inception-$precision.json"

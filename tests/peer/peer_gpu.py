@@ -2,6 +2,8 @@
 
     peer_gpu.py FOLDER OUT.json ROW...        ROW: sample:S/2:128:default, train:B/2:128:default, sample32:S/2:128:eager
 
+    peer_gpu.py --show OURS.json... [--peer OUT.json]     rows of `ditmoe bench step --json`, and the peer's time over ours
+
 Each row is printed and written to OUT.json (what `ditmoe bench step --compare` reads) as soon as it is known: compiling
 takes up to four minutes a row, and whatever ends the run early loses only what is not measured yet. The last part of a
 row is how it is compiled: eager, default, reduce-overhead (CUDA graphs). sample32 is f32 without TF32, expert by expert.
@@ -23,7 +25,27 @@ def measure(peer, kind, preset, batch, mode):
     return ["sample f32" if whole else "sample", preset, "8", way, str(batch), mode], ms, memory
 
 
+def show(arguments):
+    """A line a row of ours; with a peer, its bf16 row of the same step, model (8 experts) and batch."""
+    peer = {}
+    if "--peer" in arguments:
+        at = arguments.index("--peer")
+        with open(arguments[at + 1]) as f:
+            peer = {(r[0], r[1], r[4]): float(r[6].split()[0]) for r in json.load(f) if len(r) > 6}
+        arguments = arguments[:at]
+    for name in arguments:
+        with open(name) as f:
+            rows = json.load(f)
+        for r in (r for r in rows if "what" in r): # the others are ceilings
+            line = f"{r['name']:12} {r['what']:7} {r['batch']:5} {r['ms']:9.2f} ms {r['images_per_s']:9.1f} images/s " \
+                   f"{r['allocated'] / 2**30:6.1f} GiB"
+            theirs = peer.get((r["what"], r["name"].split("-")[0], str(r["batch"])))
+            print(line + (f"   peer {theirs:.2f} ms, ratio {theirs / r['ms']:.2f}" if theirs else ""), flush=True)
+
+
 def main():
+    if sys.argv[1] == "--show":
+        return show(sys.argv[2:])
     folder, out, *specs = sys.argv[1:]
     sys.path.insert(0, folder)
     import bench_torch as peer
