@@ -11,7 +11,8 @@
 
 struct window;
 
-// A collective call, also in `bytes`, which may differ. `stream` is the one that the device computes on.
+// A collective call, also in `bytes`, which may differ. Without an exchange (ranks on paper, model/cost.h) there is
+// no window: NULL, of which window_all() is false. `stream` is the one that the device computes on.
 int window_open(struct exchange *x, struct device *dev, struct stream *stream, size_t bytes,
                 struct window **out);
 void window_close(struct window *w);
