@@ -94,7 +94,8 @@ static struct dit *subject_dit(const struct subject *s)
 static int subject_open(struct subject *s, bool train, const struct step_settings *o)
 {
     TRY(make_inputs(s));
-    TRY(ranks_plan(&o->ranks, s->config, s->batch, 1, &s->ranks));
+    if (!o->alone)
+        TRY(ranks_plan(&o->ranks, s->config, s->batch, 1, &s->ranks));
     if (train) {
         struct train_options t = train_defaults();
         t.ranks = ranks_of(&s->ranks);

@@ -13,6 +13,7 @@ struct step_settings {
     int rounds, steps, what; // what: 0 both, 1 train, 2 sample; steps 0: by the device
     int recompute, early, profile;
     struct rank_options ranks;
+    bool alone; // this rank measures by itself, whatever the others do
 };
 
 // Every model at every batch. Training: median time of single steps. Sampling (without guidance:

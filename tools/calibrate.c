@@ -216,7 +216,7 @@ static int measure_step(struct device *dev, struct stream *stream,
                         double *seconds)
 {
     char images[16];
-    struct step_settings s = {.models = o->model, .overrides = o->overrides};
+    struct step_settings s = {.models = o->model, .overrides = o->overrides, .alone = true};
     struct ceilings ceilings = {.size = 1, .flops = 1, .copy = 1};
     json_t *rows = json_array();
     FILE *nowhere = fopen("/dev/null", "w");
