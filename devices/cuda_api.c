@@ -14,7 +14,7 @@ static char driver_wrong[160]; // what is wrong with it
 static bool driver_good;
 
 // ISO C has no cast from void * to a pointer to a function; POSIX lets the bytes be copied.
-static bool find(void *library, const char *symbol, void *field)
+bool cuda_symbol(void *library, const char *symbol, void *field)
 {
     void *address = dlsym(library, symbol);
     memcpy(field, &address, sizeof address);
@@ -27,14 +27,14 @@ static void open_driver(void)
     if (!library)
         return;
 #define FIND(field, function, symbol, parameters)                                  \
-    if (!find(library, symbol, &driver.field)) {                                   \
+    if (!cuda_symbol(library, symbol, &driver.field)) {                                   \
         snprintf(driver_wrong, sizeof driver_wrong,                                \
                  "the NVIDIA driver is too old: its libcuda.so.1 has no " symbol); \
         return;                                                                    \
     }
     CUDA_FUNCTIONS(FIND)
 #undef FIND
-#define FIND_OPTIONAL(field, function, symbol, parameters) find(library, symbol, &driver.field);
+#define FIND_OPTIONAL(field, function, symbol, parameters) cuda_symbol(library, symbol, &driver.field);
     CUDA_OPTIONAL_FUNCTIONS(FIND_OPTIONAL)
 #undef FIND_OPTIONAL
     const char *name = "an unknown error";
@@ -73,7 +73,7 @@ static void *open_first(const char *const *names)
 static void name_version(void *library)
 {
     size_t (*version)(void);
-    if (find(library, "cublasLtGetVersion", &version)) {
+    if (cuda_symbol(library, "cublasLtGetVersion", &version)) {
         const size_t number = version();
         snprintf(cublaslt_says, sizeof cublaslt_says, "cuBLASLt %zu.%zu.%zu", number / 10000,
                  number / 100 % 100, number % 100);
@@ -109,7 +109,7 @@ static void open_cublaslt(void)
     if (!library)
         return;
 #define FIND(field, function, parameters)              \
-    if (!find(library, #function, &cublaslt.field)) \
+    if (!cuda_symbol(library, #function, &cublaslt.field)) \
         missing = #function;
     CUBLASLT_FUNCTIONS(FIND)
 #undef FIND

@@ -5,6 +5,7 @@
 #ifndef DITMOE_CUDA_API_H
 #define DITMOE_CUDA_API_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -160,6 +161,9 @@ struct cuda_api {
     CUDA_OPTIONAL_FUNCTIONS(CUDA_FIELD)
 #undef CUDA_FIELD
 };
+
+// Puts the address of `symbol` of an opened library into *field, a pointer to a function; false: it has none.
+bool cuda_symbol(void *library, const char *symbol, void *field);
 
 // The driver, opened and initialised once in a process, or NULL: then *why says in one line what is
 // wrong with it, or is "" on a machine without an NVIDIA driver or GPU.

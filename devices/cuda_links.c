@@ -21,20 +21,13 @@ static struct {
 } nvml;
 static bool nvml_good;
 
-static bool find(void *library, const char *symbol, void *field)
-{
-    void *address = dlsym(library, symbol);
-    memcpy(field, &address, sizeof address);
-    return address != NULL;
-}
-
 static void open_nvml(void)
 {
     void *library = dlopen("libnvidia-ml.so.1", RTLD_NOW | RTLD_LOCAL);
-    nvml_good = library && find(library, "nvmlInit_v2", &nvml.init) &&
-                find(library, "nvmlSystemGetDriverVersion", &nvml.driver) &&
-                find(library, "nvmlDeviceGetHandleByPciBusId_v2", &nvml.device) &&
-                find(library, "nvmlDeviceGetNvLinkState", &nvml.link_state) && nvml.init() == 0;
+    nvml_good = library && cuda_symbol(library, "nvmlInit_v2", &nvml.init) &&
+                cuda_symbol(library, "nvmlSystemGetDriverVersion", &nvml.driver) &&
+                cuda_symbol(library, "nvmlDeviceGetHandleByPciBusId_v2", &nvml.device) &&
+                cuda_symbol(library, "nvmlDeviceGetNvLinkState", &nvml.link_state) && nvml.init() == 0;
 }
 
 static bool have_nvml(void)

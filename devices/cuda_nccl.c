@@ -19,13 +19,6 @@ static struct nccl_api nccl;
 static char wrong[256] = "";
 static bool good;
 
-static bool find(void *library, const char *symbol, void *field)
-{
-    void *address = dlsym(library, symbol);
-    memcpy(field, &address, sizeof address);
-    return address != NULL;
-}
-
 // DITMOE_NCCL: 0, no library; else the file to open instead of libnccl.so.2.
 static void open_nccl(void)
 {
@@ -42,11 +35,11 @@ static void open_nccl(void)
         return;
     }
 #define FIND(field, function, parameters)       \
-    if (!find(library, #function, &nccl.field)) \
+    if (!cuda_symbol(library, #function, &nccl.field)) \
         missing = #function;
     NCCL_FUNCTIONS(FIND)
 #undef FIND
-    if (!find(library, "ncclGetErrorString", &nccl.error_text))
+    if (!cuda_symbol(library, "ncclGetErrorString", &nccl.error_text))
         missing = "ncclGetErrorString";
     if (missing)
         snprintf(wrong, sizeof wrong, "NCCL is too old: it has no %s", missing);

@@ -1,6 +1,7 @@
 // See placement.h: placements as JSON. What a file makes this allocate is bounded by the file's size,
 // except for one row of experts that stands for all layers, which is bounded by ROW_FOR_ALL.
 #include "runtime/placement.h"
+#include "runtime/json_file.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -211,13 +212,9 @@ int placement_from_json(const json_t *json, struct placement *out)
 
 int placement_read(const char *path, struct placement *out)
 {
-    json_error_t wrong;
+    json_t *json;
     *out = (struct placement){0};
-    json_t *json = json_load_file(path, JSON_REJECT_DUPLICATES, &wrong);
-    if (!json && json_error_code(&wrong) == json_error_cannot_open_file)
-        return fail(ERR_IO, "%s: cannot be read", path);
-    if (!json)
-        return fail(ERR_INPUT, "%s: not JSON: line %d: %s", path, wrong.line, wrong.text);
+    TRY(json_read(path, &json));
     int code = placement_from_json(json, out);
     json_decref(json);
     return code < 0 ? fail_in(code, "%s", path) : 0;

@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "devices/cache.h"
+#include "runtime/json_file.h"
 #include "runtime/rates.h"
 
 enum { VERSION = 1, ENTRIES_MOST = 4096 };
@@ -163,13 +164,9 @@ int rates_from_json(const json_t *json, struct rates *out)
 
 int rates_read(const char *path, struct rates *out)
 {
-    json_error_t wrong;
+    json_t *json;
     *out = (struct rates){0};
-    json_t *json = json_load_file(path, JSON_REJECT_DUPLICATES, &wrong);
-    if (!json && json_error_code(&wrong) == json_error_cannot_open_file)
-        return fail(ERR_IO, "%s: cannot be read", path);
-    if (!json)
-        return fail(ERR_INPUT, "%s: not JSON: line %d: %s", path, wrong.line, wrong.text);
+    TRY(json_read(path, &json));
     int code = rates_from_json(json, out);
     json_decref(json);
     return code < 0 ? fail_in(code, "%s", path) : 0;
