@@ -1,18 +1,21 @@
 // Every device kernel, once. OpenCL C 1.2 that nvcc also reads (devices/cl_cuda.h).
 //
 // In this order: storage types and helpers; matrix products; embedding, elementwise, norms, gated
-// residual, attention; mixture of experts, diffusion, optimiser; convolutional networks, pooling. GPU
-// forms come before CPU forms within each part. devices/kernels.def lists them with their arguments.
+// residual, attention; mixture of experts, diffusion, optimiser; convolutional networks, pooling.
+// GPU forms come before CPU forms within each part. devices/kernels.def lists them with their
+// arguments.
 //
 // Defined by the backend when it compiles this:
 //   ACT_BF16   activations are stored as bf16 (upper half of an f32, in a ushort); else as f32
-//   CPU_FORMS  the device is a CPU: also compile the `name_cpu` forms (one work-item a tile, float16
-//              vectors, no barriers). Guard them, and everything that computes with vectors, with it.
-// Rules that keep both compilers content: outside CPU_FORMS vectors only move memory (float4, uint4,
-// uint2, float2 by their .x .y .z .w) and there are no (type)(a,b) literals; LOCAL for arrays shared by
-// a work-group (declared at kernel scope); pointers to them are LOCAL_PTR; a*b+c that must be fused is
-// fma(), never mad(); arithmetic in float; kernel arguments are __global pointers, int, uint and float.
-// No kernel's name begins another's: Oclgrind would add up their local memory.
+//   CPU_FORMS  the device is a CPU: also compile the `name_cpu` forms (one work-item a tile,
+//              float16 vectors, no barriers). Guard them, and everything that computes with
+//              vectors, with it.
+// Rules that keep both compilers content: outside CPU_FORMS vectors only move memory (float4,
+// uint4, uint2, float2 by their .x .y .z .w) and there are no (type)(a,b) literals; LOCAL for
+// arrays shared by a work-group (declared at kernel scope); pointers to them are LOCAL_PTR; a*b+c
+// that must be fused is fma(), never mad(); arithmetic in float; kernel arguments are __global
+// pointers, int, uint and float. No kernel's name begins another's: Oclgrind would add up their
+// local memory.
 
 #ifndef LOCAL
 #define LOCAL __local
@@ -25,7 +28,7 @@
 #endif
 #define GLOBAL __global
 
-// ---- storage types -----------------------------------------------------------------------------------
+// ---- storage types ------------------------------------------------------------------------------
 
 inline float bf16_to_float(ushort h)
 {
@@ -134,10 +137,10 @@ inline void act_store16(GLOBAL act *p, float16 v)
 }
 #endif
 
-// ---- memory ------------------------------------------------------------------------------------------
+// ---- memory -------------------------------------------------------------------------------------
 
-// p[i] = pattern for i in [first, first+count), a chunk a work-item. Drivers of CPU devices fill with
-// one thread.
+// p[i] = pattern for i in [first, first+count), a chunk a work-item. Drivers of CPU devices fill
+// with one thread.
 KERNEL(1, 1)
 void fill_cpu(GLOBAL uint *p, uint first, uint count, uint pattern, uint chunk)
 {
@@ -183,10 +186,11 @@ inline float sigmoid(float x)
     return 1.0f / (1.0f + exp(-x));
 }
 
-// ---- matrix products -----------------------------------------------------------------------------------
+// ---- matrix products ----------------------------------------------------------------------------
 //
 // Every form of struct gemm (devices/device.h): C[m,n] (+)= op(A) op(B) (+ bias), plain or ragged.
-// `flags` says the storage of the operands and whether to add to C (devices/opencl_gemm.c sets them):
+// `flags` says the storage of the operands and whether to add to C (devices/opencl_gemm.c sets
+// them):
 #define GEMM_ACCUMULATE 1
 #define GEMM_A_BF16 2
 #define GEMM_B_BF16 4
@@ -827,9 +831,9 @@ void column_sums(GLOBAL float *out, const GLOBAL float *part, int chunks, int n)
 //
 // One work-item is one work-group. B is packed into panels of GEMM_NR columns, [panel][k][GEMM_NR]
 // f32, so that a step of k is two vector loads; a tile of GEMM_MR rows by one panel lives in
-// registers (12 x 2 of the 32 AVX-512 registers; 6 x 2 of the 16 AVX2 ones). A work-item copies each
-// strip of GEMM_MR rows of A, GEMM_DEPTH of k at a time, into private memory, which stays in the
-// first-level cache, and takes it through all panels of its block of C.
+// registers (12 x 2 of the 32 AVX-512 registers; 6 x 2 of the 16 AVX2 ones). A work-item copies
+// each strip of GEMM_MR rows of A, GEMM_DEPTH of k at a time, into private memory, which stays in
+// the first-level cache, and takes it through all panels of its block of C.
 #ifndef VECTOR_WIDTH
 #define VECTOR_WIDTH 16
 #endif
@@ -875,8 +879,8 @@ inline vec gemm_load_vec(const GLOBAL void *p, size_t i, int bf16)
     return bf16 ? gemm_bf16_vec((const GLOBAL ushort *)p + i) : VLOAD((const GLOBAL float *)p + i);
 }
 
-// Asks for a cache line ahead of its use. The built-in takes no __global pointer; on a CPU device all
-// memory is the host's.
+// Asks for a cache line ahead of its use. The built-in takes no __global pointer; on a CPU device
+// all memory is the host's.
 #ifdef __clang__
 #define GEMM_PREFETCH(p) __builtin_prefetch((const void *)(size_t)(p))
 #else
@@ -994,8 +998,8 @@ ALWAYS_INLINE void gemm_multiply_tail(vec *tile, const float *a, int row, int st
 // B is not packed: it is stored [k,n] in f32 and n is whole panels.
 #define GEMM_B_IN_PLACE 64
 
-// SwiGLU: n and n/2 are whole panels. Forward: half a panel is columns of g, the other half those of
-// u that belong to them.
+// SwiGLU: n and n/2 are whole panels. Forward: half a panel is columns of g, the other half those
+// of u that belong to them.
 
 // Where the sums of one step of k go. K is cut into steps, and between two of them the sums lie in
 // `sums`, which is f32: C itself or, where C is bf16, a matrix of C's shape in scratch memory.
@@ -1052,8 +1056,8 @@ inline vec gemm_sigmoid(vec v)
 #endif
 }
 
-// The last step of SWIGLU_FORWARD: a tile is g and u of half a panel. ldh = F; `at` is the place in h,
-// row + at that in c.
+// The last step of SWIGLU_FORWARD: a tile is g and u of half a panel. ldh = F; `at` is the place in
+// h, row + at that in c.
 inline void gemm_write_swiglu(const vec *tile, GLOBAL void *c, GLOBAL void *h, size_t at, size_t row,
                               size_t ldh, int rows, int bf16)
 {
@@ -1067,7 +1071,8 @@ inline void gemm_write_swiglu(const vec *tile, GLOBAL void *c, GLOBAL void *h, s
     }
 }
 
-// The last step of SWIGLU_BACKWARD: a tile is dh; g at `at` of c and u `ld` further on become dg, du.
+// The last step of SWIGLU_BACKWARD: a tile is dh; g at `at` of c and u `ld` further on become dg,
+// du.
 inline void gemm_write_swiglu_bwd(const vec *tile, GLOBAL void *c, size_t at, size_t ld, int rows,
                                   int bf16)
 {
@@ -1101,8 +1106,8 @@ inline void gemm_finish_tile(vec *tile, GLOBAL void *c, GLOBAL float *sums, GLOB
         gemm_write_swiglu_bwd(tile, c, 2 * at + col, n, rows, flags & GEMM_C_BF16);
 }
 
-// Asks for what a later tile, `next` elements on from C[at], will be added to or made from: from far
-// away, it takes as long as many steps of k.
+// Asks for what a later tile, `next` elements on from C[at], will be added to or made from: from
+// far away, it takes as long as many steps of k.
 inline void gemm_ask_tile(const GLOBAL float *c, const GLOBAL float *sums, size_t at, size_t next,
                           size_t n, int flags)
 {
@@ -1149,8 +1154,8 @@ ALWAYS_INLINE void gemm_strip(const float *strip, int row, int step, const GLOBA
 }
 
 // Work-items are as many as cores and take the blocks of a product by turns. A runtime hands out
-// work-groups in large shares (PoCL: half of what is left), and blocks differ: an expert's last one is
-// small, a core is slow for a while; with shares one core would wait for the other.
+// work-groups in large shares (PoCL: half of what is left), and blocks differ: an expert's last one
+// is small, a core is slow for a while; with shares one core would wait for the other.
 // turns[0]: the next block; turns[1]: work-items that are through. The last sets both back to 0.
 inline int gemm_next_block(volatile GLOBAL int *turns)
 {
@@ -1276,8 +1281,9 @@ inline vec gemm_zip(float4 a, float4 b)
 }
 #endif
 
-// to[k][GEMM_NR] = from[i][k] transposed, a square of GEMM_VW. Each round of zipping rotates the bits
-// of (row, column) by one place; after log2(GEMM_VW) rounds rows and columns have changed places.
+// to[k][GEMM_NR] = from[i][k] transposed, a square of GEMM_VW. Each round of zipping rotates the
+// bits of (row, column) by one place; after log2(GEMM_VW) rounds rows and columns have changed
+// places.
 inline void gemm_transpose(GLOBAL float *to, const GLOBAL void *from, size_t at, size_t ld, int bf16)
 {
     vec v[GEMM_VW], t[GEMM_VW];
@@ -1349,7 +1355,7 @@ void gemm_pack_cpu(GLOBAL float *to, const GLOBAL float *b, int along_k, int n, 
 
 #endif // CPU_FORMS
 
-// ---- helpers of the layer kernels ----------------------------------------------------------------------
+// ---- helpers of the layer kernels ---------------------------------------------------------------
 
 // Sum over the work-group of `size` items (a power of two); every item gets the result.
 inline float group_sum(LOCAL_PTR float *sums, float value, int size)
@@ -1380,7 +1386,8 @@ inline void any_store(GLOBAL void *p, size_t i, float v, int f32)
         act_store((GLOBAL act *)p, i, v);
 }
 
-// GELU, tanh form: x * sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3), since 1 + tanh(u) = 2 sigmoid(2u)
+// GELU, tanh form: x * sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3), since 1 + tanh(u) = 2
+// sigmoid(2u)
 #define GELU_LINEAR 1.5957691216057308f // 2 sqrt(2/pi)
 #define GELU_CUBIC 0.071354816272600f   // the same times 0.044715
 
@@ -1487,7 +1494,7 @@ INLINE void float_store_upto(GLOBAL float *p, float16 value, int n)
 }
 #endif // CPU_FORMS
 
-// ---- embedding -------------------------------------------------------------------------------------------
+// ---- embedding ----------------------------------------------------------------------------------
 
 // One item a run of p pixels: (row, channel, line py of the patch).
 // pqc: columns are ordered (py, q, c), else (c, py, q).
@@ -1546,7 +1553,8 @@ inline float exp_rounded(float a)
     return (high + fma(r * r, q, low)) * as_float((uint)((int)n + 127) << 23);
 }
 
-// Frequencies and angles are rounded to f32 as in the published code, so that its weights see theirs.
+// Frequencies and angles are rounded to f32 as in the published code, so that its weights see
+// theirs.
 KERNEL(64, 1)
 void timestep_embed(GLOBAL act *out, const GLOBAL float *t, int half_width, uint count)
 {
@@ -1582,7 +1590,7 @@ void embed_bwd(GLOBAL float *dtable, const GLOBAL act *dout, const GLOBAL int *y
         dtable[(size_t)y[n] * width + d] += act_load(dout, (size_t)n * width + d);
 }
 
-// ---- elementwise -----------------------------------------------------------------------------------------
+// ---- elementwise --------------------------------------------------------------------------------
 
 // GPU forms: one item an element. CPU forms: one item `chunk` elements.
 KERNEL(256, 1)
@@ -1635,8 +1643,8 @@ void add(GLOBAL void *y, const GLOBAL void *x, uint count, uint period, int y_f3
 #define CHUNK_FROM (get_group_id(0) * (size_t)chunk)
 #define CHUNK_TO min(CHUNK_FROM + chunk, (size_t)count)
 
-// Runs a statement for i = from, from + 16.. with n = 16 elements, and once for the rest with n less:
-// so the loop has no code for tails in it.
+// Runs a statement for i = from, from + 16.. with n = 16 elements, and once for the rest with n
+// less: so the loop has no code for tails in it.
 #define FOR_VECTORS(from, to, ...)                                                                 \
     {                                                                                              \
         size_t i = from, end = to;                                                                 \
@@ -1707,7 +1715,7 @@ void add_cpu(GLOBAL void *y, const GLOBAL void *x, uint count, uint period, int 
 }
 #endif // CPU_FORMS
 
-// ---- LayerNorm with adaLN modulation -----------------------------------------------------------------------
+// ---- LayerNorm with adaLN modulation ------------------------------------------------------------
 
 #define NORM_EPS 1e-6f
 #define NORM_CHUNK 32 // GPU forms of backward: most rows a group
@@ -1940,7 +1948,7 @@ void sum_partials_cpu(GLOBAL act *dmod, const GLOBAL float *partial, int width, 
 }
 #endif // CPU_FORMS
 
-// ---- gated residual ------------------------------------------------------------------------------------------
+// ---- gated residual -----------------------------------------------------------------------------
 
 // GPU form: one group a row. CPU form: one item `chunk` rows.
 KERNEL(128, 1)
@@ -2034,7 +2042,7 @@ void gate_residual_bwd_cpu(GLOBAL act *dz, GLOBAL float *partial, const GLOBAL a
 }
 #endif // CPU_FORMS
 
-// ---- LayerNorm of q and k, per head ----------------------------------------------------------------------------
+// ---- LayerNorm of q and k, per head -------------------------------------------------------------
 
 #define HEAD_MAX 128 // largest head size
 #define LANES 8      // GPU forms: items a head vector; a group of 128 has 16 vectors
@@ -2232,7 +2240,7 @@ void qk_norm_bwd_cpu(GLOBAL act *dqkv, GLOBAL float *partial, const GLOBAL act *
 }
 #endif // CPU_FORMS
 
-// ---- attention, GPU forms --------------------------------------------------------------------------------------
+// ---- attention, GPU forms -----------------------------------------------------------------------
 //
 // Flash attention (arXiv 2205.14135) by tiles of 64 rows. Forward: a group of 64 items holds 64
 // queries of one head of one image and walks over tiles of 64 keys. Both products are those of the
@@ -2440,17 +2448,17 @@ void attention_wide_fwd(ATTENTION_ARGUMENTS)
 
 // ---- attention, GPU forms: backward
 //
-// A group of 256 items (16 x 16) holds 64 rows (queries, or keys in attention_bwd_kv) and walks over
-// tiles of 64 rows of the other side. Item (ty, tx) owns rows ty*4 + i of its tile, i < 4, and columns
-// tx + 16*j: of the scores (j < 4) and of the head (j < 8). A product goes through local memory in
-// slices of 16 along the summed axis.
+// A group of 256 items (16 x 16) holds 64 rows (queries, or keys in attention_bwd_kv) and walks
+// over tiles of 64 rows of the other side. Item (ty, tx) owns rows ty*4 + i of its tile, i < 4, and
+// columns tx + 16*j: of the scores (j < 4) and of the head (j < 8). A product goes through local
+// memory in slices of 16 along the summed axis.
 
 #define TILE 64
 #define SLICE 16
 #define PITCH (TILE + 1)
 
-// s[i][j] = sum over d of a[first_a + ty*4 + i, d] * b[first_b + tx + 16*j, d]; rows from `tokens` on
-// count as 0. a, b: heads with rows pitch_a, pitch_b apart; sa, sb: SLICE * PITCH each.
+// s[i][j] = sum over d of a[first_a + ty*4 + i, d] * b[first_b + tx + 16*j, d]; rows from `tokens`
+// on count as 0. a, b: heads with rows pitch_a, pitch_b apart; sa, sb: SLICE * PITCH each.
 inline void tile_scores(float s[4][4], const GLOBAL act *a, size_t pitch_a, int first_a,
                         const GLOBAL act *b, size_t pitch_b, int first_b, int tokens, int hd,
                         LOCAL_PTR float *sa, LOCAL_PTR float *sb)
@@ -2474,8 +2482,8 @@ inline void tile_scores(float s[4][4], const GLOBAL act *a, size_t pitch_a, int 
     }
 }
 
-// sum[i][j] += sum over k < TILE of p[ty*4 + i, k] * b[first_b + k, tx + 16*j]; p: TILE * PITCH in local
-// memory, written by the group just before (this function waits); sb: SLICE * HEAD_MAX.
+// sum[i][j] += sum over k < TILE of p[ty*4 + i, k] * b[first_b + k, tx + 16*j]; p: TILE * PITCH in
+// local memory, written by the group just before (this function waits); sb: SLICE * HEAD_MAX.
 inline void tile_product(float sum[4][8], LOCAL_PTR float *p, const GLOBAL act *b, size_t pitch_b,
                          int first_b, int tokens, int hd, LOCAL_PTR float *sb)
 {
@@ -2605,7 +2613,7 @@ void attention_bwd_q(GLOBAL act *dqkv, const GLOBAL float *delta, const GLOBAL a
 }
 
 #ifdef CPU_FORMS
-// ---- attention, CPU forms ------------------------------------------------------------------------------------
+// ---- attention, CPU forms -----------------------------------------------------------------------
 //
 // One item = some heads, or a block of queries of one. All is done in private memory that stays in
 // the core's L2: tiles are packed as f32, padded to vectors, and multiplied by small_product().
@@ -2678,8 +2686,8 @@ APART void pack_rows(float *to, int ld, const GLOBAL act *from, size_t pitch, in
         }
 }
 
-// to[d, ld] = from[rows, hd] transposed, padded with 0 to `ld` columns and a multiple of 16 rows: blocks
-// of 16 x 16 go through four perfect shuffles of their rows.
+// to[d, ld] = from[rows, hd] transposed, padded with 0 to `ld` columns and a multiple of 16 rows:
+// blocks of 16 x 16 go through four perfect shuffles of their rows.
 APART void pack_columns(float *to, int ld, const GLOBAL act *from, size_t pitch, int rows, int hd)
 {
     for (int i = 0; i < ld; i += 16)
@@ -2788,8 +2796,8 @@ void attention_fwd_cpu(GLOBAL act *o, GLOBAL float *lse, const GLOBAL act *qkv, 
     }
 }
 
-// Probabilities from scores and lse, then ds from dp: s becomes p, dp becomes ds. Columns from `keys`
-// and rows from `rows` on become 0.
+// Probabilities from scores and lse, then ds from dp: s becomes p, dp becomes ds. Columns from
+// `keys` and rows from `rows` on become 0.
 APART void softmax_back(float *s, float *dp, int ld, int rows, int padded, int keys, float scale,
                          const GLOBAL float *lse, const float *delta)
 {
@@ -2992,7 +3000,8 @@ void dispatch_bwd(GLOBAL act *dx, const GLOBAL act *drows, const GLOBAL int *slo
     }
 }
 
-// out[M,D] = sum over k of weight[m,k] rows[slot[m,k],:] (+ shared[m,:] unless NULL). An item a place.
+// out[M,D] = sum over k of weight[m,k] rows[slot[m,k],:] (+ shared[m,:] unless NULL). An item a
+// place.
 KERNEL(256, 1)
 void combine_fwd(GLOBAL act *out, const GLOBAL act *rows, const GLOBAL int *slot,
                  const GLOBAL float *weight, const GLOBAL act *shared, uint M, uint K, uint D)
@@ -3023,8 +3032,8 @@ void combine_fwd(GLOBAL act *out, const GLOBAL act *rows, const GLOBAL int *slot
 }
 
 // drows[slot[m,k],:] = weight[m,k] dout[m,:]; dweight[m,k] = <dout[m,:], rows[slot[m,k],:]>.
-// drows may be rows: an element is read before the same work-item writes it. Without rows there is no
-// dweight. A work-group a pair (m,k).
+// drows may be rows: an element is read before the same work-item writes it. Without rows there is
+// no dweight. A work-group a pair (m,k).
 KERNEL(64, 1)
 void combine_bwd(GLOBAL act *drows, GLOBAL float *dweight, const GLOBAL act *dout,
                  const GLOBAL act *rows, const GLOBAL int *slot, const GLOBAL float *weight, uint R,
@@ -3053,8 +3062,8 @@ void combine_bwd(GLOBAL act *drows, GLOBAL float *dweight, const GLOBAL act *dou
     }
 }
 
-// dweight[pair] = sum over parts of dots[part,slot[pair]] / weight[pair], 0 where the weight is 0: what
-// comes of it is multiplied by the choice's probability. A work-item a pair.
+// dweight[pair] = sum over parts of dots[part,slot[pair]] / weight[pair], 0 where the weight is 0:
+// what comes of it is multiplied by the choice's probability. A work-item a pair.
 KERNEL(64, 1)
 void combine_weight_bwd(GLOBAL float *dweight, const GLOBAL float *dots, const GLOBAL int *slot,
                         const GLOBAL float *weight, uint R, uint parts)
@@ -3383,8 +3392,9 @@ inline float ddpm_kl(float d, float w, float range, float gain, float *slope)
 }
 
 // At t = 0: -ln of the probability of x's grey value. With the approximate distribution
-// S(2 a(u)), S(x) = 1/(1+exp(-x)), the probability between u and v is S(2a) S(-2b) (1 - exp(-2(a-b))),
-// a = a(u), b = a(v): nothing cancels; towards the ends the first or second factor alone is left.
+// S(2 a(u)), S(x) = 1/(1+exp(-x)), the probability between u and v is S(2a) S(-2b) (1 -
+// exp(-2(a-b))), a = a(u), b = a(v): nothing cancels; towards the ends the first or second factor
+// alone is left.
 inline float ddpm_nll(float d, float w, float x, float range, float gain, float bin, float *slope)
 {
     const float root = 0.7978845608028654f, cubic = 0.044715f, least = -27.631021115928547f;
@@ -3411,9 +3421,9 @@ inline float ddpm_nll(float d, float w, float x, float range, float gain, float 
     return log_p < least ? -least : -log_p;
 }
 
-// One image: terms[n] = mean of d^2, d = out - noise, terms[N+n] = mean of the bound's terms in bits (0
-// without a second half of out, Q == P), loss[n] their sum; dout = scale times the gradient of the sum
-// over the values, unless dout is NULL.
+// One image: terms[n] = mean of d^2, d = out - noise, terms[N+n] = mean of the bound's terms in
+// bits (0 without a second half of out, Q == P), loss[n] their sum; dout = scale times the gradient
+// of the sum over the values, unless dout is NULL.
 KERNEL(256, 1)
 void ddpm_loss(GLOBAL float *loss, GLOBAL float *terms, GLOBAL float *dout, const GLOBAL float *out,
                const GLOBAL float *x, const GLOBAL float *noise, const GLOBAL float *at, uint N,
@@ -3456,9 +3466,10 @@ void ddpm_loss(GLOBAL float *loss, GLOBAL float *terms, GLOBAL float *dout, cons
     }
 }
 
-// A sampler's update: see op_sample_step() in runtime/ops.h for what k holds. The first `guided` values
-// of an image's answer are guided; it has Q values, the unconditional one N images further on. With k[5]
-// 1 these are not read, and kept and noise are not where their factor is 0: they may hold anything.
+// A sampler's update: see op_sample_step() in runtime/ops.h for what k holds. The first `guided`
+// values of an image's answer are guided; it has Q values, the unconditional one N images further
+// on. With k[5] 1 these are not read, and kept and noise are not where their factor is 0: they may
+// hold anything.
 KERNEL(256, 1)
 void sample_step(GLOBAL float *z, GLOBAL float *kept, const GLOBAL float *out,
                  const GLOBAL float *noise, const GLOBAL float *k, uint guided, uint N, uint P,
@@ -3670,8 +3681,8 @@ void adamw_control(GLOBAL float *control, GLOBAL int *counts, const GLOBAL float
     counts[0] += 1;
 }
 
-// For updates tensor by tensor, which begin before all gradients are known: a gradient that is not finite
-// ends the step's updates here.
+// For updates tensor by tensor, which begin before all gradients are known: a gradient that is not
+// finite ends the step's updates here.
 KERNEL(64, 1)
 void adamw_guard(GLOBAL float *control, GLOBAL int *counts)
 {
@@ -3722,8 +3733,8 @@ void widen_bf16(GLOBAL float *out, const GLOBAL ushort *high, const GLOBAL ushor
         out[i] = join_halves(high[i], low ? low[i] : (ushort)0);
 }
 
-// AdamW (Loshchilov and Hutter, arXiv 1711.05101) and EMA. rest = 1 - beta, rounded once. With `low`,
-// w is bf16 and low the other half of the weights.
+// AdamW (Loshchilov and Hutter, arXiv 1711.05101) and EMA. rest = 1 - beta, rounded once. With
+// `low`, w is bf16 and low the other half of the weights.
 KERNEL(256, 1)
 void adamw(GLOBAL float *w, GLOBAL float *m, GLOBAL float *v, GLOBAL float *ema,
            const GLOBAL float *g, const GLOBAL float *control, GLOBAL ushort *low, uint count_low,
@@ -4323,11 +4334,11 @@ void adamw_cpu(GLOBAL float *w, GLOBAL float *m, GLOBAL float *v, GLOBAL float *
 }
 #endif // CPU_FORMS
 
-// ---- convolutional networks --------------------------------------------------------------------------------
+// ---- convolutional networks ---------------------------------------------------------------------
 //
-// Images are matrices of pixels in the order n, y, x (runtime/ops.h). A convolution is the product of a
-// matrix of gathered pixels, whose row holds what the kernel sees of x at one pixel of y (ky, kx,
-// channel; zeros outside of the image and up to a multiple of 8), with the weights.
+// Images are matrices of pixels in the order n, y, x (runtime/ops.h). A convolution is the product
+// of a matrix of gathered pixels, whose row holds what the kernel sees of x at one pixel of y (ky,
+// kx, channel; zeros outside of the image and up to a multiple of 8), with the weights.
 #define CONV_GATHERED(taps, channels) (((taps) * (channels) + 7) / 8 * 8)
 
 // Pixel number `row` of images of height x width.
@@ -4412,8 +4423,9 @@ void conv_place(GLOBAL act *y, const GLOBAL act *t, int width, int column, int c
 }
 
 // GroupNorm, first: mean and sum of squared distances from it of each channel over `rows` pixels of
-// an image, part[n, part, 2, C]. The sums are of distances from the first of them, so that a large mean
-// costs no digits. GPU form: an item takes four channels (one, where they are no multiple of four).
+// an image, part[n, part, 2, C]. The sums are of distances from the first of them, so that a large
+// mean costs no digits. GPU form: an item takes four channels (one, where they are no multiple of
+// four).
 KERNEL(64, 1)
 void group_norm_part(GLOBAL float *out, const GLOBAL act *x, int channels, int pixels, int rows,
                      int parts, uint count)
@@ -4605,7 +4617,8 @@ INLINE void conv_zero(GLOBAL act *to, int n)
         to[i] = 0;
 }
 
-// One item `chunk` rows. The taps of a line of the kernel are neighbours in x too, unless x is doubled.
+// One item `chunk` rows. The taps of a line of the kernel are neighbours in x too, unless x is
+// doubled.
 KERNEL(1, 1)
 void conv_gather_cpu(GLOBAL act *out, const GLOBAL act *x, int channels, int height, int width,
                      int out_height, int out_width, int kernel_h, int kernel_w, int stride, int top,
@@ -4717,7 +4730,7 @@ void softmax_rows_cpu(GLOBAL act *p, const GLOBAL float *s, int columns, float s
 }
 #endif // CPU_FORMS
 
-// ---- pooling and resampling of images --------------------------------------------------------------------
+// ---- pooling and resampling of images -----------------------------------------------------------
 //
 // Images are matrices of pixels in the order n, y, x (runtime/ops.h).
 

@@ -1,8 +1,8 @@
-// The arguments of the operations that a backend may take over whole (enum accelerated in device.h),
-// one struct each; the operations are those of runtime/ops.h, whose letters these are. In each the
-// memories come first, so that a backend can turn them into addresses in place: device code includes
-// this with ACCELERATE_MEM defined as void *. Tensors of activations are bf16 where the device was
-// opened so, parameters and statistics f32, index, slot, token and offsets int32.
+// The arguments of the operations that a backend may take over whole (enum accelerated in
+// device.h), one struct each; the operations are those of runtime/ops.h, whose letters these are.
+// In each the memories come first, so that a backend can turn them into addresses in place: device
+// code includes this with ACCELERATE_MEM defined as void *. Tensors of activations are bf16 where
+// the device was opened so, parameters and statistics f32, index, slot, token and offsets int32.
 #ifndef DITMOE_ACCELERATE_H
 #define DITMOE_ACCELERATE_H
 
@@ -21,9 +21,9 @@ enum {
     NORM2_PARTS = 4096 // the most partial sums of norm2
 };
 
-// op_layernorm_mod_fwd (z and rows NULL), op_residual_norm_fwd (z), op_combine_norm_fwd (rows, slot,
-// weight, shared, z1; kept: its z). y, kept, logits and router_w, shared, z1: NULL where absent.
-// y_low, x_low: the low halves of y and x, or NULL.
+// op_layernorm_mod_fwd (z and rows NULL), op_residual_norm_fwd (z), op_combine_norm_fwd (rows,
+// slot, weight, shared, z1; kept: its z). y, kept, logits and router_w, shared, z1: NULL where
+// absent. y_low, x_low: the low halves of y and x, or NULL.
 struct norm_forward {
     accelerate_mem y, y_low, h, stats, logits, kept;
     accelerate_mem x, x_low, z, z1, rows, slot, weight, shared, mod, router_w;
@@ -64,7 +64,8 @@ struct qk_attention {
     float scale;
 };
 
-// out[columns] f32 += the sum over the rows of a[rows,columns] (ACT). partial: SUM_PARTS * columns floats
+// out[columns] f32 += the sum over the rows of a[rows,columns] (ACT). partial: SUM_PARTS * columns
+// floats
 struct column_sums {
     accelerate_mem out, a, partial;
     int rows, columns;

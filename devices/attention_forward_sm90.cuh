@@ -25,7 +25,8 @@ template <int width, int groups, int stages, bool norm> struct attention_forward
     // Barriers of 8 bytes: a stage of keys is here, is free again; and so of queries.
     static constexpr uint32_t here_at = nothing_at + 1024, free_at = here_at + 8 * (stages + 2);
     static constexpr uint32_t loader_at = free_at + 8 * (stages + 2);
-    // norm_weights, 1 / std of two tiles of keys for each warpgroup, and what scores of queries lack
+    // norm_weights, 1 / std of two tiles of keys for each warpgroup, and what scores of queries
+    // lack
     static constexpr uint32_t norm_at = loader_at + 48,
                               norm_bytes = norm ? (3 * width + 4 + 2 * keys * groups + queries) *
                                                       sizeof(float)

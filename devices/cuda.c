@@ -249,9 +249,9 @@ static int cuda_write_begin(struct stream *s, struct mem *dst, size_t offset, co
     return 0;
 }
 
-// Small writes go by way of page-locked memory and do not wait. Larger ones wait, because the driver
-// does not promise on every machine that it is done with `src` earlier: where the GPU reads pageable
-// host memory itself, it copies later.
+// Small writes go by way of page-locked memory and do not wait. Larger ones wait, because the
+// driver does not promise on every machine that it is done with `src` earlier: where the GPU reads
+// pageable host memory itself, it copies later.
 static int cuda_write(struct stream *s, struct mem *dst, size_t offset, const void *src,
                       size_t bytes)
 {

@@ -67,15 +67,15 @@ int cuda_fail(const struct cuda_api *api, cuda_result code, const char *what);
 int cuda_list(struct device_info *out, int max);
 const char *cuda_note(void);
 
-// cuda_links.c: see link in device.h. NVLink connections of a device that are up, 0 where NVML is not
-// installed; the driver's own version ("580.95.05"), or "".
+// cuda_links.c: see link in device.h. NVLink connections of a device that are up, 0 where NVML is
+// not installed; the driver's own version ("580.95.05"), or "".
 int cuda_link(const struct device_info *from, const struct device_info *to,
               struct device_link *out);
 int cuda_nvlinks(const char *pci);
 void cuda_driver_name(char *out, size_t size);
 
-// cuda_staging.c: a write that does not wait; CUDA_NOT_STAGED when it is too large for that, or there
-// is no page-locked memory. The stream has no work left when its staging is freed.
+// cuda_staging.c: a write that does not wait; CUDA_NOT_STAGED when it is too large for that, or
+// there is no page-locked memory. The stream has no work left when its staging is freed.
 enum { CUDA_STAGED_MAX = 4 << 20, CUDA_NOT_STAGED = 1 };
 int cuda_write_staged(struct stream *s, cuda_address to, const void *from, size_t bytes);
 void cuda_staging_free(struct stream *s);

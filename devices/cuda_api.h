@@ -162,7 +162,8 @@ struct cuda_api {
 #undef CUDA_FIELD
 };
 
-// Puts the address of `symbol` of an opened library into *field, a pointer to a function; false: it has none.
+// Puts the address of `symbol` of an opened library into *field, a pointer to a function; false: it
+// has none.
 bool cuda_symbol(void *library, const char *symbol, void *field);
 
 // The driver, opened and initialised once in a process, or NULL: then *why says in one line what is

@@ -1,4 +1,5 @@
-// The CUDA backend: groups of devices that pass memory between them by NCCL, which is opened at run time.
+// The CUDA backend: groups of devices that pass memory between them by NCCL, which is opened at run
+// time.
 #include "devices/cuda.h"
 
 #include <dlfcn.h>

@@ -1,6 +1,6 @@
 // Inside the CUDA backend: kernels that beat the portable ones. Each image is a file of CUDA C++
-// beside this one, compiled by nvcc into a fat binary of its own and loaded at its first use. A device
-// that an image has no code for, or that was opened as portable, runs kernels.cl instead.
+// beside this one, compiled by nvcc into a fat binary of its own and loaded at its first use. A
+// device that an image has no code for, or that was opened as portable, runs kernels.cl instead.
 #ifndef DITMOE_CUDA_TUNED_H
 #define DITMOE_CUDA_TUNED_H
 
@@ -37,12 +37,14 @@ struct cuda_map {
 // Describes an array of bf16 and the boxes that are copied of it. sizes and box: `rank` of them,
 // innermost first; pitches: rank - 1, elements from one row to the next, one matrix to the next ...
 // swizzled: rows of a box, 128 bytes (as wgmma wants them) or 64, lie in shared memory with the
-// swizzle of that width; else one after the other. Not for devices whose driver has no such maps (cuda_api: tensor_map is NULL).
+// swizzle of that width; else one after the other. Not for devices whose driver has no such maps
+// (cuda_api: tensor_map is NULL).
 int cuda_tuned_map(const struct cuda_device *dev, struct cuda_map *map, cuda_address address,
                    int rank, const int *sizes, const int64_t *pitches, const int *box,
                    bool swizzled);
 
-// The images that have code for a device of this compute capability (90 for 9.0): "attention, fused".
+// The images that have code for a device of this compute capability (90 for 9.0): "attention,
+// fused".
 void cuda_tuned_text(int capability, char *out, size_t size);
 
 void cuda_tuned_close(struct cuda_device *dev);

@@ -1,14 +1,14 @@
 // THE interface between the system and a device: a table of verbs, not of operations.
 //
-// A backend (OpenCL; CUDA) lists its devices, opens one, moves memory, launches kernels by number and
-// multiplies matrices. It knows nothing of layers. Operations are written once, above this line, in
-// runtime/ops.h; kernels once, in kernels.cl; their names, group sizes and arguments once, in
-// kernels.def. So a new backend costs these verbs and nothing else.
+// A backend (OpenCL; CUDA) lists its devices, opens one, moves memory, launches kernels by number
+// and multiplies matrices. It knows nothing of layers. Operations are written once, above this
+// line, in runtime/ops.h; kernels once, in kernels.cl; their names, group sizes and arguments once,
+// in kernels.def. So a new backend costs these verbs and nothing else.
 //
-// Conventions: functions return 0 or a negative code of error.h. Memory is a handle, never a pointer.
-// Work is put on a stream and runs in order; write/read return when the host memory may be reused /
-// holds the data; everything else is asynchronous and reports late errors at sync(). Objects are used
-// by one thread at a time. Sizes and offsets are bytes unless said otherwise.
+// Conventions: functions return 0 or a negative code of error.h. Memory is a handle, never a
+// pointer. Work is put on a stream and runs in order; write/read return when the host memory may be
+// reused / holds the data; everything else is asynchronous and reports late errors at sync().
+// Objects are used by one thread at a time. Sizes and offsets are bytes unless said otherwise.
 #ifndef DITMOE_DEVICE_H
 #define DITMOE_DEVICE_H
 
@@ -77,12 +77,12 @@ struct device_link {
     int rank;     // the driver's word for how fast links are, beside each other: 0 is the fastest
 };
 
-// Every device of every backend, in the order of their keys. Returns the count (<= max), 0 when there
-// is none, or a negative code. A platform that fails to answer is skipped.
+// Every device of every backend, in the order of their keys. Returns the count (<= max), 0 when
+// there is none, or a negative code. A platform that fails to answer is skipped.
 int devices_list(struct device_info *out, int max);
 
-// Why the last devices_list() left devices out that seem to be there, in one line ("cuda: the NVIDIA
-// driver is too old: ..."); "" when it did not.
+// Why the last devices_list() left devices out that seem to be there, in one line ("cuda: the
+// NVIDIA driver is too old: ..."); "" when it did not.
 const char *devices_note(void);
 
 // Finds `key` ("opencl:1"; "auto" or NULL: the best device, GPUs first, CUDA before OpenCL where a
@@ -120,22 +120,23 @@ union arg {
 //
 // Ragged forms multiply by expert e of `groups`, rows split by the device array offsets[groups+1]
 // (int32, ascending, offsets[0] = 0, offsets[groups] <= the stored number of rows):
-//   GEMM_RAGGED_M: rows offsets[e]..offsets[e+1] of A and C belong to e; B is [groups] matrices, one
-//                  after the other; m is the stored number of rows. (expert forward, dX)
-//   GEMM_RAGGED_K: rows offsets[e].. of A (stored [k,m]) and of B (stored [k,n]) are summed over into
-//                  C[e], [groups] matrices [m,n]; k is the stored number of rows. An expert without
-//                  rows gets zero (or keeps C, when accumulating). (expert dW)
+//   GEMM_RAGGED_M: rows offsets[e]..offsets[e+1] of A and C belong to e; B is [groups] matrices,
+//                  one after the other; m is the stored number of rows. (expert forward, dX)
+//   GEMM_RAGGED_K: rows offsets[e].. of A (stored [k,m]) and of B (stored [k,n]) are summed over
+//                  into C[e], [groups] matrices [m,n]; k is the stored number of rows. An expert
+//                  without rows gets zero (or keeps C, when accumulating). (expert dW)
 // Rows past offsets[groups] are never read into a result and never written.
 enum gemm_ragged { GEMM_PLAIN, GEMM_RAGGED_M, GEMM_RAGGED_K };
 
 // SwiGLU within a product, for devices and widths F that struct device's swiglu_columns allows;
 // neither bias nor accumulate, ragged over rows or plain, h and C of one type:
-//   SWIGLU_FORWARD:  trans_b, n = 2F: the product is g | u; h[m,F] = silu(g) * u, and C[m,2F] = g | u
-//                    unless c is NULL.
-//   SWIGLU_BACKWARD: not trans_b, n = F: the product is dh; C[m,2F] holds g | u and becomes dg | du;
-//                    h[m,F] = silu(g) * u once more, unless NULL (backends with rebuilds_hidden only);
-//                    dots[F/64,m] f32 the sums of dh h over each 64 columns, unless NULL (backends with
-//                    swiglu_dots, for k a multiple of 8 and at most swiglu_dots groups).
+//   SWIGLU_FORWARD:  trans_b, n = 2F: the product is g | u; h[m,F] = silu(g) * u, and C[m,2F] = g |
+//                    u unless c is NULL.
+//   SWIGLU_BACKWARD: not trans_b, n = F: the product is dh; C[m,2F] holds g | u and becomes dg |
+//                    du; h[m,F] = silu(g) * u once more, unless NULL (backends with rebuilds_hidden
+//                    only); dots[F/64,m] f32 the sums of dh h over each 64 columns, unless NULL
+//                    (backends with swiglu_dots, for k a multiple of 8 and at most swiglu_dots
+//                    groups).
 enum gemm_swiglu { SWIGLU_NONE, SWIGLU_FORWARD, SWIGLU_BACKWARD };
 struct gemm {
     enum gemm_ragged ragged;
@@ -157,9 +158,9 @@ struct gemm {
 
 // Whole operations that a backend may take over with its own library or its own launch shape.
 // accelerate()'s `args` for attention are an array of union arg, in the order in which
-// runtime/ops_attention.c lists them: o, lse (NULL: not wanted), qkv, heads, tokens, head size, scale, lse wanted, images *
-// heads, and three block sizes of the CPU form; dqkv, delta, dout, o, lse, qkv, images, heads,
-// tokens, head size, scale.
+// runtime/ops_attention.c lists them: o, lse (NULL: not wanted), qkv, heads, tokens, head size,
+// scale, lse wanted, images * heads, and three block sizes of the CPU form; dqkv, delta, dout, o,
+// lse, qkv, images, heads, tokens, head size, scale.
 // Those of the others are structs of devices/accelerate.h.
 enum accelerated {
     ACCELERATE_ATTENTION_FWD,
@@ -217,7 +218,8 @@ struct backend {
                        size_t bytes);
     int (*read_begin)(struct stream *s, const struct mem *src, size_t offset, void *dst,
                       size_t bytes);
-    // Optional: locks pages of the host's memory (`at` starts one), so that such copies need none in between.
+    // Optional: locks pages of the host's memory (`at` starts one), so that such copies need none
+    // in between.
     int (*pin)(struct device *dev, void *at, size_t bytes);
     void (*unpin)(struct device *dev, void *at);
     int (*copy)(struct stream *s, struct mem *dst, size_t dst_offset, const struct mem *src,
@@ -232,8 +234,9 @@ struct backend {
     size_t (*gemm_space)(struct device *dev, const struct gemm *g); // scratch bytes that gemm wants
     int (*gemm)(struct stream *s, const struct gemm *g);
     int (*gemm_norms)(struct device *dev, const struct gemm *g); // optional; 0: it leaves none
-    // Optional, for a B [n,k] that many products meet: the bytes of the form in which gemm wants it (0:
-    // as it is), which does not depend on m nor on swiglu; and making it, in g->packed from g->b.
+    // Optional, for a B [n,k] that many products meet: the bytes of the form in which gemm wants it
+    // (0: as it is), which does not depend on m nor on swiglu; and making it, in g->packed from
+    // g->b.
     size_t (*gemm_packed)(struct device *dev, const struct gemm *g);
     int (*gemm_pack)(struct stream *s, const struct gemm *g);
     int (*accelerate)(struct stream *s, enum accelerated op, const void *args); // optional
@@ -246,11 +249,12 @@ struct backend {
     int (*replay)(struct stream *s, struct graph *graph);
     void (*graph_free)(struct graph *graph);
 
-    // Optional: devices of this backend as one group that passes memory between its members, each opened by
-    // a process of its own, without the host (NCCL). group_can(): 0, or ERR_NODEVICE and why not. One
-    // member makes an id, all open the group with it at the same time. Transfers between begin and end
-    // are one step for all of them: what one member sends, another receives in it, in the same order pair by
-    // pair. sum: [count] f32 in place, over all members, the same bits on each.
+    // Optional: devices of this backend as one group that passes memory between its members, each
+    // opened by a process of its own, without the host (NCCL). group_can(): 0, or ERR_NODEVICE and
+    // why not. One member makes an id, all open the group with it at the same time. Transfers
+    // between begin and end are one step for all of them: what one member sends, another receives
+    // in it, in the same order pair by pair. sum: [count] f32 in place, over all members, the same
+    // bits on each.
     int (*group_can)(void);
     int (*group_id)(struct device *dev, unsigned char id[GROUP_ID]);
     int (*group_open)(struct device *dev, const unsigned char id[GROUP_ID], int member, int members,
@@ -292,8 +296,8 @@ struct device {
     uint64_t allocated;   // bytes allocated now
 };
 
-// For a backend's alloc(): ERR_NOMEM with one line when `bytes` more are too many for the device, in one
-// buffer or in all.
+// For a backend's alloc(): ERR_NOMEM with one line when `bytes` more are too many for the device,
+// in one buffer or in all.
 int device_fits(const struct device *dev, size_t bytes);
 
 #endif

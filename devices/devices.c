@@ -118,7 +118,7 @@ int devices_find(const char *key, struct device_info *out)
     return no_such_device(key, list, count);
 }
 
-// ---- for backends --------------------------------------------------------------------------------
+// ---- for backends -------------------------------------------------------------------------------
 
 int device_fits(const struct device *dev, size_t bytes)
 {

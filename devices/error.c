@@ -24,7 +24,8 @@ int fail_in(int code, const char *format, ...)
     va_start(args, format);
     int n = vsnprintf(message, sizeof message, format, args);
     va_end(args);
-    // what does not fit of the inner message is cut (said by hand: gcc warns of snprintf and strncat)
+    // what does not fit of the inner message is cut (said by hand: gcc warns of snprintf and
+    // strncat)
     if (n >= 0 && (size_t)n + 3 < sizeof message) {
         size_t room = sizeof message - (size_t)n - 3, length = strlen(inner);
         length = length < room ? length : room;

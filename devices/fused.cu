@@ -1,4 +1,5 @@
-// Memory-bound operations of a block, of the router and of the optimiser, one pass over memory each.
+// Memory-bound operations of a block, of the router and of the optimiser, one pass over memory
+// each.
 #include "devices/fused_back.cuh"
 #include "devices/fused_moe.cuh"
 #include "devices/fused_norm.cuh"

@@ -9,8 +9,8 @@ template <int ROWS> struct back_rows {
     float2 stats[ROWS];
 };
 
-// Where the rows of ROWS tokens' first two experts are: known one turn ahead, so that their loads need
-// not wait for it.
+// Where the rows of ROWS tokens' first two experts are: known one turn ahead, so that their loads
+// need not wait for it.
 template <int ROWS> struct back_slots {
     int one[ROWS], two[ROWS];
 };

@@ -4,9 +4,9 @@
 
 // ---- rows ---------------------------------------------------------------------------------------
 
-// rows[slot[m,k],:] = x[m,:], K choices of a token at a time; a warp takes 4 tokens, so that 4 loads
-// are on their way at once, and each is read once (from rows, which lie apart, memory would be read
-// again for each of a token's choices).
+// rows[slot[m,k],:] = x[m,:], K choices of a token at a time; a warp takes 4 tokens, so that 4
+// loads are on their way at once, and each is read once (from rows, which lie apart, memory would
+// be read again for each of a token's choices).
 template <int K> INLINE void dispatch_rows(const dispatch &a)
 {
     enum { TOKENS = 4 };

@@ -54,8 +54,8 @@ INLINE void combine(float (&z)[VALUES], const experts_rows &e, const norm_forwar
 }
 
 // Rows past the end are row `at` again, and not stored. v = the values to be normalised: x, or y =
-// x + gate z, or with combined z = x + gate1 z1 + gate z. y is stored unless it is NULL. x and y may
-// be in two halves.
+// x + gate z, or with combined z = x + gate1 z1 + gate z. y is stored unless it is NULL. x and y
+// may be in two halves.
 template <int ROWS, norm_input INPUT, class S>
 INLINE void norm_inputs(float (&v)[ROWS][VALUES], const norm_forward &a, const S &s, size_t at,
                         int row, const unsigned (&gate)[WORDS], const unsigned (&gate1)[WORDS])

@@ -31,8 +31,8 @@ static void tiles_of(const struct gemm *g, int tile, int groups[3])
         groups[1] += g->groups; // every expert may end with a part of a tile
 }
 
-// The time of a product by one kind of tile. Compute units take `resident` tiles at a time, in waves; a
-// wave takes `latency` and, for each tile, `work`.
+// The time of a product by one kind of tile. Compute units take `resident` tiles at a time, in
+// waves; a wave takes `latency` and, for each tile, `work`.
 static double tiles_time(const struct gemm *g, int tile, int units, int resident, double latency,
                          double work)
 {
@@ -42,8 +42,8 @@ static double tiles_time(const struct gemm *g, int tile, int units, int resident
     return latency * ceil(tiles / resident) + work * tiles;
 }
 
-// Small tiles fill a device better, large ones read less. The numbers are those of an H100 at k = 384
-// (docs/opencl_gpu.md), in units of 37 us: what a large tile takes where there are many.
+// Small tiles fill a device better, large ones read less. The numbers are those of an H100 at k =
+// 384 (docs/opencl_gpu.md), in units of 37 us: what a large tile takes where there are many.
 static bool suits_small(const struct device *dev, const struct gemm *g)
 {
     const int units = dev->info.compute_units;

@@ -13,8 +13,8 @@ enum {
     GEMM_SM90_SHARED = 232448, // bytes of shared memory that a block may have
 };
 
-// A product C[m,n] = op(A) op(B) as a kernel sees it; see struct gemm. The matrices A and B, and for
-// SwiGLU C and h, come as tensor maps too. Addresses are the device's.
+// A product C[m,n] = op(A) op(B) as a kernel sees it; see struct gemm. The matrices A and B, and
+// for SwiGLU C and h, come as tensor maps too. Addresses are the device's.
 struct gemm_sm90 {
     void *c;
     void *h;
@@ -31,9 +31,9 @@ struct gemm_sm90 {
 };
 
 // Bytes: of a stage; of what one of the eight warps hands around on its way out (16 rows of 32
-// columns of g, u and h, or of 64 of one matrix); of 16 rows of 64 columns of g | u that a warp turns
-// into dg | du; of the barriers and the tables of groups. How many stages fit beside `strips` of
-// g | u a warp, and the bytes of it all.
+// columns of g, u and h, or of 64 of one matrix); of 16 rows of 64 columns of g | u that a warp
+// turns into dg | du; of the barriers and the tables of groups. How many stages fit beside `strips`
+// of g | u a warp, and the bytes of it all.
 #define GEMM_SM90_STAGE(width) ((GEMM_SM90_ROWS + (width)) * GEMM_SM90_DEPTH * 2)
 #define GEMM_SM90_STAGING 3072
 #define GEMM_SM90_STRIP (2 * 16 * 128)

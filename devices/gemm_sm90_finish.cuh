@@ -155,7 +155,8 @@ __device__ __forceinline__ void finish_bf16(float (&sum)[WIDTH / 2], const gemm_
     }
 }
 
-// C (+)= sum (+ bias), f32: four lanes write the 32 bytes of a sector. Leaves its norm where wanted.
+// C (+)= sum (+ bias), f32: four lanes write the 32 bytes of a sector. Leaves its norm where
+// wanted.
 template <int WIDTH>
 __device__ __forceinline__ void finish_f32(float (&sum)[WIDTH / 2], const gemm_sm90 &p,
                                            const place_in_c &at)
@@ -307,7 +308,8 @@ __device__ __forceinline__ void store_some_32(uint32_t at, bf16 *out, size_t pit
                      load_shared(at + row * PITCH + ((chunk ^ ((row * PITCH >> 7) & 3)) << 4)));
 }
 
-// sum = g | u: C = g | u and h = silu(g) u. A warp sends 16 rows of 32 columns of all three at a time.
+// sum = g | u: C = g | u and h = silu(g) u. A warp sends 16 rows of 32 columns of all three at a
+// time.
 template <int WIDTH>
 __device__ __forceinline__ void
 finish_swiglu_kept(const float (&sum)[BLOCKS][WIDTH / 2], const shared &s, const tensor_map *c,
@@ -353,9 +355,9 @@ finish_swiglu_kept(const float (&sum)[BLOCKS][WIDTH / 2], const shared &s, const
 
 // ---- the gradient of SwiGLU ---------------------------------------------------------------------
 
-// g | u on its way to a warp: strips of 16 rows and 64 columns, those of its tiles in order, each in
-// one of STRIPS places in shared memory. A warp asks for its own as soon as a place is free, so the
-// first ones of a tile come during its products.
+// g | u on its way to a warp: strips of 16 rows and 64 columns, those of its tiles in order, each
+// in one of STRIPS places in shared memory. A warp asks for its own as soon as a place is free, so
+// the first ones of a tile come during its products.
 template <class K, int WIDTH> struct strips {
     static constexpr int COUNT = BLOCKS * WIDTH / 64; // of a tile
     int item, items, group, number;                   // of the next strip to ask for
@@ -445,8 +447,8 @@ __device__ __forceinline__ uint32_t swiglu_backward(float dh_x, float dh_y, uint
     return pack(hx * up.x, hy * up.y);
 }
 
-// A strip of g | u in place; word: h, as fragments; dots: this lane's sums of dh h in its two rows. A
-// few words at a time are on their way from shared memory.
+// A strip of g | u in place; word: h, as fragments; dots: this lane's sums of dh h in its two rows.
+// A few words at a time are on their way from shared memory.
 __device__ __forceinline__ void change_strip(uint32_t strip, const float *sum,
                                              uint32_t (&word)[8][2], float (&dots)[2])
 {

@@ -1,5 +1,5 @@
-// The optimiser's pass over all parameters: gradient norm, then AdamW and EMA, one launch for each slab
-// of memory that holds parameters of one kind.
+// The optimiser's pass over all parameters: gradient norm, then AdamW and EMA, one launch for each
+// slab of memory that holds parameters of one kind.
 #include "model/train_ranks.h"
 
 #include <stdlib.h>
@@ -26,8 +26,8 @@ static struct span plain_span(struct plan *p, int i)
     return (struct span){.w = w[i], .m = m[i], .v = v[i], .ema = ema[i], .g = g[i]};
 }
 
-// Where products read bf16, those weights are the first part of each slab, in two halves; the f32 ones
-// are the rest.
+// Where products read bf16, those weights are the first part of each slab, in two halves; the f32
+// ones are the rest.
 static struct span half_span(struct plan *p)
 {
     const struct tensor *high, *low;
@@ -49,8 +49,8 @@ static int add_span(struct trainer *t, const struct tensor *slab, int64_t from, 
     return count > 0 ? plan_view(t->dit->plan, slab, from, &t->spans[t->span_count++], 1, &count) : 0;
 }
 
-// Finds what lies between the experts' gradients, whose norms their products leave (dit.norms); a block's
-// two lie beside each other.
+// Finds what lies between the experts' gradients, whose norms their products leave (dit.norms); a
+// block's two lie beside each other.
 static int find_spans(struct trainer *t)
 {
     struct dit *d = t->dit;

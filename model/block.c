@@ -1,8 +1,8 @@
 // A DiT block (Peebles & Xie 2023, adaLN-Zero) with a mixture of experts in place of the MLP:
 //   mid = x + gate1 * attention(LN(x) (1 + scale1) + shift1)
 //   out = mid + gate2 * moe(LN(mid) (1 + scale2) + shift2)
-// A residual sum and the LayerNorm after it are one operation, and so are their gradients (dit.h says
-// where blocks meet).
+// A residual sum and the LayerNorm after it are one operation, and so are their gradients (dit.h
+// says where blocks meet).
 #include "model/dit.h"
 
 // A tensor that is first written where the block before it ends: at that block's last sum.
@@ -34,8 +34,8 @@ static bool rebuilds(const struct dit *d, int64_t columns)
     return d->lean && op_swiglu_rebuilds(&d->ctx, columns);
 }
 
-// Whether the gradient of the choices' weights comes out of those products too, so that the experts' rows
-// y are not kept.
+// Whether the gradient of the choices' weights comes out of those products too, so that the
+// experts' rows y are not kept.
 static bool drops_y(const struct dit *d)
 {
     const int64_t D = d->config.hidden;
@@ -50,8 +50,8 @@ static bool remakes_shared(const struct dit *d)
     return d->lean == LEAN_PRODUCTS && op_swiglu_fuses(&d->ctx, d->config.hidden * d->config.shared);
 }
 
-// Whether `mid` is left out of the forward pass: its sum goes into the block's last one unrounded, which
-// keeps bf16 nearer to f32, and the backward pass makes it again.
+// Whether `mid` is left out of the forward pass: its sum goes into the block's last one unrounded,
+// which keeps bf16 nearer to f32, and the backward pass makes it again.
 static bool leaves_mid_out(const struct dit *d, int layer)
 {
     return config_is_moe(&d->config, layer) && (!d->options.train || d->lean) &&

@@ -9,7 +9,7 @@
 #include "model/infer.h"
 #include "model/weights_file.h"
 
-// ---- opening -------------------------------------------------------------------------------------------
+// ---- opening ------------------------------------------------------------------------------------
 
 static int parse_metadata(const char *key, const char *text, json_t **out)
 {
@@ -20,8 +20,8 @@ static int parse_metadata(const char *key, const char *text, json_t **out)
     return 0;
 }
 
-// A file that says what its network is may not be told otherwise; what it was trained to answer may be
-// another thing than a configuration from elsewhere says.
+// A file that says what its network is may not be told otherwise; what it was trained to answer may
+// be another thing than a configuration from elsewhere says.
 static int apply_hints(struct config *c, const struct config_hints *hints)
 {
     if (hints->heads > 0 && hints->heads != c->heads)
@@ -132,7 +132,7 @@ void checkpoint_close(struct checkpoint *c)
     c->file = NULL;
 }
 
-// ---- loading -------------------------------------------------------------------------------------------
+// ---- loading ------------------------------------------------------------------------------------
 
 static int check_finite(const struct checkpoint *c, const char *name, const float *host, int64_t count)
 {
@@ -211,7 +211,7 @@ int checkpoint_load_training(const struct checkpoint *c, struct dit *d)
     return load_all(c, d, &d->v, "adam.v.", false);
 }
 
-// ---- saving --------------------------------------------------------------------------------------------
+// ---- saving -------------------------------------------------------------------------------------
 
 struct part {
     const char *prefix;

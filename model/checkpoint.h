@@ -2,8 +2,8 @@
 // "ema.NAME" its EMA, "adam.m.NAME" and "adam.v.NAME" the moments. The metadata holds the whole
 // configuration ("ditmoe.config", JSON) and, for training checkpoints, the state of the run
 // ("ditmoe.train", JSON: struct run_state). Written to a temporary name, synced, renamed.
-// What others write (model/weights_file.h) opens too; without our metadata the configuration is inferred
-// (model/infer.h).
+// What others write (model/weights_file.h) opens too; without our metadata the configuration is
+// inferred (model/infer.h).
 #ifndef DITMOE_CHECKPOINT_H
 #define DITMOE_CHECKPOINT_H
 
@@ -34,8 +34,8 @@ struct checkpoint {
 };
 
 // Opens whatever model/weights_file.h does, and validates: every parameter of the configuration is
-// there with its shape, or ERR_INPUT names the first that is not. `hints` (NULL: none) say what a file
-// without metadata cannot tell; for one with metadata they must agree with it.
+// there with its shape, or ERR_INPUT names the first that is not. `hints` (NULL: none) say what a
+// file without metadata cannot tell; for one with metadata they must agree with it.
 int checkpoint_open(const char *path, const struct config_hints *hints, struct checkpoint *out);
 void checkpoint_close(struct checkpoint *c);
 

@@ -4,8 +4,9 @@
 
 #include "model/dit.h"
 
-// Called by every rank for the same parameter of the same kind of weights: rank 0 gets its values in
-// `host` [param_count]; the rank that has what rank 0 lacks sends it. Without ranks: param_read().
+// Called by every rank for the same parameter of the same kind of weights: rank 0 gets its values
+// in `host` [param_count]; the rank that has what rank 0 lacks sends it. Without ranks:
+// param_read().
 int collect_param(struct dit *d, struct weights *from, const struct param *p, float *host);
 
 // Is this the rank that writes files?

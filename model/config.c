@@ -156,7 +156,7 @@ int config_check(const struct config *c)
     return 0;
 }
 
-// ---- JSON --------------------------------------------------------------------------------------------
+// ---- JSON ---------------------------------------------------------------------------------------
 
 // One list of the integer and boolean fields keeps writing, reading and comparing in step.
 #define CONFIG_INTS(X)                                                                             \
@@ -238,7 +238,7 @@ bool config_equal(const struct config *a, const struct config *b)
 #undef X
 }
 
-// ---- counts ------------------------------------------------------------------------------------------
+// ---- counts -------------------------------------------------------------------------------------
 
 // Products a token makes in one block, and in one image's conditioning; parameters likewise.
 struct config_counts config_count(const struct config *c)

@@ -1,6 +1,6 @@
-// The shape of a DiT-MoE (arXiv 2407.11633, table 1): everything that decides which parameters exist
-// and what the network computes. Letters: N images, T tokens = (size/patch)^2, D hidden, H heads,
-// E routed experts, K = topk active ones, F = 4D expert width, L layers.
+// The shape of a DiT-MoE (arXiv 2407.11633, table 1): everything that decides which parameters
+// exist and what the network computes. Letters: N images, T tokens = (size/patch)^2, D hidden, H
+// heads, E routed experts, K = topk active ones, F = 4D expert width, L layers.
 #ifndef DITMOE_CONFIG_H
 #define DITMOE_CONFIG_H
 
@@ -10,7 +10,8 @@
 
 #include <jansson.h>
 
-// Which blocks carry a mixture of experts; the others have DiT's plain MLP (GELU-tanh, width 4D, bias).
+// Which blocks carry a mixture of experts; the others have DiT's plain MLP (GELU-tanh, width 4D,
+// bias).
 enum moe_blocks {
     MOE_ALL,
     MOE_ALTERNATE, // every second block: 1, 3, 5, ...
@@ -49,7 +50,8 @@ struct config {
 
 enum { TIMESTEP_FEATURES = 256, MLP_RATIO = 4 };
 
-// The adaLN modulations of a block, in the order of their D columns each: of the attention, of the MoE.
+// The adaLN modulations of a block, in the order of their D columns each: of the attention, of the
+// MoE.
 enum modulation { SHIFT1, SCALE1, GATE1, SHIFT2, SCALE2, GATE2, MODULATIONS };
 
 static inline int config_tokens(const struct config *c)

@@ -1,5 +1,5 @@
-// Weights from one format to another, in pieces: memory does not grow with the model. Moments and the
-// state of training are left out.
+// Weights from one format to another, in pieces: memory does not grow with the model. Moments and
+// the state of training are left out.
 #ifndef DITMOE_CONVERT_H
 #define DITMOE_CONVERT_H
 

@@ -8,7 +8,8 @@
 
 // ---- a device on paper --------------------------------------------------------------------------
 
-// Products want scratch for their operands' other forms: about this much on GPUs; on CPUs the weight once more.
+// Products want scratch for their operands' other forms: about this much on GPUs; on CPUs the
+// weight once more.
 static size_t paper_space(struct device *dev, const struct gemm *g)
 {
     return dev->cpu_forms ? (size_t)g->n * (size_t)g->k * sizeof(float) : 32 << 20;
@@ -34,7 +35,8 @@ static struct device paper_device(const struct cost_options *o)
     return dev;
 }
 
-// line: for a line through several plans, which one device's own, leaner or not by the batch, is not.
+// line: for a line through several plans, which one device's own, leaner or not by the batch, is
+// not.
 static int training_memory(struct device *dev, const struct config *c, const struct cost_options *o,
                            int batch, const struct dit_ranks *ranks, bool line, double *bytes)
 {
@@ -110,8 +112,8 @@ static int moe_layers(const struct config *c)
     return count;
 }
 
-// Of what a rank keeps of its own images' routed rows while other ranks work on them: the rows that it
-// sends and those that come back; in training the latter of every layer.
+// Of what a rank keeps of its own images' routed rows while other ranks work on them: the rows that
+// it sends and those that come back; in training the latter of every layer.
 static double own_rows(const struct config *c, const struct cost_options *o, int layers)
 {
     const double row = (double)c->hidden * (o->bf16 ? 2 : 4);
@@ -144,8 +146,9 @@ static int fill_memory(const struct config *c, const struct cost_options *o, str
 
 // ---- operations ---------------------------------------------------------------------------------
 
-// What one more active expert adds to a token's multiply-accumulates, in operations; and what one more
-// expert of each layer adds to the parameters, without its row of the router. Of whatever kind experts are.
+// What one more active expert adds to a token's multiply-accumulates, in operations; and what one
+// more expert of each layer adds to the parameters, without its row of the router. Of whatever kind
+// experts are.
 static double flops_of_expert(const struct config *c)
 {
     struct config other = *c;
@@ -177,7 +180,8 @@ static void fill_work(const struct config *c, const struct cost_options *o, stru
     m->shared_flops = 6 * T * D * shared;
     m->plain_flops = 4 * T * D * F;
     m->attention_flops = 4 * T * T * D;
-    // LayerNorm, attention's operands, two residual sums, combination; SwiGLU where products leave it
+    // LayerNorm, attention's operands, two residual sums, combination; SwiGLU where products leave
+    // it
     m->bytes = T * act * (14 * D + (fused ? 0 : 3 * shared));
     m->expert_flops = flops_of_expert(c);
     m->expert_bytes = act * (3 * D + (fused ? 0 : 3 * F));

@@ -1,6 +1,6 @@
-// What a model costs, for the forecast of runtime/forecast.h: operations from its sizes, memory from its
-// own plan. The plan is made on a device that exists on paper, for a few batches, experts and active
-// experts; straight lines through these give what any rank would need.
+// What a model costs, for the forecast of runtime/forecast.h: operations from its sizes, memory
+// from its own plan. The plan is made on a device that exists on paper, for a few batches, experts
+// and active experts; straight lines through these give what any rank would need.
 #ifndef DITMOE_COST_H
 #define DITMOE_COST_H
 
@@ -20,8 +20,8 @@ struct cost_options {
 int model_cost_new(const struct config *c, const struct cost_options *o, struct model_cost *out);
 void model_cost_free(struct model_cost *m); // also of a zeroed struct
 
-// Bytes that the model's plan takes on one device of the kind, everything on it, planned as ranks plan
-// (a trainer of one rank may need less: plan_host(), enum lean).
+// Bytes that the model's plan takes on one device of the kind, everything on it, planned as ranks
+// plan (a trainer of one rank may need less: plan_host(), enum lean).
 int model_memory(const struct config *c, const struct cost_options *o, int batch, double *bytes);
 // Bytes that it takes on a rank of a placement, all of whose experts live on devices.
 int model_memory_rank(const struct config *c, const struct cost_options *o,

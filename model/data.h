@@ -1,10 +1,11 @@
 // Datasets of labelled images, and the loader that feeds training from them.
 //
-// Three kinds behind one struct: a directory with MNIST's IDX files (train-images-idx3-ubyte[.gz] and
-// so on; Fashion-MNIST is one), held in memory; a folder of class folders of PNG and JPEG files, read
-// when wanted; and a set of latents (model/latents.h), mapped. Pixels are given as [C, size, size] floats in [-1, 1]. IDX images are
-// put in the middle of size x size with background -1; photos are resized and cropped
-// (image_center_crop). Latents are [C, size, size] floats as diffusion models have them.
+// Three kinds behind one struct: a directory with MNIST's IDX files (train-images-idx3-ubyte[.gz]
+// and so on; Fashion-MNIST is one), held in memory; a folder of class folders of PNG and JPEG
+// files, read when wanted; and a set of latents (model/latents.h), mapped. Pixels are given as [C,
+// size, size] floats in [-1, 1]. IDX images are put in the middle of size x size with background
+// -1; photos are resized and cropped (image_center_crop). Latents are [C, size, size] floats as
+// diffusion models have them.
 #ifndef DITMOE_DATA_H
 #define DITMOE_DATA_H
 
@@ -74,8 +75,8 @@ struct batch {
 // `cursor`: samples consumed before. `threads` 0: chosen. The dataset must outlive the loader.
 int loader_start(const struct dataset *d, int batch, uint64_t seed, uint64_t cursor, bool flip,
                  int threads, struct loader **out);
-// The same for one of several ranks: of each batch only samples first..first+count-1 are read and given
-// (count 0: none); positions and the cursor are the whole batch's.
+// The same for one of several ranks: of each batch only samples first..first+count-1 are read and
+// given (count 0: none); positions and the cursor are the whole batch's.
 int loader_start_part(const struct dataset *d, int batch, int first, int count, uint64_t seed,
                       uint64_t cursor, bool flip, int threads, struct loader **out);
 // The next batch, valid until the next call. What went wrong in a thread is returned here, when its

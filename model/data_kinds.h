@@ -9,7 +9,8 @@ struct data_file {
     int label;
 };
 
-// IDX files in the directory d->path. idx_present: 1 if the directory has image files of either split.
+// IDX files in the directory d->path. idx_present: 1 if the directory has image files of either
+// split.
 int idx_present(const char *directory);
 int idx_open(struct dataset *d, enum data_split split);
 void idx_image(const struct dataset *d, int64_t i, bool flip, float *out);

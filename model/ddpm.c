@@ -98,9 +98,9 @@ struct ddpm_variance ddpm_variance(const double *alpha_bar, int steps, int i)
     return (struct ddpm_variance){.log_min = log(least), .log_max = log(beta)};
 }
 
-// The mean of x_{t-1} given x_t is sqrt(ab') beta / (1-ab) x0 + ... x_t, and the predicted x0 is off by
-// sqrt((1-ab)/ab) times what the noise is off by: so the mean is off by GAIN deviations of the
-// least variance for each unit of noise.
+// The mean of x_{t-1} given x_t is sqrt(ab') beta / (1-ab) x0 + ... x_t, and the predicted x0 is
+// off by sqrt((1-ab)/ab) times what the noise is off by: so the mean is off by GAIN deviations of
+// the least variance for each unit of noise.
 void ddpm_training(const float *t, int count, float *at)
 {
     double ab[DDPM_STEPS];

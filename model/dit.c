@@ -7,7 +7,7 @@
 
 #include "runtime/profile.h"
 
-// ---- times -------------------------------------------------------------------------------------------
+// ---- times --------------------------------------------------------------------------------------
 
 int time_forward(const struct dit *d, int layer, int phase)
 {
@@ -33,10 +33,10 @@ int plan_activation(struct dit *d, int layer, const char *name, enum dtype type,
     return plan_tensor(d->plan, name, PLAN_ACTIVATIONS, type, first, last, t, ndim, shape);
 }
 
-// ---- making a model ------------------------------------------------------------------------------------
+// ---- making a model -----------------------------------------------------------------------------
 
-// When gradients that pass, or lie among the activations, live: a block's from its backward pass on, the
-// modulations' from the end, where one product writes them.
+// When gradients that pass, or lie among the activations, live: a block's from its backward pass
+// on, the modulations' from the end, where one product writes them.
 static void gradient_lives(const struct dit *d, struct block_life *lives)
 {
     const int L = d->config.layers, end = time_backward(d, -1, PHASES);
@@ -97,9 +97,9 @@ static int plan_inputs(struct dit *d)
     return PLAN_TENSOR(d->plan, "doutput", PLAN_INPUT, F32, 0, PLAN_FOREVER, &d->doutput, N, Co, S, S);
 }
 
-// The residual stream: x[l] is written by block l-1 and read by block l, in both passes. A block that
-// is recomputed writes its output again, after the next block's backward. Its low half lives for the
-// forward pass, or as long as x where blocks are recomputed: they must route as they did.
+// The residual stream: x[l] is written by block l-1 and read by block l, in both passes. A block
+// that is recomputed writes its output again, after the next block's backward. Its low half lives
+// for the forward pass, or as long as x where blocks are recomputed: they must route as they did.
 static int plan_residual(struct dit *d)
 {
     const struct config *c = &d->config;
@@ -129,7 +129,8 @@ static int64_t round_to(int64_t n, int64_t unit)
     return (n + unit - 1) / unit * unit;
 }
 
-// For the optimiser: norms that the products of the experts' gradients leave, if both of a block do.
+// For the optimiser: norms that the products of the experts' gradients leave, if both of a block
+// do.
 static int plan_norms(struct dit *d)
 {
     const int64_t R = d->options.batch * (int64_t)config_tokens(&d->config) * d->config.topk;
@@ -176,10 +177,10 @@ static int plan_model(struct dit *d)
     return d->options.train ? dit_backward(d) : 0;
 }
 
-// What is made again costs time and saves activations: little beside the parameters' state (weights,
-// moments, gradients and EMA) where that is far larger. On H200, percent of a step and of the activations:
-// LEAN_PASSES 3 and 33, LEAN_PRODUCTS 2 and 15. With recompute one block's activations are kept anyway,
-// and on CPU devices a pass over memory is dear.
+// What is made again costs time and saves activations: little beside the parameters' state
+// (weights, moments, gradients and EMA) where that is far larger. On H200, percent of a step and of
+// the activations: LEAN_PASSES 3 and 33, LEAN_PRODUCTS 2 and 15. With recompute one block's
+// activations are kept anyway, and on CPU devices a pass over memory is dear.
 static enum lean lean_for(const struct dit *d)
 {
     const struct config *c = &d->config;
@@ -265,7 +266,7 @@ void dit_free(struct dit *d)
     free(d);
 }
 
-// ---- parameters ----------------------------------------------------------------------------------------
+// ---- parameters ---------------------------------------------------------------------------------
 
 static int zero_class(struct dit *d, enum plan_class class)
 {
@@ -283,8 +284,8 @@ static bool is_product(const struct param *p)
     return p->ndim > 1 && !labels;
 }
 
-// Zeroes the gradients of one block, or of the rest (-1), that products do not write. (A rank without
-// images has products of experts only.)
+// Zeroes the gradients of one block, or of the rest (-1), that products do not write. (A rank
+// without images has products of experts only.)
 static int zero_gradients(struct dit *d, int block)
 {
     for (int i = 0; i < d->params.count; i++) {
@@ -347,7 +348,7 @@ int dit_init(struct dit *d, uint64_t seed)
     return d->options.ema ? dit_copy_ema(d) : 0;
 }
 
-// ---- the two passes --------------------------------------------------------------------------------------
+// ---- the two passes -----------------------------------------------------------------------------
 
 static int block_ready(struct dit *d, int layer)
 {
@@ -430,7 +431,7 @@ int dit_backward(struct dit *d)
     return 0;
 }
 
-// ---- what the host may look at -------------------------------------------------------------------------------
+// ---- what the host may look at ------------------------------------------------------------------
 
 int dit_read_experts(struct dit *d, int layer, int32_t *index)
 {

@@ -3,9 +3,9 @@
 // gradients. A dit owns its memory plan: nothing is allocated after dit_commit().
 //
 //     struct dit *d;
-//     dit_new(ctx, &config, &(struct dit_options){.batch = 64, .train = true}, &d);   // plans
-//     dit_commit(d); dit_init(d, seed);                                                // allocates
-//     dit_forward(d);  dit_backward(d);                                                 // as often as wanted
+//     dit_new(ctx, &config, &(struct dit_options){.batch = 64, .train = true}, &d); // plans
+//     dit_commit(d); dit_init(d, seed);                                             // allocates
+//     dit_forward(d);  dit_backward(d);                                             // often
 #ifndef DITMOE_DIT_H
 #define DITMOE_DIT_H
 
@@ -26,9 +26,9 @@ struct block_act {
     struct tensor fc1, act;                         // plain MLP: [M,4D] [M,4D]
     struct tensor out;                              // [M,D] of the MoE or MLP
 };
-// The backward pass writes gradients over what is no longer needed: d attn over attn, d out over out,
-// d gu over gu, d rows over y. So one forward serves one backward. What is made again (enum lean) lies
-// in struct block_grad.
+// The backward pass writes gradients over what is no longer needed: d attn over attn, d out over
+// out, d gu over gu, d rows over y. So one forward serves one backward. What is made again (enum
+// lean) lies in struct block_grad.
 
 // Kept per layer even when the block is recomputed: what logs and the parity door read.
 struct block_route {
@@ -65,9 +65,10 @@ struct final_act {
     struct tensor dh;
 };
 
-// What the backward pass makes again from what is kept anyway: nothing; what one pass over memory makes
-// (h1, h2, mid, qk, rows), or a product beside its work (hidden, and what y is kept for); a product of
-// its own too (the shared expert's g | u). Each is used where it saves much of the whole: see dit_new().
+// What the backward pass makes again from what is kept anyway: nothing; what one pass over memory
+// makes (h1, h2, mid, qk, rows), or a product beside its work (hidden, and what y is kept for); a
+// product of its own too (the shared expert's g | u). Each is used where it saves much of the
+// whole: see dit_new().
 enum lean { LEAN_NOTHING, LEAN_PASSES, LEAN_PRODUCTS };
 
 struct dit_options {
@@ -80,16 +81,19 @@ struct dit_options {
                     // each forward pass by itself); see dit_condition
     enum lean lean; // at least so much is made again, on devices that have little memory for their speed
     bool recompute; // keep only each block's input; run its forward again in the backward pass
-    // A block's gradients live only until this is called, at the end of its backward pass (NULL: all
-    // gradients stay). They must then start from zero by themselves, so: one backward pass a step.
+    // A block's gradients live only until this is called, at the end of its backward pass (NULL:
+    // all gradients stay). They must then start from zero by themselves, so: one backward pass a
+    // step.
     int (*block_done)(void *user, int layer);
-    // Not NULL: called when the gradients of a block are complete (on the stream), and for the rest, -1.
+    // Not NULL: called when the gradients of a block are complete (on the stream), and for the
+    // rest, -1.
     int (*block_ready)(void *user, int layer);
     void *user;
     const struct dit_ranks *ranks; // the model is spread over these (moe_exchange.h); NULL: one rank.
                                    // `batch` is this rank's, and may then be 0
-    // With train: every dit_backward comes after a dit_zero_gradients of its own. So gradients are there
-    // from their block's backward pass to the next forward pass only, and lie where activations were.
+    // With train: every dit_backward comes after a dit_zero_gradients of its own. So gradients are
+    // there from their block's backward pass to the next forward pass only, and lie where
+    // activations were.
     bool one_backward;
     bool as_ranks; // lean as ranks are, which is alike for every batch
     uint64_t limit; // bytes of device memory to plan with; 0: what the device has
@@ -127,8 +131,8 @@ struct dit {
     struct final_act final;
 };
 
-// Plans a model on ctx's device: sets every shape, lays memory out, allocates nothing. The caller may
-// declare tensors of its own in (*out)->plan before dit_layout().
+// Plans a model on ctx's device: sets every shape, lays memory out, allocates nothing. The caller
+// may declare tensors of its own in (*out)->plan before dit_layout().
 int dit_new(struct device *dev, struct stream *stream, const struct config *c,
             const struct dit_options *options, struct dit **out);
 int dit_layout(struct dit *d); // ERR_NOMEM: does not fit; plan_print(d->plan) says what is needed
@@ -138,24 +142,28 @@ void dit_free(struct dit *d);
 int dit_init(struct dit *d, uint64_t seed); // weights (and EMA = weights, moments = 0) as published
 int dit_copy_ema(struct dit *d);            // EMA = weights
 
-// input, t, labels -> output. With options.ahead: input and the modulations of dit_use_step -> output.
+// input, t, labels -> output. With options.ahead: input and the modulations of dit_use_step ->
+// output.
 int dit_forward(struct dit *d);
-// With options.ahead: t, labels -> modulations of `ahead` steps; and those of step `at` for what follows.
+// With options.ahead: t, labels -> modulations of `ahead` steps; and those of step `at` for what
+// follows.
 int dit_condition(struct dit *d);
 int dit_use_step(struct dit *d, int at);
 // doutput -> gradients, added to d->g. After a dit_forward with the same input.
 int dit_backward(struct dit *d);
-// Before the first dit_backward of a step: gradients start from zero. Those of weight matrices are not
-// touched but written by the next backward pass; it ends with the gradients as if all had been zeroed.
+// Before the first dit_backward of a step: gradients start from zero. Those of weight matrices are
+// not touched but written by the next backward pass; it ends with the gradients as if all had been
+// zeroed.
 int dit_zero_gradients(struct dit *d);
 
-// Host copies for the parity door and for logs: sizes [N*T*K] and [E] (tokens that each expert got).
+// Host copies for the parity door and for logs: sizes [N*T*K] and [E] (tokens that each expert
+// got).
 int dit_read_experts(struct dit *d, int layer, int32_t *index);
 int dit_read_load(struct dit *d, int layer, int32_t *load);
 // Balance loss of a layer in the last training forward (alpha included).
 int dit_read_balance(struct dit *d, int layer, double *loss);
 
-// ---- layers (each in its own file) -------------------------------------------------------------------
+// ---- layers (each in its own file) --------------------------------------------------------------
 
 int embed_plan(struct dit *d);
 int embed_forward(struct dit *d);     // input -> x[0]
@@ -163,14 +171,14 @@ int condition_forward(struct dit *d); // t, labels -> embed.mods
 int embed_backward(struct dit *d);    // dx, dmod -> gradients
 
 // Blocks meet at a residual sum followed by the next LayerNorm, which are one operation: so a block
-// begins at its h1 and ends at the next block's h1 (the last: at the head's h); backward, it begins at
-// d out and ends at the d out of the block below. `h1` of the first block is block_enter's.
+// begins at its h1 and ends at the next block's h1 (the last: at the head's h); backward, it begins
+// at d out and ends at the d out of the block below. `h1` of the first block is block_enter's.
 int block_plan(struct dit *d, int layer);
 int block_enter(struct dit *d, int layer);    // x[layer] -> h1
 int block_forward(struct dit *d, int layer);  // h1 -> x[layer+1], the next h1
 int block_backward(struct dit *d, int layer); // dx, out (now d out) -> dx, d out of layer-1
-// dx, d of the LayerNorm that follows block `layer` -> dx, d out (the residual step in reverse): from
-// dh with y, stats of that LayerNorm and its shift in column `shift` (scale next to it).
+// dx, d of the LayerNorm that follows block `layer` -> dx, d out (the residual step in reverse):
+// from dh with y, stats of that LayerNorm and its shift in column `shift` (scale next to it).
 int block_leave_backward(struct dit *d, int layer, struct tensor *dh, const struct tensor *y,
                          const struct tensor *stats, int shift);
 
@@ -182,9 +190,9 @@ int attention_backward(struct dit *d, int layer); // attn (now d attn) -> grad.d
 // shared expert: with the router's part).
 int moe_forward(struct dit *d, int layer);  // h2 -> y, shared; router.logits is there already
 int moe_backward(struct dit *d, int layer); // out (now d out) -> grad.dh, y, grad.dlogits
-// Experts of the kind EXPERT_GELU over `rows`, sorted by expert (experts_gelu.c). pre [R,F] may be hidden
-// [R,F] where no backward pass follows. That takes d y in y and leaves d rows there; dhidden [R,F] is
-// scratch.
+// Experts of the kind EXPERT_GELU over `rows`, sorted by expert (experts_gelu.c). pre [R,F] may be
+// hidden [R,F] where no backward pass follows. That takes d y in y and leaves d rows there; dhidden
+// [R,F] is scratch.
 struct expert_rows {
     struct tensor *rows, *pre, *hidden, *y;
     const struct tensor *offsets;
@@ -197,25 +205,26 @@ int gelu_experts_backward(struct context *c, struct block_weights *g,
 int mlp_forward(struct dit *d, int layer);  // h2 -> out of a plain block
 int mlp_backward(struct dit *d, int layer); // out (now d out) -> grad.dh (d h2)
 
-// Declares packed copies of the weights (packed.c), if the plan, laid out before, has room for them.
+// Declares packed copies of the weights (packed.c), if the plan, laid out before, has room for
+// them.
 int packed_plan(struct dit *d);
 
 int final_plan(struct dit *d);
 int final_forward(struct dit *d);
 int final_backward(struct dit *d);
 
-// ---- times of the dry pass ---------------------------------------------------------------------------
+// ---- times of the dry pass ----------------------------------------------------------------------
 
-// Block l's forward, its backward; the embedding is block -1, the head block L. Phases within a block
-// let its tensors share bytes: forward 0 qkv, 1 attention, 2 projection and router, 3 gate and up,
-// 4 down, 5 combine; backward 0 gate, 1 down, 2 gate and up, 3 shared and router, 4 projection,
-// 5 attention, 6 qkv, 7 modulation.
+// Block l's forward, its backward; the embedding is block -1, the head block L. Phases within a
+// block let its tensors share bytes: forward 0 qkv, 1 attention, 2 projection and router, 3 gate
+// and up, 4 down, 5 combine; backward 0 gate, 1 down, 2 gate and up, 3 shared and router, 4
+// projection, 5 attention, 6 qkv, 7 modulation.
 enum { PHASES = 8, NEVER = -1 };
 int time_forward(const struct dit *d, int layer, int phase);
 int time_backward(const struct dit *d, int layer, int phase);
 
-// Declares an activation that lives from forward phase `from` to `to` of its block, or, when training,
-// to backward phase `back` (NEVER: not needed there).
+// Declares an activation that lives from forward phase `from` to `to` of its block, or, when
+// training, to backward phase `back` (NEVER: not needed there).
 int plan_activation(struct dit *d, int layer, const char *name, enum dtype type, int from, int to,
                     int back, struct tensor *t, int ndim, const int64_t *shape);
 #define ACTIVATION(d, layer, name, type, from, to, back, t, ...)                                   \
@@ -230,8 +239,8 @@ static inline int dit_column(const struct dit *d, int layer, enum modulation whi
 }
 
 // The residual stream before block `layer` as the forward pass reads and writes it: in two halves
-// (struct tensor) where the device's operations take them. Forward and recomputation only: otherwise
-// the low half does not live until the backward pass, which reads x alone.
+// (struct tensor) where the device's operations take them. Forward and recomputation only:
+// otherwise the low half does not live until the backward pass, which reads x alone.
 static inline struct tensor dit_stream(struct dit *d, int layer)
 {
     struct tensor x = d->x[layer];

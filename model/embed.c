@@ -1,7 +1,7 @@
 // Patch, timestep and label embedding; and c, the conditioning that every block's adaLN reads.
 //   x[0] = patches W^T + b + pos          cond = MLP(sincos(t)) + labels[y]         cs = silu(cond)
-//   mods = cs W^T + b: the modulations of all layers, one product. They depend on t and y alone, so a
-//   sampler computes those of several steps at once (dit_options.ahead).
+//   mods = cs W^T + b: the modulations of all layers, one product. They depend on t and y alone, so
+//   a sampler computes those of several steps at once (dit_options.ahead).
 #include "model/dit.h"
 
 static int plan_condition(struct dit *d)

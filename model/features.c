@@ -144,7 +144,8 @@ static int add_features(struct walk *w, int count)
     return w->o->progress ? w->o->progress(w->o->user, w->done, w->total) : 0;
 }
 
-// While the device works on a batch, the next is read and the features of the one before are summed.
+// While the device works on a batch, the next is read and the features of the one before are
+// summed.
 static int walk_images(struct walk *w)
 {
     read_batch(&w->batch);

@@ -21,8 +21,8 @@ struct feature_options {
     void *user;
 };
 
-// Files are read ahead in other threads while the device works; what memory is needed does not depend
-// on the number of images, but for rows that are kept.
+// Files are read ahead in other threads while the device works; what memory is needed does not
+// depend on the number of images, but for rows that are kept.
 int features_of_images(struct inception *n, struct image_source *s, const struct feature_options *o,
                        struct features *out);
 // Statistics from arrays mu, sigma and, where they are, mu_s, sigma_s.

@@ -192,8 +192,8 @@ static const double *colour(int i)
     return colours[i % 6];
 }
 
-// A running mean of about `smooth` points around each. Near the ends, and at the start, where a loss
-// falls fast, fewer: the line neither lags nor cuts the corner.
+// A running mean of about `smooth` points around each. Near the ends, and at the start, where a
+// loss falls fast, fewer: the line neither lags nor cuts the corner.
 static double *smoothed(const struct figure_curve *curve)
 {
     const int count = curve->count, widest = (int)(curve->smooth / 2);

@@ -33,15 +33,15 @@ int moments_finish(struct moments *m, struct gaussian *out);
 
 // ---- distance -----------------------------------------------------------------------------------
 
-// The trace of the root is the sum of the roots of the eigenvalues of R S2 R, where R = S1^1/2: real
-// and not negative whatever the ranks, so that singular covariances need no term on their diagonals.
-// Its error for singular ones is that of R's small eigenvalues, which are left out.
+// The trace of the root is the sum of the roots of the eigenvalues of R S2 R, where R = S1^1/2:
+// real and not negative whatever the ranks, so that singular covariances need no term on their
+// diagonals. Its error for singular ones is that of R's small eigenvalues, which are left out.
 int frechet_distance(const struct gaussian *a, const struct gaussian *b, double *out);
 
 // ---- statistics files ---------------------------------------------------------------------------
 
-// Arrays `mean` [D] and `covariance` [D,D] of an .npz: "mu", "sigma" as pytorch-fid and ADM have them
-// (ADM's of the spatial features: "mu_s", "sigma_s"). `dim`: what D must be.
+// Arrays `mean` [D] and `covariance` [D,D] of an .npz: "mu", "sigma" as pytorch-fid and ADM have
+// them (ADM's of the spatial features: "mu_s", "sigma_s"). `dim`: what D must be.
 int gaussian_read(struct npz *z, const char *mean, const char *covariance, int dim,
                   struct gaussian *out);
 // Writes such arrays.

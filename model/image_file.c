@@ -217,8 +217,8 @@ static void cmyk_to_rgb(const uint8_t *in, uint8_t *out, int width, bool inverte
     }
 }
 
-// Huffman codes take a bit or more for each 8x8 block of the finest component; arithmetic coding, which
-// hardly anyone uses, can do with less.
+// Huffman codes take a bit or more for each 8x8 block of the finest component; arithmetic coding,
+// which hardly anyone uses, can do with less.
 static int jpeg_check_size(const struct jpeg_reader *r)
 {
     const uint64_t across = (r->jpeg.image_width + 7) / 8, down = (r->jpeg.image_height + 7) / 8;

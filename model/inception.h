@@ -1,10 +1,11 @@
-// Inception v3 (Szegedy et al. 2016) with the weights and the departures of the FID world: the network
-// of inception-2015-12-05 in the names of torchvision, as pytorch-fid distributes it. Averages leave
-// out padding, and the last block takes maxima where the paper has averages. Widths follow the file.
+// Inception v3 (Szegedy et al. 2016) with the weights and the departures of the FID world: the
+// network of inception-2015-12-05 in the names of torchvision, as pytorch-fid distributes it.
+// Averages leave out padding, and the last block takes maxima where the paper has averages. Widths
+// follow the file.
 //
 // Of each image: pool, the mean of the last block (2048, what FID is of); spatial, the first 7
-// channels of the 1x1 branch of Mixed_6d at its 17 x 17 pixels (2023 in the order y, x, channel; what
-// sFID is of, "mixed_6/conv" in the original graph); and logits, pool times the class weights
+// channels of the 1x1 branch of Mixed_6d at its 17 x 17 pixels (2023 in the order y, x, channel;
+// what sFID is of, "mixed_6/conv" in the original graph); and logits, pool times the class weights
 // without their bias (what the Inception Score of ADM's evaluator is of).
 #ifndef DITMOE_INCEPTION_H
 #define DITMOE_INCEPTION_H
@@ -45,8 +46,8 @@ struct inception {
 };
 
 // Plans, allocates and loads the network of an open file. A missing tensor or a shape that does not
-// fit is ERR_INPUT naming it. Without a file: the published widths and random weights, to measure with.
-// `limit`: device memory to plan with, 0: all.
+// fit is ERR_INPUT naming it. Without a file: the published widths and random weights, to measure
+// with. `limit`: device memory to plan with, 0: all.
 int inception_new(struct device *dev, struct stream *stream, const struct safetensors *file,
                   int batch, enum inception_input input, uint64_t limit, struct inception **out);
 void inception_free(struct inception *n); // NULL is allowed
@@ -59,7 +60,8 @@ int inception_run(struct inception *n);
 double inception_flops(const struct inception *n); // of a run: those of the convolutions
 int inception_read(struct inception *n, int count, float *pool, float *spatial, float *logits);
 
-// The most bytes that an image takes on the device: of larger ones only the pixels that count go there.
+// The most bytes that an image takes on the device: of larger ones only the pixels that count go
+// there.
 enum { INCEPTION_IMAGE_BYTES = 4 * INCEPTION_SIDE * INCEPTION_SIDE * 3 };
 
 // ---- for inception.c alone ----------------------------------------------------------------------

@@ -1,7 +1,8 @@
-// The configuration of a model from the names and shapes of its tensors, for files that do not say it
-// themselves: published DiT-MoE weights of both attention layouts, and plain DiT. Shapes do not tell
-// the number of heads (unless q and k are normalised), of active experts, and the kind of diffusion:
-// those come from who asks, from the table of published sizes, or are the published habit.
+// The configuration of a model from the names and shapes of its tensors, for files that do not say
+// it themselves: published DiT-MoE weights of both attention layouts, and plain DiT. Shapes do not
+// tell the number of heads (unless q and k are normalised), of active experts, and the kind of
+// diffusion: those come from who asks, from the table of published sizes, or are the published
+// habit.
 #ifndef DITMOE_INFER_H
 #define DITMOE_INFER_H
 
@@ -27,8 +28,8 @@ struct config_sources {
 };
 const char *config_source_name(enum config_source s); // "shapes", ...
 
-// `prefix` is that of the tensors' names: "" or "ema.". ERR_INPUT says what is missing, or which option
-// must say what cannot be told.
+// `prefix` is that of the tensors' names: "" or "ema.". ERR_INPUT says what is missing, or which
+// option must say what cannot be told.
 int config_infer(const struct safetensors *s, const char *prefix, const struct config_hints *hints,
                  struct config *out, struct config_sources *sources);
 

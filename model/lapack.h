@@ -15,8 +15,8 @@ int lapack_open(void);
 void lapack_syrk(int n, int k, const double *a, double *c);
 // c[m,n] = op(a) b: a is [m,k], or [k,m] where it is to be transposed; b [k,n].
 void lapack_gemm(int m, int n, int k, int transpose, const double *a, const double *b, double *c);
-// Eigenvalues of the symmetric a[n,n], ascending; with `vectors` a becomes the eigenvectors, a column
-// each, else it is scratch.
+// Eigenvalues of the symmetric a[n,n], ascending; with `vectors` a becomes the eigenvectors, a
+// column each, else it is scratch.
 int lapack_eigen(int n, int vectors, double *a, double *values);
 
 #endif

@@ -30,8 +30,8 @@ int64_t latents_shards(const struct latents_info *info);
 // ---- writing ------------------------------------------------------------------------------------
 
 // Makes the directory, or finds there an interrupted encoding of the very same set; ERR_INPUT where
-// there is another, or other files. *complete: there is nothing left to do. Locked until the returned
-// descriptor is closed, against a second writer.
+// there is another, or other files. *complete: there is nothing left to do. Locked until the
+// returned descriptor is closed, against a second writer.
 int latents_begin(const char *directory, const struct latents_info *info, bool *complete,
                   int *lock);
 // Whether shard number `shard` is there, whole and of this set. A damaged one is written again.
@@ -57,8 +57,8 @@ void latents_close(struct latents *l); // NULL is allowed
 const struct latents_info *latents_info(const struct latents *l);
 
 int latents_label(const struct latents *l, int64_t i);
-// Image i, or its mirror image, as a diffusion model has it: [L, side, side]. noise: as many standard
-// normal numbers, or NULL for the mean. Any thread, at the same time.
+// Image i, or its mirror image, as a diffusion model has it: [L, side, side]. noise: as many
+// standard normal numbers, or NULL for the mean. Any thread, at the same time.
 int latents_sample(const struct latents *l, int64_t i, bool flip, const float *noise, float *out);
 
 #endif

@@ -1,6 +1,6 @@
-// Improved precision and recall (Kynkaanniemi et al. 2019) as ADM's evaluator has them: the manifold
-// of a set is the union of balls around its features that reach to the third nearest other one.
-// Precision is the share of samples within the reference's manifold, recall the reverse.
+// Improved precision and recall (Kynkaanniemi et al. 2019) as ADM's evaluator has them: the
+// manifold of a set is the union of balls around its features that reach to the third nearest other
+// one. Precision is the share of samples within the reference's manifold, recall the reverse.
 //
 // Distances are products of blocks on the device in f32. (ADM's evaluator rounds them to float16
 // where none overflows, which moves both figures a little: docs/evaluation.md.)

@@ -31,8 +31,8 @@ static int shared_forward(struct dit *d, int layer)
     return op_linear(c, &a->shared, &a->shared_hidden, &w->shared_down, NULL);
 }
 
-// The experts are spread over ranks; while rows travel, the device computes the shared expert. A rank
-// without images has no rows, but may have experts.
+// The experts are spread over ranks; while rows travel, the device computes the shared expert. A
+// rank without images has no rows, but may have experts.
 static int spread_forward(struct dit *d, int layer)
 {
     struct block_act *a = dit_act(d, layer);
@@ -119,8 +119,8 @@ static int shared_backward(struct dit *d, int layer)
     return op_linear_dx(c, &s->dh, gu, &w->shared_gu, false);
 }
 
-// The router's gradient comes from the gate weights and from the balance loss, which is of all ranks'
-// tokens.
+// The router's gradient comes from the gate weights and from the balance loss, which is of all
+// ranks' tokens.
 static int router_backward(struct dit *d, int layer)
 {
     struct context *c = &d->ctx;

@@ -183,8 +183,8 @@ static int64_t largest_room(const struct moe_exchange *m, const struct dit *d, i
     return most;
 }
 
-// Host memory for rows on their way: room for the layer with the most. Made at the first exchange, which
-// all ranks reach.
+// Host memory for rows on their way: room for the layer with the most. Made at the first exchange,
+// which all ranks reach.
 static int open_windows(struct dit *d)
 {
     struct moe_exchange *m = d->moe;
@@ -196,8 +196,8 @@ static int open_windows(struct dit *d)
     return window_open(m->exchange, c->dev, c->stream, m->in_bytes, &m->in);
 }
 
-// The shared expert's work comes between sending rows and the experts' work on them, in the backward
-// pass too: what is kept for that, and its scratch, lives through phases 0 to 4 there.
+// The shared expert's work comes between sending rows and the experts' work on them, in the
+// backward pass too: what is kept for that, and its scratch, lives through phases 0 to 4 there.
 static int plan_backward(struct dit *d, int layer)
 {
     struct layer *y = &d->moe->layers[layer];
@@ -408,8 +408,8 @@ static int depart_straight(struct dit *d, const struct end *from, const struct e
     return roads_end(m->roads, LANE_ROWS);
 }
 
-// Begins to send what lies at `from` to other ranks and expects what comes to `to`. What does not go
-// straight is copied to the host's memory beside what the device is given next.
+// Begins to send what lies at `from` to other ranks and expects what comes to `to`. What does not
+// go straight is copied to the host's memory beside what the device is given next.
 static int depart(struct dit *d, const struct end *from, const struct end *to)
 {
     struct moe_exchange *m = d->moe;
@@ -435,9 +435,10 @@ static int depart(struct dit *d, const struct end *from, const struct end *to)
     return 0;
 }
 
-// What depart() copied is there: sends it, or says so. Every rank that sees this one's windows meets it here in
-// every journey, also with no rows for it. So a window is free again when its next turn comes: between its
-// two turns lies a journey the other way, of which nobody speaks before his device has done with this one.
+// What depart() copied is there: sends it, or says so. Every rank that sees this one's windows
+// meets it here in every journey, also with no rows for it. So a window is free again when its next
+// turn comes: between its two turns lies a journey the other way, of which nobody speaks before his
+// device has done with this one.
 static int send_off(struct moe_exchange *m, const struct end *from, size_t row)
 {
     if (!m->by_host)
@@ -530,8 +531,9 @@ static struct tensor *if_planned(struct tensor *t)
     return t->ndim ? t : NULL;
 }
 
-// Rows of the pass; all there is room for where only memory is planned. On GPUs in sixteenths of that, the
-// last ones without meaning: products that are chosen by their shape then meet few of them.
+// Rows of the pass; all there is room for where only memory is planned. On GPUs in sixteenths of
+// that, the last ones without meaning: products that are chosen by their shape then meet few of
+// them.
 static int64_t rows_now(const struct dit *d, int layer)
 {
     const struct layer *y = &d->moe->layers[layer];

@@ -83,8 +83,8 @@ bool npz_has(const struct npz *z, const char *name)
 
 // ---- the header of an array ---------------------------------------------------------------------
 //
-// {'descr': '<f4', 'fortran_order': False, 'shape': (50000, 2048), }: a Python literal, of which the
-// part is read that such headers use.
+// {'descr': '<f4', 'fortran_order': False, 'shape': (50000, 2048), }: a Python literal, of which
+// the part is read that such headers use.
 
 struct text {
     const char *at, *end;

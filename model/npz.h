@@ -42,8 +42,8 @@ void npz_read_close(struct npz_reader *r); // NULL is allowed
 
 // ---- writing ------------------------------------------------------------------------------------
 
-// Starts an array in an archive (model/zip_write.h); zip_write() then brings its elements, little-endian
-// and row by row.
+// Starts an array in an archive (model/zip_write.h); zip_write() then brings its elements,
+// little-endian and row by row.
 int npz_write_begin(struct zip_writer *z, const char *name, enum st_dtype dtype, int ndim,
                     const int64_t *shape);
 

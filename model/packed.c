@@ -1,5 +1,6 @@
 // Packed copies of the weights, for models whose weights stay as they are from one forward pass to
-// the next: products on CPU devices read B in panels, and packing it anew costs a part of every step.
+// the next: products on CPU devices read B in panels, and packing it anew costs a part of every
+// step.
 #include "model/dit.h"
 
 #include <stdlib.h>

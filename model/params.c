@@ -296,7 +296,7 @@ const struct param *params_find(const struct params *p, const char *name)
     return NULL;
 }
 
-// ---- device tensors ------------------------------------------------------------------------------------
+// ---- device tensors -----------------------------------------------------------------------------
 
 static struct tensor *member_of(struct weights *w, int block, size_t member)
 {
@@ -387,7 +387,7 @@ void weights_free(struct weights *w)
     w->blocks = NULL;
 }
 
-// ---- host transfers ------------------------------------------------------------------------------------
+// ---- host transfers -----------------------------------------------------------------------------
 
 static int write_at(struct context *c, const struct tensor *t, int64_t start, const void *host,
                     int64_t count)
@@ -488,10 +488,10 @@ int weight_copy(struct context *c, struct tensor *to, const struct tensor *from)
     return to->dtype == F32 ? op_widen(c, to, from, from->low) : op_round(c, to, NULL, from);
 }
 
-// ---- initial values --------------------------------------------------------------------------------------
+// ---- initial values -----------------------------------------------------------------------------
 
-// 2-D sin-cos table (He et al. 2022, appendix; as in DiT): the first half of the features encodes the
-// column, the second the row; each half is sin then cos of position * 10000^(-i/(D/4)).
+// 2-D sin-cos table (He et al. 2022, appendix; as in DiT): the first half of the features encodes
+// the column, the second the row; each half is sin then cos of position * 10000^(-i/(D/4)).
 static void init_position(const struct param *p, float *host)
 {
     const int64_t T = p->shape[1], D = p->shape[2], quarter = D / 4;

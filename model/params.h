@@ -2,8 +2,8 @@
 // place in the device tensors; and the struct of device tensors that weights, gradients, both Adam
 // moments and the EMA share.
 //
-// Experts of a layer lie one after the other in one tensor, gate and up projection together, so that
-// a layer's experts are one ragged matrix product; the published names are slices of it.
+// Experts of a layer lie one after the other in one tensor, gate and up projection together, so
+// that a layer's experts are one ragged matrix product; the published names are slices of it.
 #ifndef DITMOE_PARAMS_H
 #define DITMOE_PARAMS_H
 
@@ -15,7 +15,8 @@ struct block_weights {
     struct tensor qkv_w, qkv_b, proj_w, proj_b;   // [3D,D] [3D] [D,D] [D]
     struct tensor q_norm_w, q_norm_b, k_norm_w, k_norm_b; // [D/H] each, with qk_norm
     struct tensor gate_w;                         // [E,D] router
-    // [E,2F,D] (gate rows, then up rows), [E,D,F]; GELU experts: fc1 [E,F,D], fc2 [E,D,F] and biases
+    // [E,2F,D] (gate rows, then up rows), [E,D,F]; GELU experts: fc1 [E,F,D], fc2 [E,D,F] and
+    // biases
     struct tensor experts_gu, experts_down;
     struct tensor experts_fc1_b, experts_fc2_b;   // [E*F] [E*D], GELU experts only
     struct tensor shared_gu, shared_down;         // [2Fs,D], [D,Fs], Fs = shared*D
@@ -27,8 +28,8 @@ struct weights {
     struct tensor patch_w, patch_b;               // [D,C*p*p] [D]
     struct tensor t0_w, t0_b, t2_w, t2_b;         // [D,256] [D] [D,D] [D]
     struct tensor labels;                         // [classes+1,D]
-    // All adaLN modulations, one product: W = (6L+2)D rows, for each block shift, scale, gate of the
-    // attention, then of the MoE; then shift and scale of the head.
+    // All adaLN modulations, one product: W = (6L+2)D rows, for each block shift, scale, gate of
+    // the attention, then of the MoE; then shift and scale of the head.
     struct tensor ada_w, ada_b;                   // [W,D] [W]
     struct tensor final_w, final_b;               // [p*p*Co,D] [p*p*Co]
     struct block_weights *blocks;                 // [L]
@@ -82,16 +83,16 @@ struct tensor *param_tensor(struct weights *w, const struct param *p);
 // Declares one copy of all parameters (class WEIGHTS, GRADIENTS, ...). `frozen` ones are declared
 // (as PLAN_INPUT) only with PLAN_WEIGHTS. Those that products read come first in every class.
 int weights_plan(struct weights *w, const struct params *p, struct plan *plan, enum plan_class class);
-// Gradients that live only from .first to .last of their lives' entry: a block's of lives[block], those
-// of ada_w of lives[layers], the others of lives[layers + 1].
+// Gradients that live only from .first to .last of their lives' entry: a block's of lives[block],
+// those of ada_w of lives[layers], the others of lives[layers + 1].
 struct block_life {
     int first, last;
 };
 int weights_plan_passing(struct weights *w, const struct params *p, struct plan *plan,
                          enum plan_class class, const struct block_life *lives);
-// The weights on a device that wants them as bf16 for products: those are PLAN_HALF, the others, the
-// router's among them (its logits are f32), PLAN_WEIGHTS. With `low`, which training wants, their low
-// halves are declared in it as PLAN_LOW.
+// The weights on a device that wants them as bf16 for products: those are PLAN_HALF, the others,
+// the router's among them (its logits are f32), PLAN_WEIGHTS. With `low`, which training wants,
+// their low halves are declared in it as PLAN_LOW.
 int weights_plan_half(struct weights *w, struct weights *low, const struct params *p,
                       struct plan *plan);
 void weights_free(struct weights *w); // the block array; memory belongs to the plan
@@ -101,8 +102,8 @@ void weights_free(struct weights *w); // the block array; memory belongs to the 
 int param_write(struct context *c, struct weights *w, const struct param *p, const float *host);
 int param_read(struct context *c, struct weights *w, const struct param *p, float *host);
 
-// A whole device tensor from another of the same shape, each f32, bf16 or bf16 with its low half; not
-// from f32 to a pair.
+// A whole device tensor from another of the same shape, each f32, bf16 or bf16 with its low half;
+// not from f32 to a pair.
 int weight_copy(struct context *c, struct tensor *to, const struct tensor *from);
 
 // Initial values as published, a pure function of (seed, parameter).

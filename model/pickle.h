@@ -1,8 +1,8 @@
 // Python pickles as torch.save writes them, read without executing anything. The reader knows the
 // opcodes and the few globals that tensors, OrderedDicts, numpy scalars and argparse.Namespace
-// need, DeepSpeed's among them; any other is ERR_INPUT naming it. There is no recursion, and memory is
-// at most PICKLE_SLACK and PICKLE_FACTOR times the pickle's size: those of real models take 3 times
-// it, and one that takes more is refused.
+// need, DeepSpeed's among them; any other is ERR_INPUT naming it. There is no recursion, and memory
+// is at most PICKLE_SLACK and PICKLE_FACTOR times the pickle's size: those of real models take 3
+// times it, and one that takes more is refused.
 #ifndef DITMOE_PICKLE_H
 #define DITMOE_PICKLE_H
 
@@ -58,7 +58,8 @@ int pickle_read(const uint8_t *data, size_t size, struct pickle **out, size_t *u
 void pickle_free(struct pickle *p);
 const struct pickle_value *pickle_root(const struct pickle *p);
 
-// Every storage that the pickle names, in its order; one that tensors share may come more than once.
+// Every storage that the pickle names, in its order; one that tensors share may come more than
+// once.
 const struct pickle_value *const *pickle_storages(const struct pickle *p, size_t *count);
 
 // The value of a text key (the last one given), or NULL; NULL too when `dict` is no dict.

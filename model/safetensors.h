@@ -46,9 +46,9 @@ struct st_tensor {
     uint64_t bytes;   // count * st_dtype_size()
     uint64_t offset;  // from the start of the data
     const void *data; // in the mapped file; may be unaligned: copy, do not cast
-    // Of other formats only: elements not row-major from `data` on but `stride` elements apart; or in
-    // pieces, one after the other, of several files (then data is NULL); and the name of a type that
-    // cannot be read (then bytes is 0).
+    // Of other formats only: elements not row-major from `data` on but `stride` elements apart; or
+    // in pieces, one after the other, of several files (then data is NULL); and the name of a type
+    // that cannot be read (then bytes is 0).
     bool strided;
     int64_t stride[ST_DIMS];
     const struct st_piece *pieces;
@@ -130,7 +130,8 @@ int safetensors_declare(struct safetensors_writer *w, const char *name, enum st_
 int safetensors_set_metadata(struct safetensors_writer *w, const char *key, const char *value);
 int safetensors_begin(struct safetensors_writer *w);
 int safetensors_write(struct safetensors_writer *w, const void *data, size_t bytes);
-// Values as F32, F16 or BF16, rounded to the nearest; F16 becomes its largest where they are too large.
+// Values as F32, F16 or BF16, rounded to the nearest; F16 becomes its largest where they are too
+// large.
 int safetensors_write_as(struct safetensors_writer *w, enum st_dtype dtype, const float *values,
                          int64_t count);
 int safetensors_commit(struct safetensors_writer *w);

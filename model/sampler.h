@@ -1,6 +1,6 @@
-// Sampling: from noise to images by one of the rules of model/schedule.h, for the family that the model
-// belongs to, with classifier-free guidance (v = v_null + s (v_class - v_null), Ho & Salimans 2022), in
-// batches of the planned size.
+// Sampling: from noise to images by one of the rules of model/schedule.h, for the family that the
+// model belongs to, with classifier-free guidance (v = v_null + s (v_class - v_null), Ho & Salimans
+// 2022), in batches of the planned size.
 #ifndef DITMOE_SAMPLER_H
 #define DITMOE_SAMPLER_H
 
@@ -50,8 +50,8 @@ struct sampler {
 // Called after each step of each batch; NULL: no one looks. Return < 0 to stop.
 typedef int (*sample_progress)(void *user, int done, int total);
 
-// As published: rectified flow by Euler, guided on all channels (0); DDPM by ancestral sampling, guided
-// on the first 3 of more channels.
+// As published: rectified flow by Euler, guided on all channels (0); DDPM by ancestral sampling,
+// guided on the first 3 of more channels.
 enum sampler_kind sampler_default(const struct config *c);
 int sampler_default_channels(const struct config *c);
 
@@ -67,16 +67,16 @@ int sampler_new(struct device *dev, struct stream *stream, const struct config *
                 const struct sample_options *o, struct sampler **out);
 void sampler_free(struct sampler *s);
 
-// Noise from elsewhere. Each may be NULL: image i then starts from normals (seed, RNG_SAMPLE stream i)
-// and takes those of (seed, RNG_STEP stream of pass and i), the same on every device and whatever the
-// batch size.
+// Noise from elsewhere. Each may be NULL: image i then starts from normals (seed, RNG_SAMPLE stream
+// i) and takes those of (seed, RNG_STEP stream of pass and i), the same on every device and
+// whatever the batch size.
 struct sample_noise {
     const float *start; // [count,C,S,S]
     const float *steps; // [passes,count,C,S,S] in the order of use; the last pass takes none
 };
 
-// Draws `count` images of the given classes (with ranks: on all of them together, into rank 0's) into
-// latents [count,C,S,S]. noise may be NULL.
+// Draws `count` images of the given classes (with ranks: on all of them together, into rank 0's)
+// into latents [count,C,S,S]. noise may be NULL.
 int sampler_run(struct sampler *s, int count, const int32_t *classes,
                 const struct sample_noise *noise, float *latents, sample_progress progress,
                 void *user);

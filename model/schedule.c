@@ -146,10 +146,10 @@ static double lambda(struct point p)
     return log(p.alpha / p.sigma);
 }
 
-// How far x0 is extrapolated: 1 / (2 r), r = the length in lambda of the step before over this one's.
-// Step 0 has no step before; where that began at infinity (rectified flow's t = 1), r is infinite;
-// the last step, infinitely long itself, ends at x0, of first order as everywhere in use: an
-// extrapolation over it has no limit.
+// How far x0 is extrapolated: 1 / (2 r), r = the length in lambda of the step before over this
+// one's. Step 0 has no step before; where that began at infinity (rectified flow's t = 1), r is
+// infinite; the last step, infinitely long itself, ends at x0, of first order as everywhere in use:
+// an extrapolation over it has no limit.
 static double extrapolation(const struct schedule *s, int step)
 {
     if (step == 0 || step == s->steps - 1)
@@ -159,8 +159,8 @@ static double extrapolation(const struct schedule *s, int step)
     return (lambda(point_at(s, step + 1)) - now) / (2 * before);
 }
 
-// z' = sigma'/sigma z + (alpha' - alpha sigma'/sigma) D, D = x0 + e (x0 - the x0 before); alpha' (1 -
-// exp(-h)) of the published form is written without its differences of infinities. x0 is kept.
+// z' = sigma'/sigma z + (alpha' - alpha sigma'/sigma) D, D = x0 + e (x0 - the x0 before); alpha' (1
+// - exp(-h)) of the published form is written without its differences of infinities. x0 is kept.
 static struct pass dpm_pass(const struct schedule *s, int step)
 {
     const struct point now = point_at(s, step), next = point_at(s, step + 1);

@@ -1,5 +1,5 @@
-// Reading sharded weights; see sharded.h. A shard's name comes from the index, so it must be a plain
-// name: nothing outside the index's directory is opened.
+// Reading sharded weights; see sharded.h. A shard's name comes from the index, so it must be a
+// plain name: nothing outside the index's directory is opened.
 #include "model/sharded.h"
 
 #include <jansson.h>

@@ -376,8 +376,8 @@ static int by_tensor_name(const void *a, const void *b)
     return strcmp(x->name, y->name);
 }
 
-// In our files an average whose every tensor is the model's own, in the same place, is none: one set of
-// weights is there under both names (model/weights_writer.h).
+// In our files an average whose every tensor is the model's own, in the same place, is none: one
+// set of weights is there under both names (model/weights_writer.h).
 static void drop_copies(struct chosen *c, int averages)
 {
     struct st_tensor *model = c->tensors + averages;

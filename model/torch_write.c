@@ -1,6 +1,6 @@
 // Writing .pt files; see weights_writer.h. The pickle is that of torch.save: a dict of dicts of
-//   torch._utils._rebuild_tensor_v2(('storage', torch.FloatStorage, KEY, 'cpu', ELEMENTS), 0, SIZES,
-//                                   STRIDES, False, OrderedDict())
+//   torch._utils._rebuild_tensor_v2(('storage', torch.FloatStorage, KEY, 'cpu', ELEMENTS), 0,
+//                                   SIZES, STRIDES, False, OrderedDict())
 // and KEY names the archive's entry data/KEY.
 #include "model/torch_write.h"
 

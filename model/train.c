@@ -28,7 +28,7 @@ struct train_options train_defaults(void)
     };
 }
 
-// ---- random draws of a micro-step ----------------------------------------------------------------------
+// ---- random draws of a micro-step ---------------------------------------------------------------
 
 // Inverse of the standard normal distribution, by bisection: exact enough for f32, and it runs only
 // `batch` times a step.
@@ -75,7 +75,7 @@ static void drop_labels(const struct trainer *t, int64_t micro, const int32_t *l
     }
 }
 
-// ---- making a trainer ------------------------------------------------------------------------------------
+// ---- making a trainer ---------------------------------------------------------------------------
 
 static int plan_trainer(struct trainer *t)
 {
@@ -189,7 +189,7 @@ void trainer_free(struct trainer *t)
     free(t);
 }
 
-// ---- the step ------------------------------------------------------------------------------------------
+// ---- the step -----------------------------------------------------------------------------------
 
 // The images' t to the device: for the network, and what they mean for the loss.
 static int write_times(struct trainer *t, const float *time)
@@ -311,7 +311,7 @@ int trainer_loss(struct trainer *t, const float *x, const float *time, const int
     return code;
 }
 
-// ---- reports -------------------------------------------------------------------------------------------
+// ---- reports ------------------------------------------------------------------------------------
 
 // Entropy of a layer's load over ln E (1: even), and the largest load over the mean.
 static void load_statistics(const int32_t *load, int E, double *entropy, double *largest)

@@ -1,6 +1,7 @@
-// Training, by rectified flow (t = 1 is noise: x_t = (1-t) x + t e, v = e - x) or DDPM (model/ddpm.h;
-// t uniform in 0..999, the hybrid loss), as the configuration says: the step, without files or printing. One optimiser step = `accumulate` micro-batches of `batch` images, gradients
-// averaged over all of them, then one AdamW+EMA pass; nothing in it waits for the host.
+// Training, by rectified flow (t = 1 is noise: x_t = (1-t) x + t e, v = e - x) or DDPM
+// (model/ddpm.h; t uniform in 0..999, the hybrid loss), as the configuration says: the step,
+// without files or printing. One optimiser step = `accumulate` micro-batches of `batch` images,
+// gradients averaged over all of them, then one AdamW+EMA pass; nothing in it waits for the host.
 // Random numbers are functions of (seed, micro-step, image): nothing to save but the step.
 #ifndef DITMOE_TRAIN_H
 #define DITMOE_TRAIN_H
@@ -8,7 +9,8 @@
 #include "model/dit.h"
 #include "runtime/recording.h"
 
-// Rectified flow's distribution of t: sigmoid of a normal; uniform; sigmoid of a normal, one draw per 1/N quantile.
+// Rectified flow's distribution of t: sigmoid of a normal; uniform; sigmoid of a normal, one draw
+// per 1/N quantile.
 enum flow_time { TIME_LOGIT_NORMAL, TIME_UNIFORM, TIME_STRATIFIED };
 int flow_time_parse(const char *name, enum flow_time *out); // ERR_INPUT names the choices
 
@@ -66,8 +68,8 @@ int trainer_new(struct device *dev, struct stream *stream, const struct config *
 int trainer_commit(struct trainer *t); // allocates; then dit_init or checkpoint_load_training
 void trainer_free(struct trainer *t);
 
-// One micro-batch: this rank's images [N,C,S,S] in [-1,1], labels [N]. After `accumulate` calls the optimiser runs
-// and the step is complete (*done = true).
+// One micro-batch: this rank's images [N,C,S,S] in [-1,1], labels [N]. After `accumulate` calls the
+// optimiser runs and the step is complete (*done = true).
 int trainer_micro(struct trainer *t, const float *images, const int32_t *labels, bool *done);
 // Reads the last complete step's scalars; waits for the device.
 int trainer_report(struct trainer *t, struct train_report *out);

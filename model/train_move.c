@@ -10,7 +10,8 @@ static struct weights *part_of(struct dit *d, int i)
     return parts[i];
 }
 
-// Parameters of the network whose values a rank has: all with a place here, in each part that has them.
+// Parameters of the network whose values a rank has: all with a place here, in each part that has
+// them.
 static bool has(const struct param *p, int part)
 {
     return p->start != PARAM_ELSEWHERE && (part == 0 || !p->frozen);
@@ -62,8 +63,8 @@ static int first_holder(const struct placement *p, const struct param *q)
     return r;
 }
 
-// Sends an expert's values to who gets it and had it not, from its first holder; *values come in where
-// this rank is one of them.
+// Sends an expert's values to who gets it and had it not, from its first holder; *values come in
+// where this rank is one of them.
 static int travel(const struct placement *from, const struct dit_ranks *to, const struct param *p,
                   struct transfers *t, float **values)
 {

@@ -22,12 +22,12 @@ struct reduction {
     struct exchange *exchange;
     struct roads *roads;
     struct transfers *transfers;
-    // In the order of the backward pass: blocks descending, then the rest; of a block first what all ranks
-    // have, which is the same list on each, then experts that some have.
+    // In the order of the backward pass: blocks descending, then the rest; of a block first what
+    // all ranks have, which is the same list on each, then experts that some have.
     struct piece *pieces;
     int count, *holders; // the lists that pieces point into
-    // Pieces that are not straight. Where all ranks see each other's, each device adds them up from there;
-    // else MPI does, in it.
+    // Pieces that are not straight. Where all ranks see each other's, each device adds them up from
+    // there; else MPI does, in it.
     struct window *host;
     int begun, taken;        // pieces from here to there are being taken, and are not yet summed
     struct tensor sum, part; // [CHUNK], where devices add up
@@ -199,8 +199,8 @@ int reduction_block(void *trainer, int layer)
     return 0;
 }
 
-// Adds up [count] floats of a piece, from element `from`, on the device: what ranks hold, in their order, so
-// that every rank gets the same bits.
+// Adds up [count] floats of a piece, from element `from`, on the device: what ranks hold, in their
+// order, so that every rank gets the same bits.
 static int add_up(struct trainer *t, const struct piece *p, int64_t from, int64_t count)
 {
     struct reduction *r = t->reduction;
@@ -299,8 +299,8 @@ static int squares_of(struct trainer *t, const struct piece *p, double *sum)
     return code;
 }
 
-// The squares of those experts' gradients that another rank counts, in tensors that hold others too, to
-// be left out here.
+// The squares of those experts' gradients that another rank counts, in tensors that hold others
+// too, to be left out here.
 static int counted_twice(struct trainer *t, double *sum)
 {
     const struct reduction *r = t->reduction;

@@ -11,11 +11,11 @@ struct reduction;
 int reduction_new(struct trainer *t);
 void reduction_free(struct reduction *r);
 
-// dit_options.block_ready: sums what is shared of a block's gradients, or the rest's (-1), at the last
-// micro-batch of a step.
+// dit_options.block_ready: sums what is shared of a block's gradients, or the rest's (-1), at the
+// last micro-batch of a step.
 int reduction_block(void *trainer, int layer);
-// After the backward pass: waits for the sums; then the squared norm of all gradients, each expert's once, is
-// in t->control, and the mean loss of all images in t->mean.
+// After the backward pass: waits for the sums; then the squared norm of all gradients, each
+// expert's once, is in t->control, and the mean loss of all images in t->mean.
 int reduction_finish(struct trainer *t);
 
 // Noise of this rank's images: elements of the whole batch's noise, as one rank would draw them.

@@ -39,8 +39,8 @@ int upcycle_config(const struct checkpoint *from, const struct upcycle_options *
     return config_check(out);
 }
 
-// The dense model's name for a parameter of an expert, "blocks.3.moe.experts.5.fc1.weight"; false: the
-// parameter is none of an expert's.
+// The dense model's name for a parameter of an expert, "blocks.3.moe.experts.5.fc1.weight"; false:
+// the parameter is none of an expert's.
 static bool expert_source(const struct config *dense, const char *name, char out[WEIGHT_NAME])
 {
     int block, expert, end = 0;

@@ -1,13 +1,14 @@
-// A dense model becomes a mixture of experts that computes the same (Komatsuzaki et al. 2023, "Sparse
-// Upcycling"; DiT-MoE section 3.3): every expert is a copy of the block's MLP, the router is drawn from
-// N(0, 0.02), and training goes on from there.
+// A dense model becomes a mixture of experts that computes the same (Komatsuzaki et al. 2023,
+// "Sparse Upcycling"; DiT-MoE section 3.3): every expert is a copy of the block's MLP, the router
+// is drawn from N(0, 0.02), and training goes on from there.
 //
 //   plain DiT          -> experts are its GELU MLPs with biases (EXPERT_GELU)
 //   DiT-MoE, 1 expert  -> experts are copies of that one; its shared expert stays as it is
 //
-// The answer is the dense model's, to rounding: the weights of a token's experts are made to sum to 1
-// (config.renormalise; hence 2 active experts or more, as the weight of a single one is its probability),
-// and a shared expert that the dense model has not got starts with a down projection of zeros.
+// The answer is the dense model's, to rounding: the weights of a token's experts are made to sum to
+// 1 (config.renormalise; hence 2 active experts or more, as the weight of a single one is its
+// probability), and a shared expert that the dense model has not got starts with a down projection
+// of zeros.
 #ifndef DITMOE_UPCYCLE_H
 #define DITMOE_UPCYCLE_H
 

@@ -419,15 +419,16 @@ static int decode_whole(struct vae *v, const float *latents, int count, float *i
     return 0;
 }
 
-// Tiles as they were blended but before they are cut: the next ones are blended with what hangs over.
+// Tiles as they were blended but before they are cut: the next ones are blended with what hangs
+// over.
 struct mosaic {
     float *above, *left; // a tile for each column; the one to the left
     int64_t room;        // floats of a tile
     int64_t above_height, left_width;
 };
 
-// The first rows of `made` (`down`; else columns) become a mix with the last of `other`, which has the
-// same length the other way.
+// The first rows of `made` (`down`; else columns) become a mix with the last of `other`, which has
+// the same length the other way.
 static void blend(float *made, int64_t height, int64_t width, const float *other,
                   int64_t other_side, int planes, int64_t extent, bool down)
 {
@@ -447,8 +448,8 @@ static void blend(float *made, int64_t height, int64_t width, const float *other
             }
 }
 
-// The tile at (y, x), in latents, is in v->host_out: blends it, keeps it for the next, and copies what
-// is its own into the images.
+// The tile at (y, x), in latents, is in v->host_out: blends it, keeps it for the next, and copies
+// what is its own into the images.
 static void lay_tile(struct vae *v, struct mosaic *m, int y, int x, int planes, float *images)
 {
     const int f = v->file.factor;

@@ -7,8 +7,8 @@
 // TAESD's own taesd_encoder.pth and taesd_decoder.pth. Widths, depths and channels are read from
 // names and shapes.
 //
-// Latents here are the autoencoder's own; a diffusion model's are (latent - shift) * scale (0.18215 for
-// Stable Diffusion's).
+// Latents here are the autoencoder's own; a diffusion model's are (latent - shift) * scale (0.18215
+// for Stable Diffusion's).
 #ifndef DITMOE_VAE_H
 #define DITMOE_VAE_H
 
@@ -31,9 +31,9 @@ struct vae_file {
     char identity[17]; // 64 bits of a hash of names, shapes and values, in hexadecimal
 };
 
-// `path`: a file, or diffusers' directory of one (its config.json gives scale, shift and groups, else
-// they are Stable Diffusion's, or 1 and 0 for TAESD). ERR_INPUT names the first tensor that is missing
-// or has another shape.
+// `path`: a file, or diffusers' directory of one (its config.json gives scale, shift and groups,
+// else they are Stable Diffusion's, or 1 and 0 for TAESD). ERR_INPUT names the first tensor that is
+// missing or has another shape.
 int vae_file_open(const char *path, struct vae_file *out);
 void vae_file_close(struct vae_file *f); // also of a zeroed struct
 
@@ -51,8 +51,8 @@ int vae_new(struct device *dev, struct stream *stream, const struct vae_file *f,
 void vae_free(struct vae *v);             // NULL is allowed
 uint64_t vae_memory(const struct vae *v); // bytes of device memory
 
-// images[N,C,H,W] in [-1,1] -> moments[N,2L,h,w]: mean, then log variance, within -30 and 20 (TAESD:
-// -30). Any N.
+// images[N,C,H,W] in [-1,1] -> moments[N,2L,h,w]: mean, then log variance, within -30 and 20
+// (TAESD: -30). Any N.
 int vae_encode(struct vae *v, const float *images, int count, float *moments);
 // latents[N,L,h,w] -> images[N,C,H,W], not clamped to [-1,1]. Any N.
 //
@@ -61,14 +61,15 @@ int vae_encode(struct vae *v, const float *images, int count, float *moments);
 // GroupNorm and attention see one tile.
 int vae_decode(struct vae *v, const float *latents, int count, float *images);
 
-// For benchmarks: the network alone, whole images, on what the last run left in the device's memory;
-// its floating-point operations (2 a multiply-accumulate of convolutions and attention); its context.
+// For benchmarks: the network alone, whole images, on what the last run left in the device's
+// memory; its floating-point operations (2 a multiply-accumulate of convolutions and attention);
+// its context.
 int vae_run(struct vae *v);
 double vae_flops(const struct vae *v);
 struct context *vae_context(struct vae *v);
 
-// A sample of `count` latents of one image as the diffusion model wants them: (mean + exp(logvar / 2) *
-// noise - shift) * scale. noise NULL: the mean. moments: mean [count], log variance [count].
+// A sample of `count` latents of one image as the diffusion model wants them: (mean + exp(logvar /
+// 2) * noise - shift) * scale. noise NULL: the mean. moments: mean [count], log variance [count].
 void vae_sample(const float *moments, const float *noise, int64_t count, float scale, float shift,
                 float *out);
 

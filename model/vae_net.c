@@ -114,8 +114,8 @@ static int add_kernel(struct builder *b, const char *name, int64_t channels, boo
     return add_weight(b, *w);
 }
 
-// A convolution with the geometry `like`, whose kernel and padding ("same", unless stride is 2 as the
-// KL encoder's) come from the weight. `into`: the value to add to, or -1.
+// A convolution with the geometry `like`, whose kernel and padding ("same", unless stride is 2 as
+// the KL encoder's) come from the weight. `into`: the value to add to, or -1.
 static int conv_like(struct builder *b, int in, const char *name, struct conv like, bool pad,
                      bool asymmetric, int into)
 {
@@ -301,9 +301,9 @@ static int tiny_block(struct builder *b, int x, int layer)
     return conv_like(b, h, conv4, relu, false, false, y);
 }
 
-// Layers are numbered with those that have no weights. What these are follows from the convolutions'
-// places: all but the first and the last halve (encoder: by their stride) or double (decoder: before
-// them) the sides; the decoder's first is followed by ReLU.
+// Layers are numbered with those that have no weights. What these are follows from the
+// convolutions' places: all but the first and the last halve (encoder: by their stride) or double
+// (decoder: before them) the sides; the decoder's first is followed by ReLU.
 static int tiny(struct builder *b, int x, enum vae_part part)
 {
     int first = -1, last = -1;

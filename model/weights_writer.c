@@ -78,7 +78,8 @@ static uint16_t bf16_of(float f)
     return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-// Scaling by powers of two is exact, and adding a number whose last bit is that of the result rounds.
+// Scaling by powers of two is exact, and adding a number whose last bit is that of the result
+// rounds.
 static uint16_t f16_of(float f)
 {
     const uint16_t sign = signbit(f) ? 0x8000 : 0;

@@ -1,6 +1,6 @@
 // Writing zip archives (PKWARE's APPNOTE 6.3); see zip_write.h. An entry's header is written with a
-// checksum of zero, which is put right when its data are there. Numbers that do not fit 32 bits go into
-// 64-bit records, and only those.
+// checksum of zero, which is put right when its data are there. Numbers that do not fit 32 bits go
+// into 64-bit records, and only those.
 #include "model/zip_write.h"
 
 #include <stdbool.h>

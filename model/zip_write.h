@@ -1,5 +1,5 @@
-// Writing zip archives whose entries are stored and begin at multiples of 64 bytes, as PyTorch wants
-// to map them. Sizes are said beforehand, checksums are computed while data go by.
+// Writing zip archives whose entries are stored and begin at multiples of 64 bytes, as PyTorch
+// wants to map them. Sizes are said beforehand, checksums are computed while data go by.
 #ifndef DITMOE_ZIP_WRITE_H
 #define DITMOE_ZIP_WRITE_H
 

@@ -1,15 +1,16 @@
-// How the ranks of a run meet. A rank is one process that drives one device; mpirun starts them. One
-// process by itself has no exchange: `struct exchange *` is then NULL, of which every function here
-// knows that it is rank 0 of 1 and that sums, gathers and broadcasts are done already. So callers
-// have no second path, and the program needs no MPI to run on one device.
+// How the ranks of a run meet. A rank is one process that drives one device; mpirun starts them.
+// One process by itself has no exchange: `struct exchange *` is then NULL, of which every function
+// here knows that it is rank 0 of 1 and that sums, gathers and broadcasts are done already. So
+// callers have no second path, and the program needs no MPI to run on one device.
 //
-// Memory is the host's: callers bring bytes from and to their device (runtime/window.h). Between CUDA
-// devices NCCL can carry them without the host (runtime/roads.h).
+// Memory is the host's: callers bring bytes from and to their device (runtime/window.h). Between
+// CUDA devices NCCL can carry them without the host (runtime/roads.h).
 //
 // A transfer is begun in a set and done after exchange_wait() of the set; until then its memory
-// belongs to it. Collective calls (sum, gather, broadcast, barrier) are made by all ranks in the same order.
-// Functions return 0 or a negative code. When a rank ends before its time, or does not answer, the
-// wait of the others fails (ERR_LOST) with its number and what it was doing. One thread calls.
+// belongs to it. Collective calls (sum, gather, broadcast, barrier) are made by all ranks in the
+// same order. Functions return 0 or a negative code. When a rank ends before its time, or does not
+// answer, the wait of the others fails (ERR_LOST) with its number and what it was doing. One thread
+// calls.
 #ifndef DITMOE_EXCHANGE_H
 #define DITMOE_EXCHANGE_H
 
@@ -55,8 +56,8 @@ void transfers_free(struct transfers *t);
 // Point to point; matched in order by tag, 0 to 32767. Not with NULL.
 int exchange_send(struct transfers *t, const void *at, size_t bytes, int peer, int tag);
 int exchange_receive(struct transfers *t, void *at, size_t bytes, int peer, int tag);
-// Adds up [count] floats in place, over all ranks or `members` of them (ascending, this one among them).
-// Every rank gets the same bits.
+// Adds up [count] floats in place, over all ranks or `members` of them (ascending, this one among
+// them). Every rank gets the same bits.
 int exchange_sum_floats(struct transfers *t, float *at, size_t count, const int *members,
                         int member_count);
 int exchange_wait(struct transfers *t);

@@ -1,11 +1,11 @@
 // What carries bytes between ranks: a table of verbs, like a device's. The only one so far is MPI
 // (exchange_mpi.c), a module of its own that is opened at run time when the program was started
 // under mpirun: the program itself needs no MPI, and as MPI implementations differ in their binary
-// interface, only the module has to be built for the one at hand. NCCL between CUDA ranks would be a
-// second table. Callers use runtime/exchange.h.
+// interface, only the module has to be built for the one at hand. NCCL between CUDA ranks would be
+// a second table. Callers use runtime/exchange.h.
 //
-// Every transfer is put into a `struct pending`, a set of things under way, and done when test() says
-// so for the set. Functions return 0 or a negative number after writing one line to error().
+// Every transfer is put into a `struct pending`, a set of things under way, and done when test()
+// says so for the set. Functions return 0 or a negative number after writing one line to error().
 #ifndef DITMOE_FABRIC_H
 #define DITMOE_FABRIC_H
 

@@ -1,5 +1,5 @@
-// See forecast.h. Times of a rank are its device's rates times what the model counts; where ranks meet,
-// the slowest sets the pace.
+// See forecast.h. Times of a rank are its device's rates times what the model counts; where ranks
+// meet, the slowest sets the pace.
 #include "runtime/forecast.h"
 
 #include <math.h>
@@ -71,9 +71,9 @@ static double expert_time(const struct model_cost *m, const struct device_rates 
 
 // ---- roads --------------------------------------------------------------------------------------
 
-// Seconds in which `rank` sends its rows to experts' owners and gets those of others. A direct road carries
-// both ways at once and all peers share its port; by the host's memory they take turns. owned [groups,
-// ranks]: the share of a group's rows that goes to each rank.
+// Seconds in which `rank` sends its rows to experts' owners and gets those of others. A direct road
+// carries both ways at once and all peers share its port; by the host's memory they take turns.
+// owned [groups, ranks]: the share of a group's rows that goes to each rank.
 static double exchange_time(const struct cluster *c, const struct model_cost *m,
                             const struct placement *p, const double *owned, int rank)
 {
@@ -189,8 +189,8 @@ static struct phases rank_phases(const struct cluster *c, const struct model_cos
     return p;
 }
 
-// A pass takes as long as its slowest ranks, which meet between its phases if rows travel at all; streamed
-// experts come during the layer before.
+// A pass takes as long as its slowest ranks, which meet between its phases if rows travel at all;
+// streamed experts come during the layer before.
 static double pass_time(const struct cluster *c, const struct model_cost *m,
                         const struct placement *place, const struct load_of *load,
                         const double *owned, double work, bool back, struct phases *p,

@@ -1,10 +1,10 @@
-// What a step would take, and what memory, with a given placement on a given set of devices: the model
-// that `ditmoe plan` prints and that the policies of runtime/policy.h minimise. A pure function of
-// numbers; no device is asked. docs/placement.md derives it.
+// What a step would take, and what memory, with a given placement on a given set of devices: the
+// model that `ditmoe plan` prints and that the policies of runtime/policy.h minimise. A pure
+// function of numbers; no device is asked. docs/placement.md derives it.
 //
 // A layer is two phases, each as long as its slowest rank: attention, router and, beside the
-// sending of rows to experts, the shared expert; then experts and the sending back. The backward pass
-// mirrors it. Gradients of what several ranks hold are summed beside the backward pass.
+// sending of rows to experts, the shared expert; then experts and the sending back. The backward
+// pass mirrors it. Gradients of what several ranks hold are summed beside the backward pass.
 #ifndef DITMOE_FORECAST_H
 #define DITMOE_FORECAST_H
 
@@ -41,8 +41,8 @@ static inline const struct link_rate *cluster_link(const struct cluster *c, int 
 
 // ---- the model ----------------------------------------------------------------------------------
 
-// Sizes and costs of a model and what is done with it; model/cost.h fills it. Costs are of one forward
-// pass, of one image and one layer unless said otherwise.
+// Sizes and costs of a model and what is done with it; model/cost.h fills it. Costs are of one
+// forward pass, of one image and one layer unless said otherwise.
 struct model_cost {
     char name[96];
     int layers, experts, topk;
@@ -101,20 +101,21 @@ struct forecast {
 
 void forecast_free(struct forecast *f); // also of a zeroed struct
 
-// `place` has as many ranks as the cluster; load [layers, experts] is each expert's share of a layer's rows
-// (sums to 1), NULL: even.
+// `place` has as many ranks as the cluster; load [layers, experts] is each expert's share of a
+// layer's rows (sums to 1), NULL: even.
 int forecast_step(const struct cluster *c, const struct model_cost *m, const double *load,
                   const struct placement *place, struct forecast *out);
 
 // ---- for policies -------------------------------------------------------------------------------
 
-// One layer alone, seconds of a step; load [experts]. `parts` [ranks] (may be NULL) are added to; *work (may
-// be NULL) is the sum of all ranks' own seconds, which falls where the slowest rank's time does not yet.
+// One layer alone, seconds of a step; load [experts]. `parts` [ranks] (may be NULL) are added to;
+// *work (may be NULL) is the sum of all ranks' own seconds, which falls where the slowest rank's
+// time does not yet.
 double forecast_layer(const struct cluster *c, const struct model_cost *m, const double *load,
                       const struct placement *place, int layer, struct rank_forecast *parts,
                       double *work);
-// What a step takes beside its layers; held[ranks] experts of each rank, away[ranks] of these not on its
-// device; `twice`: experts that several ranks hold, whose gradients are summed too.
+// What a step takes beside its layers; held[ranks] experts of each rank, away[ranks] of these not
+// on its device; `twice`: experts that several ranks hold, whose gradients are summed too.
 double forecast_rest(const struct cluster *c, const struct model_cost *m, const int *share,
                      const int *held, const int *away, int twice, double layers_seconds,
                      struct rank_forecast *parts);

@@ -4,8 +4,8 @@
 
 #include <jansson.h>
 
-// ERR_IO: it cannot be read; ERR_INPUT: it is not JSON, and in which line. A key that stands twice is
-// refused.
+// ERR_IO: it cannot be read; ERR_INPUT: it is not JSON, and in which line. A key that stands twice
+// is refused.
 int json_read(const char *path, json_t **out);
 
 #endif

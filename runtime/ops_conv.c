@@ -2,8 +2,8 @@
 // with one wide head.
 //
 // A convolution is a product: pixels are gathered into a matrix of what the kernel sees, in blocks
-// that stay in the cache of the device, and the product, for which every device has tuned code, reads
-// each block at once.
+// that stay in the cache of the device, and the product, for which every device has tuned code,
+// reads each block at once.
 #include "runtime/ops_internal.h"
 
 #include <math.h>
@@ -269,9 +269,9 @@ int op_softmax(struct context *c, struct tensor *p, const struct tensor *s, floa
     return LAUNCH(c, KERNEL_softmax_rows, rows, 1, 1, BUF(p), BUF(s), INT(columns), FLOAT(scale));
 }
 
-// Scratch of op_attention_single, in this order: keys and values of one image, a block of queries and
-// of outputs, their scores and probabilities. Copies, because rows of an image need not begin where a
-// view may.
+// Scratch of op_attention_single, in this order: keys and values of one image, a block of queries
+// and of outputs, their scores and probabilities. Copies, because rows of an image need not begin
+// where a view may.
 enum { AT_KEYS, AT_VALUES, AT_QUERIES, AT_OUTPUTS, AT_SCORES, AT_SHARES, AT_COUNT };
 struct attention_blocks {
     int64_t tokens, width, block;

@@ -87,8 +87,9 @@ static inline void op_want_space(struct context *c, size_t bytes)
         BUG_IF(bytes > 0 && (!c->space.mem || tensor_bytes(&c->space) < bytes));
 }
 
-// An operation that is made of others has `own` bytes of c->space to itself; what is behind them is the
-// others' scratch, in the context `inner`. op_inner_end() in any case; op_inner_begin() may fail.
+// An operation that is made of others has `own` bytes of c->space to itself; what is behind them is
+// the others' scratch, in the context `inner`. op_inner_end() in any case; op_inner_begin() may
+// fail.
 static inline size_t op_aligned(const struct context *c, size_t bytes)
 {
     const size_t align = c->dev->info.align > 64 ? c->dev->info.align : 64;

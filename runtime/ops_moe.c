@@ -46,7 +46,7 @@ static bool is_f32(const struct tensor *t)
     return t->dtype == F32;
 }
 
-// ---- biases of experts ---------------------------------------------------------------------------
+// ---- biases of experts --------------------------------------------------------------------------
 
 static int64_t expert_count(const struct tensor *bias, const struct tensor *rows,
                             const struct tensor *offsets)

@@ -1,5 +1,5 @@
-// See placement.h: making, changing and checking placements. Their JSON is placement_json.c, choosing
-// a good one placement_policy.c.
+// See placement.h: making, changing and checking placements. Their JSON is placement_json.c,
+// choosing a good one placement_policy.c.
 #include "runtime/placement.h"
 
 #include <stdlib.h>
@@ -80,7 +80,8 @@ int placement_replicated(int ranks, int layers, int experts, const bool *moe, in
     return 0;
 }
 
-// Whole parts first; what is left goes to the largest remainders, the lower rank first among equals.
+// Whole parts first; what is left goes to the largest remainders, the lower rank first among
+// equals.
 void placement_rescale(struct placement *p, int batch)
 {
     const int64_t old = p->batch;

@@ -3,10 +3,10 @@
 // expert. Attention, the shared expert, the router, embedding and head are on every rank; routed
 // experts are where the placement says, and tokens travel to them (expert parallelism).
 //
-// Ranks form groups. Within a group tokens for expert e of layer l go to one rank, owner(group, l, e).
-// One group: no expert exists twice. As many groups as ranks, each owning all: data parallelism.
-// Between these, an expert has as many copies as there are different owners of it, whose gradients
-// are summed; an owner need not be of the group that it serves.
+// Ranks form groups. Within a group tokens for expert e of layer l go to one rank, owner(group, l,
+// e). One group: no expert exists twice. As many groups as ranks, each owning all: data
+// parallelism. Between these, an expert has as many copies as there are different owners of it,
+// whose gradients are summed; an owner need not be of the group that it serves.
 #ifndef DITMOE_PLACEMENT_H
 #define DITMOE_PLACEMENT_H
 
@@ -39,8 +39,9 @@ int placement_new(int ranks, int groups, int layers, int experts, struct placeme
 void placement_free(struct placement *p); // also of a zeroed struct
 
 // What needs no knowledge of the machine: equal shares (the first ranks one more where it does not
-// divide), one group, a layer's experts in ranks' order in equal runs (where it does not divide, the
-// runs move on by a rank from layer to layer). `moe` [layers]: which layers have experts; NULL: all.
+// divide), one group, a layer's experts in ranks' order in equal runs (where it does not divide,
+// the runs move on by a rank from layer to layer). `moe` [layers]: which layers have experts; NULL:
+// all.
 int placement_uniform(int ranks, int layers, int experts, const bool *moe, int batch,
                       struct placement *out);
 
@@ -63,7 +64,8 @@ static inline uint8_t *placement_home(const struct placement *p, int group, int 
 // Whether `rank` has a copy of the expert; *home (may be NULL) says where.
 bool placement_holds(const struct placement *p, int rank, int layer, int expert,
                      enum expert_home *home);
-// The experts of a layer that `rank` has, ascending, in list[experts] (may be NULL); returns how many.
+// The experts of a layer that `rank` has, ascending, in list[experts] (may be NULL); returns how
+// many.
 int placement_list(const struct placement *p, int rank, int layer, int *list);
 
 // ERR_INPUT with one line that names the first thing that contradicts itself.
@@ -73,8 +75,9 @@ int placement_matches(const struct placement *p, int ranks, int layers, int expe
                       const bool *moe);
 
 // JSON, version 1:
-//   {"ditmoe_placement": 1, "ranks": 3, "layers": 28, "experts": 8, "batch": 64, "shares": [40,24,0],
-//    "groups": [{"ranks": [0,1,2], "owner": [[0,0,0,0,1,1,2,2], ...], "home": ["ddddddss", ...]}]}
+//   {"ditmoe_placement": 1, "ranks": 3, "layers": 28, "experts": 8, "batch": 64,
+//    "shares": [40,24,0], "groups": [{"ranks": [0,1,2],
+//     "owner": [[0,0,0,0,1,1,2,2], ...], "home": ["ddddddss", ...]}]}
 // `owner` has a row for each layer, null where a layer has no experts, or one row for all layers.
 // `home` (may be left out: all on the device) has a letter for each expert: d, s or h, the first
 // letters of the names. `ranks` of a group may be left out where there is one group.

@@ -1,5 +1,5 @@
-// See placement.h: placements as JSON. What a file makes this allocate is bounded by the file's size,
-// except for one row of experts that stands for all layers, which is bounded by ROW_FOR_ALL.
+// See placement.h: placements as JSON. What a file makes this allocate is bounded by the file's
+// size, except for one row of experts that stands for all layers, which is bounded by ROW_FOR_ALL.
 #include "runtime/placement.h"
 #include "runtime/json_file.h"
 

@@ -268,7 +268,8 @@ static int by_size(const void *a, const void *b)
     return x < y ? -1 : 1;
 }
 
-// The end of a guest's bytes that its tensor does not fill, from the last multiple of the alignment.
+// The end of a guest's bytes that its tensor does not fill, from the last multiple of the
+// alignment.
 static void keep_gap(struct plan *p, const struct entry *e, struct entry **placed, int *count)
 {
     const size_t used = tensor_bytes(e->tensor) / p->align * p->align;

@@ -33,15 +33,16 @@ struct plan;
 int plan_new(struct device *dev, struct plan **out);
 void plan_free(struct plan *p); // frees views and slabs
 
-// Declares a tensor: sets dtype and shape of *t now, its memory at commit. `t` must stay where it is.
-// The class gives the slab; lifetimes share bytes only within a class. A tensor whose life ends at
-// PLAN_FOREVER shares with nobody; these lie first in their slab, in the order of declaration, so that
-// classes declared alike (weights, gradients, moments, EMA) have the same layout: element i of one slab
-// belongs to element i of the other, also where one class is f32 and the other bf16.
+// Declares a tensor: sets dtype and shape of *t now, its memory at commit. `t` must stay where it
+// is. The class gives the slab; lifetimes share bytes only within a class. A tensor whose life ends
+// at PLAN_FOREVER shares with nobody; these lie first in their slab, in the order of declaration,
+// so that classes declared alike (weights, gradients, moments, EMA) have the same layout: element i
+// of one slab belongs to element i of the other, also where one class is f32 and the other bf16.
 //
-// After plan_host() the tensors of class `guest`, which have lifetimes in the same clock, lie in the slabs
-// of class `host`: in the order of declaration, as if they lived for ever, but their bytes are also the
-// host's while they do not live. What rounding leaves between them is nobody's and stays zero.
+// After plan_host() the tensors of class `guest`, which have lifetimes in the same clock, lie in
+// the slabs of class `host`: in the order of declaration, as if they lived for ever, but their
+// bytes are also the host's while they do not live. What rounding leaves between them is nobody's
+// and stays zero.
 void plan_host(struct plan *p, enum plan_class host, enum plan_class guest);
 int plan_tensor(struct plan *p, const char *name, enum plan_class class, enum dtype type, int first,
                 int last, struct tensor *t, int ndim, const int64_t *shape);
@@ -50,12 +51,12 @@ int plan_tensor(struct plan *p, const char *name, enum plan_class class, enum dt
                 (int)(sizeof((int64_t[]){__VA_ARGS__}) / sizeof(int64_t)),                         \
                 (int64_t[]){__VA_ARGS__})
 
-// Gives offsets (deterministic). Fails with ERR_NOMEM, naming need and limit, when the total is more
-// than `limit` bytes (0: what is left of the device's memory), or when one tensor is larger than the
-// device's largest allocation; the table can still be printed then.
+// Gives offsets (deterministic). Fails with ERR_NOMEM, naming need and limit, when the total is
+// more than `limit` bytes (0: what is left of the device's memory), or when one tensor is larger
+// than the device's largest allocation; the table can still be printed then.
 int plan_layout(struct plan *p, uint64_t limit);
-// Allocates and makes the views; plan_layout() first. The slabs of weights, gradients, moments and EMA
-// are zeroed, so that operations on whole slabs find nothing in the gaps between tensors.
+// Allocates and makes the views; plan_layout() first. The slabs of weights, gradients, moments and
+// EMA are zeroed, so that operations on whole slabs find nothing in the gaps between tensors.
 int plan_commit(struct plan *p);
 
 // Whether `bytes` more would fit in the plan as it was laid out last, under the same limit.
@@ -64,14 +65,14 @@ uint64_t plan_total(const struct plan *p);
 uint64_t plan_class_bytes(const struct plan *p, enum plan_class class); // a host's with its guest's
 void plan_print(const struct plan *p, FILE *out, bool every_tensor);
 
-// *out becomes a part of t, from element `start` (whose byte offset must be a multiple of the device's
-// alignment) with the given shape and t's type; freed with the plan. Before the commit the view is
-// noted and made then: t and *out must stay where they are.
+// *out becomes a part of t, from element `start` (whose byte offset must be a multiple of the
+// device's alignment) with the given shape and t's type; freed with the plan. Before the commit the
+// view is noted and made then: t and *out must stay where they are.
 int plan_view(struct plan *p, const struct tensor *t, int64_t start, struct tensor *out, int ndim,
               const int64_t *shape);
 
-// Where t, which was declared here, lies after plan_layout(): the number of its class's slab; *start and
-// *end: the slab's elements of 4 bytes that it has, rounding included.
+// Where t, which was declared here, lies after plan_layout(): the number of its class's slab;
+// *start and *end: the slab's elements of 4 bytes that it has, rounding included.
 int plan_place(const struct plan *p, const struct tensor *t, int64_t *start, int64_t *end);
 
 // The slabs of a class as flat f32 tensors (for operations on all parameters at once): returns how

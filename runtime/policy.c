@@ -43,8 +43,8 @@ static int divide(const double *weight, int count, int total, int *out)
 
 // ---- memory -------------------------------------------------------------------------------------
 
-// Experts of each layer in proportion to `room` [ranks]; what rounding took in one layer is given back in
-// the next.
+// Experts of each layer in proportion to `room` [ranks]; what rounding took in one layer is given
+// back in the next.
 static int spread_by(const double *room, const struct model_cost *m, struct placement *p)
 {
     double sum = 0;
@@ -100,8 +100,9 @@ static void sort_by_load(const struct model_cost *m, const double *load, int l, 
     }
 }
 
-// Each expert, the most loaded first, to the rank that will be done with its own first (Graham 1969);
-// among equals to the one that has had least in the layers before. speed [ranks], 0: gets none.
+// Each expert, the most loaded first, to the rank that will be done with its own first (Graham
+// 1969); among equals to the one that has had least in the layers before. speed [ranks], 0: gets
+// none.
 static int spread_load(const struct model_cost *m, const double *load, const double *speed,
                        struct placement *p)
 {
@@ -159,8 +160,8 @@ static void find_speeds(const struct cluster *c, const struct model_cost *m, dou
     }
 }
 
-// The `count` fastest keep their speed, the others get none: a rank that is slow enough is better left
-// out. Returns whether the last of them is faster than the next, so that the cut is one.
+// The `count` fastest keep their speed, the others get none: a rank that is slow enough is better
+// left out. Returns whether the last of them is faster than the next, so that the cut is one.
 static bool leave_out(const double *by, int ranks, int count, double *speed)
 {
     double last = INFINITY, next = 0;
@@ -199,8 +200,8 @@ static int by_speed(const struct cluster *c, const struct model_cost *m, const d
 
 // ---- memory that is not there -------------------------------------------------------------------
 
-// Sends experts of `rank` to host memory until the rest fits: one of each layer in turn, so that there
-// is work in every layer behind which they can come.
+// Sends experts of `rank` to host memory until the rest fits: one of each layer in turn, so that
+// there is work in every layer behind which they can come.
 static void stream_experts(const struct cluster *c, const struct model_cost *m, const double *load,
                            int rank, struct placement *p)
 {
@@ -288,8 +289,8 @@ static int consider(const struct cluster *c, const struct model_cost *m, const d
 
 // ---- each rank by itself ------------------------------------------------------------------------
 
-// Every rank a group of its own with all experts: no rows travel. Ranks without images hold nothing; what
-// they would send goes to the rank with most.
+// Every rank a group of its own with all experts: no rows travel. Ranks without images hold
+// nothing; what they would send goes to the rank with most.
 static int own_experts(const struct model_cost *m, const int *share, int ranks, int batch,
                        struct placement *p)
 {
@@ -341,7 +342,8 @@ static int try_move(const struct cluster *c, const struct model_cost *m, const d
     return 0;
 }
 
-// The best shares from these on: halves of a rank's images to another, then quarters, down to single ones.
+// The best shares from these on: halves of a rank's images to another, then quarters, down to
+// single ones.
 static int balance(const struct cluster *c, const struct model_cost *m, const double *load,
                    int *share, int batch, struct forecast *best)
 {
@@ -385,8 +387,8 @@ static int consider_apart(const struct cluster *c, const struct model_cost *m, c
 
 // ---- cost ---------------------------------------------------------------------------------------
 
-// The rules' placements, and those by speed on all ranks and on the fastest alone, each improved; and every
-// rank by itself.
+// The rules' placements, and those by speed on all ranks and on the fastest alone, each improved;
+// and every rank by itself.
 static int by_cost(const struct cluster *c, const struct model_cost *m, const double *load,
                    int batch, struct placement *out)
 {

@@ -1,11 +1,11 @@
-// The search of the policy `cost`: from a placement, move by move to where no move makes the forecast
-// better. A step's time is the sum of its layers' and a rest, so a move of an expert computes one layer
-// anew, a move of images all (layers that are alike once).
+// The search of the policy `cost`: from a placement, move by move to where no move makes the
+// forecast better. A step's time is the sum of its layers' and a rest, so a move of an expert
+// computes one layer anew, a move of images all (layers that are alike once).
 //
-// A layer takes as long as its slowest rank, so where several are equally slow no single move helps.
-// Therefore the search goes twice: first by the time plus a small part of all ranks' own work, which
-// goes down such plateaus, then by the time alone; and small cases are searched again from random
-// changes. Memory that is missing counts more than any time.
+// A layer takes as long as its slowest rank, so where several are equally slow no single move
+// helps. Therefore the search goes twice: first by the time plus a small part of all ranks' own
+// work, which goes down such plateaus, then by the time alone; and small cases are searched again
+// from random changes. Memory that is missing counts more than any time.
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -392,8 +392,8 @@ static bool is_small(const struct search *s)
     return s->c->ranks * s->c->ranks * s->m->layers * s->m->experts <= 8192;
 }
 
-// Kicks and descents, from the best so far each time (iterated local search); as many as a small case
-// leaves time for.
+// Kicks and descents, from the best so far each time (iterated local search); as many as a small
+// case leaves time for.
 static void look_further(struct search *s, struct saved *kept)
 {
     enum { WORK = 4000, KICKS_MOST = 120 };

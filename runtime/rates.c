@@ -27,8 +27,8 @@ double rate_at(const double table[RATE_CLASSES], double rows)
 
 // ---- published ----------------------------------------------------------------------------------
 
-// Dense peaks (no sparsity) of data sheets. The longest name that is found counts, so "H100 PCIe" is
-// not taken for an H100.
+// Dense peaks (no sparsity) of data sheets. The longest name that is found counts, so "H100 PCIe"
+// is not taken for an H100.
 static const struct published table[] = {
     {"B200", 2250e12, 75e12, 7.7e12, 900e9, 180ull << 30},
     {"GH200", 989e12, 67e12, 4.0e12, 450e9, 96ull << 30},
@@ -61,8 +61,9 @@ const struct published *rates_published(const char *name)
     return best;
 }
 
-// Shares of the peak that products reach by rows (docs/placement.md): bf16 on matrix units, from steps
-// measured on an H200; f32 by OpenCL, H100; f32 on a CPU by PoCL, of 32 flops a cycle and core at 3 GHz.
+// Shares of the peak that products reach by rows (docs/placement.md): bf16 on matrix units, from
+// steps measured on an H200; f32 by OpenCL, H100; f32 on a CPU by PoCL, of 32 flops a cycle and
+// core at 3 GHz.
 static const double tensor_share[RATE_CLASSES] = {0.05, 0.16, 0.36, 0.58, 0.66, 0.69};
 static const double vector_share[RATE_CLASSES] = {0.05, 0.15, 0.35, 0.55, 0.63, 0.66};
 static const double cpu_share[RATE_CLASSES] = {0.30, 0.55, 0.80, 0.90, 0.90, 0.90};

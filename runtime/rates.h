@@ -1,6 +1,6 @@
-// How fast devices and the roads between them are: measured by `ditmoe calibrate` and kept as JSON, or,
-// for devices that are not here, published peaks times the share of them that like devices reached
-// when measured.
+// How fast devices and the roads between them are: measured by `ditmoe calibrate` and kept as JSON,
+// or, for devices that are not here, published peaks times the share of them that like devices
+// reached when measured.
 #ifndef DITMOE_RATES_H
 #define DITMOE_RATES_H
 
@@ -51,8 +51,8 @@ struct published {
     uint64_t bytes;        // memory
 };
 const struct published *rates_published(const char *name);
-// Fills rates from it (of CPUs that are not in the table, from their cores). ERR_INPUT: the device is not
-// in the table; --rates gives what is missing.
+// Fills rates from it (of CPUs that are not in the table, from their cores). ERR_INPUT: the device
+// is not in the table; --rates gives what is missing.
 int rates_guess(const char *name, enum device_kind kind, int cores, bool bf16, double pcie,
                 struct device_rates *out);
 
@@ -81,7 +81,8 @@ bool rates_store(const struct rates *r); // false: cannot be written
 
 // What a device is called in links: name, PCI id.
 void rates_identity(const struct device_info *d, char out[160]);
-// The entry of this device, driver and precision, or NULL: unknown, or measured with another driver.
+// The entry of this device, driver and precision, or NULL: unknown, or measured with another
+// driver.
 const struct device_rates *rates_find(const struct rates *r, const struct device_info *d, bool bf16,
                                       int sharing);
 // What is left of a CPU's rates for each of `sharing` ranks on it, where that was not measured.

@@ -1,6 +1,6 @@
-// Counter-based random numbers (Philox 4x32-10, Salmon et al. 2011): every number is a pure function
-// of (seed, stream, index), the same on the host and on every device, so a run needs no generator
-// state: seed and step are enough to continue it.
+// Counter-based random numbers (Philox 4x32-10, Salmon et al. 2011): every number is a pure
+// function of (seed, stream, index), the same on the host and on every device, so a run needs no
+// generator state: seed and step are enough to continue it.
 #ifndef DITMOE_RNG_H
 #define DITMOE_RNG_H
 
@@ -31,9 +31,9 @@ void rng_philox(uint64_t seed, uint64_t stream, uint64_t block, uint32_t out[4])
 uint32_t rng_u32(uint64_t seed, uint64_t stream, uint64_t index);     // word index%4 of block index/4
 float rng_uniform(uint64_t seed, uint64_t stream, uint64_t index);    // (0,1): (u32>>9 + 0.5) / 2^23
 
-// Standard normal, bit for bit as op_normal gives it: Box and Muller's method on words 0,1 and 2,3 of
-// block index/4. The tails end at 6.8. rng_normal_fill() gives out[i] = element first+i and computes
-// every block once.
+// Standard normal, bit for bit as op_normal gives it: Box and Muller's method on words 0,1 and 2,3
+// of block index/4. The tails end at 6.8. rng_normal_fill() gives out[i] = element first+i and
+// computes every block once.
 float rng_normal(uint64_t seed, uint64_t stream, uint64_t index);
 void rng_normal_fill(uint64_t seed, uint64_t stream, uint64_t first, float *out, size_t count);
 

@@ -26,8 +26,8 @@ struct tensor {
 //     weights are f32 to the last bit in the memory of one f32;
 //   - where activations are bf16, the residual stream of a forward pass (op_residual_norm_fwd).
 
-// A copy of a weight in the form that the device's products read (op_packed_bytes). Products make it
-// when they meet the weight first and after it was written, so it is never stale; who writes a
+// A copy of a weight in the form that the device's products read (op_packed_bytes). Products make
+// it when they meet the weight first and after it was written, so it is never stale; who writes a
 // weight other than by the functions below calls tensor_changed().
 struct packed {
     struct tensor copy; // [bytes / 4] F32

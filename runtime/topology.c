@@ -1,5 +1,5 @@
-// See topology.h. hwloc's own tree has every cache and thread; what is kept here is what placement and
-// people look at. A walk goes through everything and keeps some of it.
+// See topology.h. hwloc's own tree has every cache and thread; what is kept here is what placement
+// and people look at. A walk goes through everything and keeps some of it.
 #include "runtime/topology.h"
 
 #include <errno.h>
@@ -449,8 +449,8 @@ static int load_xml(const char *path, struct topology **out)
     return code;
 }
 
-// hwloc trusts its files: a damaged one can crash it, hang it, or make it print boxes of asterisks. So
-// a child tries first; true when it could read the file in peace.
+// hwloc trusts its files: a damaged one can crash it, hang it, or make it print boxes of asterisks.
+// So a child tries first; true when it could read the file in peace.
 static bool child_can_read(const char *path)
 {
     enum { SECONDS_MOST = 30 };

@@ -1,6 +1,6 @@
-// A machine as hwloc sees it: packages, NUMA nodes, PCIe bridges, accelerators, network devices, and
-// how accelerators reach each other. Of this machine, its accelerators joined to the devices that
-// can be opened (by PCI id); or of a machine that is not here, from the XML file that
+// A machine as hwloc sees it: packages, NUMA nodes, PCIe bridges, accelerators, network devices,
+// and how accelerators reach each other. Of this machine, its accelerators joined to the devices
+// that can be opened (by PCI id); or of a machine that is not here, from the XML file that
 // `lstopo machine.xml` writes there.
 #ifndef DITMOE_TOPOLOGY_H
 #define DITMOE_TOPOLOGY_H
@@ -65,9 +65,9 @@ int topology_cores(const struct topology *t);
 const char *topology_kind_name(enum topology_kind kind);
 
 // Binds this process, and the threads that it starts from now on, to the cores near `device`. One
-// without a PCI place (a CPU) gets part `part` of `parts` of the NUMA nodes, or all cores where these
-// cannot be so divided. What was done goes to `words` ("cores 0-23, near 0000:3b:00.0"). Where the system
-// does not allow it, that is said there and is no error.
+// without a PCI place (a CPU) gets part `part` of `parts` of the NUMA nodes, or all cores where
+// these cannot be so divided. What was done goes to `words` ("cores 0-23, near 0000:3b:00.0").
+// Where the system does not allow it, that is said there and is no error.
 int topology_bind(const struct device_info *device, int part, int parts, char *words, size_t size);
 
 #endif

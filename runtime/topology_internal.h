@@ -4,8 +4,9 @@
 
 #include "runtime/topology.h"
 
-// Joins the devices of this machine to its accelerators by PCI id, and adds those that hwloc does not
-// show (a container's, or a CPU device) at the root. Sizes and matrices are completed from the drivers.
+// Joins the devices of this machine to its accelerators by PCI id, and adds those that hwloc does
+// not show (a container's, or a CPU device) at the root. Sizes and matrices are completed from the
+// drivers.
 int topology_join(struct topology *t, const struct device_info *list, int count);
 
 #endif

@@ -62,8 +62,9 @@ static void take(struct topology_object *o, struct device_info *d)
     snprintf(o->name, sizeof o->name, "%s", d->name);
 }
 
-// NVLink as the driver counts it: `nvlinks` connections, shared among the peers that they reach where
-// hwloc's NVML does not say more. Each moves 25 GB/s one way (V100 to H200), by a switch all of them.
+// NVLink as the driver counts it: `nvlinks` connections, shared among the peers that they reach
+// where hwloc's NVML does not say more. Each moves 25 GB/s one way (V100 to H200), by a switch all
+// of them.
 static void ask_drivers(struct topology *t)
 {
     static const double per_link = 25e9;
@@ -114,8 +115,8 @@ int topology_join(struct topology *t, const struct device_info *list, int count)
 
 // ---- binding ------------------------------------------------------------------------------------
 
-// Part `part` of `parts` of the NUMA nodes, where these can be so divided; otherwise all cores, since
-// ranks on a CPU have unequal work and threads that move share it better than bound ones.
+// Part `part` of `parts` of the NUMA nodes, where these can be so divided; otherwise all cores,
+// since ranks on a CPU have unequal work and threads that move share it better than bound ones.
 static void take_part(hwloc_topology_t h, hwloc_const_cpuset_t all, int part, int parts,
                       hwloc_bitmap_t out)
 {

@@ -41,7 +41,8 @@ static unsigned char *map(int file, size_t bytes)
     return at == MAP_FAILED ? NULL : at;
 }
 
-// This rank's memory: a file without a name, or, where that cannot be had, memory that nobody else sees.
+// This rank's memory: a file without a name, or, where that cannot be had, memory that nobody else
+// sees.
 static int make_memory(struct window *w, size_t bytes, struct offer *mine)
 {
     struct view *v = &w->views[w->rank];

@@ -1,8 +1,9 @@
-// Windows: host memory between a rank's device and the other ranks. The device copies into it on a stream of
-// its own, so that the work that was put on the device's stream meanwhile is not waited for; its pages are
-// locked where the backend can; and ranks of one machine see each other's, so that what one rank's device
-// has written, another's reads with no copy between. Where a rank cannot be seen (another machine, another
-// container, DITMOE_SHARE=0), the memory is what MPI sends from and receives in.
+// Windows: host memory between a rank's device and the other ranks. The device copies into it on a
+// stream of its own, so that the work that was put on the device's stream meanwhile is not waited
+// for; its pages are locked where the backend can; and ranks of one machine see each other's, so
+// that what one rank's device has written, another's reads with no copy between. Where a rank
+// cannot be seen (another machine, another container, DITMOE_SHARE=0), the memory is what MPI sends
+// from and receives in.
 #ifndef DITMOE_WINDOW_H
 #define DITMOE_WINDOW_H
 
@@ -11,8 +12,9 @@
 
 struct window;
 
-// A collective call, also in `bytes`, which may differ. Without an exchange (ranks on paper, model/cost.h) there is
-// no window: NULL, of which window_all() is false. `stream` is the one that the device computes on.
+// A collective call, also in `bytes`, which may differ. Without an exchange (ranks on paper,
+// model/cost.h) there is no window: NULL, of which window_all() is false. `stream` is the one that
+// the device computes on.
 int window_open(struct exchange *x, struct device *dev, struct stream *stream, size_t bytes,
                 struct window **out);
 void window_close(struct window *w);
@@ -21,19 +23,20 @@ void window_close(struct window *w);
 unsigned char *window_of(const struct window *w, int rank);
 bool window_all(const struct window *w); // are all seen by all?
 
-// Copies to this rank's memory begin after what the device's stream holds at window_after(), beside what
-// it is given later. window_done() waits for them, and so for all that the stream held then.
+// Copies to this rank's memory begin after what the device's stream holds at window_after(), beside
+// what it is given later. window_done() waits for them, and so for all that the stream held then.
 int window_after(struct window *w);
 // Bytes from `offset` of src to `at` of this rank's memory.
 int window_take(struct window *w, const struct mem *src, size_t offset, size_t at, size_t bytes);
 int window_done(struct window *w);
 
-// From a rank's memory to the device, on its stream; begun. The memory must stay as it is until it is done.
+// From a rank's memory to the device, on its stream; begun. The memory must stay as it is until it
+// is done.
 int window_give(struct window *w, int rank, size_t at, struct mem *dst, size_t offset,
                 size_t bytes);
 
-// Tells all ranks that see this one's memory that it is ready, and expects the same of them; done when
-// the set is.
+// Tells all ranks that see this one's memory that it is ready, and expects the same of them; done
+// when the set is.
 int window_meet(struct window *w, struct transfers *t);
 
 #endif

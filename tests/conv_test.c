@@ -17,7 +17,8 @@ static double pixel(const double *x, const struct conv *g, int channels, int n, 
     return x[((n * g->height + y) * g->width + xx) * channels + c];
 }
 
-// What the operation writes for pixel (n, oy, ox) and output channel o; w as published, [Co,C,kh,kw].
+// What the operation writes for pixel (n, oy, ox) and output channel o; w as published,
+// [Co,C,kh,kw].
 static double convolve(const double *x, const double *w, const struct conv *g, int channels, int n,
                        int oy, int ox, int o)
 {
@@ -38,7 +39,8 @@ struct conv_case {
     bool bias, y_f32;
 };
 
-// The weight as op_conv2d takes it, of the device's type for weights, and as published in *published.
+// The weight as op_conv2d takes it, of the device's type for weights, and as published in
+// *published.
 static struct operand *conv_weights(struct op_run *r, const struct conv_case *t, double **published)
 {
     const int taps = t->g.kernel_h * t->g.kernel_w, count = t->out * t->channels * taps;

@@ -1,5 +1,5 @@
-// The operations of diffusion against double-precision references: what training adds to images, both
-// losses, and a sampler's update.
+// The operations of diffusion against double-precision references: what training adds to images,
+// both losses, and a sampler's update.
 #include "model/ddpm.h"
 #include "runtime/rng.h"
 #include "tests/op_table.h"
@@ -147,9 +147,9 @@ static long double phi(long double u)
     return 0.5L * (1 + tanhl(sqrtl(2 / 3.14159265358979323846L) * (u + 0.044715L * u * u * u)));
 }
 
-// One value's term of the bound in bits, by its definition: the predicted image, the posterior's mean,
-// two normals or the difference of two distribution functions, of which tails leave few digits: hence
-// long double.
+// One value's term of the bound in bits, by its definition: the predicted image, the posterior's
+// mean, two normals or the difference of two distribution functions, of which tails leave few
+// digits: hence long double.
 static long double ref_bound(const double *ab, int t, double x, double noise, double d,
                              long double w)
 {
@@ -195,8 +195,8 @@ static void ref_ddpm_loss(const double *out, double *loss, const void *args)
     }
 }
 
-// The gradient of scale * the sum over n: of d^2 by hand, of the bound by a central difference of each
-// value's own term, of fourth order.
+// The gradient of scale * the sum over n: of d^2 by hand, of the bound by a central difference of
+// each value's own term, of fourth order.
 static void ref_ddpm_bwd(double *dout, const double *out, double scale, const struct ddpm *a)
 {
     const int P = a->s->C * a->s->H * a->s->W, Q = a->s->Co * a->s->H * a->s->W;
@@ -217,8 +217,8 @@ static void ref_ddpm_bwd(double *dout, const double *out, double scale, const st
     }
 }
 
-// Images of which some values are at and beyond the ends of the grey scale, and predictions that are
-// good, bad and beyond the least probability.
+// Images of which some values are at and beyond the ends of the grey scale, and predictions that
+// are good, bad and beyond the least probability.
 static void mark_corners(struct operand *x, struct operand *out, const struct operand *noise, int P,
                          int Q)
 {

@@ -1,5 +1,5 @@
-// The fuzzers' corpora (tests/fuzz/corpus/NAME: small good files, and every case that once was a finding)
-// through their targets, as they are and cut short. tests/fuzz/run.sh looks for new ones.
+// The fuzzers' corpora (tests/fuzz/corpus/NAME: small good files, and every case that once was a
+// finding) through their targets, as they are and cut short. tests/fuzz/run.sh looks for new ones.
 #include "tests/test.h"
 
 #include <dirent.h>

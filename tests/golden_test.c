@@ -1,6 +1,6 @@
-// The whole network against PyTorch in float64 (tests/golden/make_golden.py): outputs, chosen experts,
-// loss, balance loss, every gradient, ten AdamW steps, and DDPM's terms and samplers, on small models of
-// every kind.
+// The whole network against PyTorch in float64 (tests/golden/make_golden.py): outputs, chosen
+// experts, loss, balance loss, every gradient, ten AdamW steps, and DDPM's terms and samplers, on
+// small models of every kind.
 #include "tests/test.h"
 
 #include <math.h>
@@ -174,8 +174,9 @@ static int check_loss(struct golden *g, double tolerance)
     return PASSED;
 }
 
-// A hundredth of the root mean square over all gradients. Some gradients are zero in exact arithmetic
-// (a bias on all keys of a head changes no softmax): their rounding is judged against the others.
+// A hundredth of the root mean square over all gradients. Some gradients are zero in exact
+// arithmetic (a bias on all keys of a head changes no softmax): their rounding is judged against
+// the others.
 static double gradient_floor(struct golden *g)
 {
     double sum = 0, count = 0;
@@ -325,8 +326,8 @@ static int run(const char *name, unsigned flags, bool recompute, double toleranc
     return result;
 }
 
-// f32 rounding over a few blocks; bf16 has 8 bits and choices of experts may flip, so only f32 here:
-// the operations themselves are judged in bf16 one by one.
+// f32 rounding over a few blocks; bf16 has 8 bits and choices of experts may flip, so only f32
+// here: the operations themselves are judged in bf16 one by one.
 enum { F32_FLAGS = 0 };
 #define CASE(case_name)                                                                            \
     static int case_name(void)                                                                     \

@@ -1,5 +1,5 @@
-// f32 in two halves (runtime/tensor.h): rounding, joining, and the optimiser's weights. The residual
-// stream in two halves is tested in fused_test.c.
+// f32 in two halves (runtime/tensor.h): rounding, joining, and the optimiser's weights. The
+// residual stream in two halves is tested in fused_test.c.
 #include "tests/op_table.h"
 
 #include <math.h>

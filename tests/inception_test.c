@@ -1,6 +1,6 @@
-// Inception and the figures made of its features, against torch, scipy and numpy on a network of the same
-// structure with few channels and random weights, and real images (tests/eval/make_eval.py; full.py
-// does the same with the full widths).
+// Inception and the figures made of its features, against torch, scipy and numpy on a network of
+// the same structure with few channels and random weights, and real images
+// (tests/eval/make_eval.py; full.py does the same with the full widths).
 #include "tests/test.h"
 
 #include <math.h>

@@ -1,5 +1,5 @@
-// Files of other tools (tests/interop/make_interop.py): shards with an index, DeepSpeed's directories,
-// configurations inferred from shapes.
+// Files of other tools (tests/interop/make_interop.py): shards with an index, DeepSpeed's
+// directories, configurations inferred from shapes.
 #include "tests/test.h"
 
 #include <math.h>

@@ -1,5 +1,5 @@
-// ditmoe_test [--list] [--device KEY] [--portable] [NAME...]: runs the tests whose "suite/name" contains
-// a NAME. --portable: on devices opened without what was tuned for them.
+// ditmoe_test [--list] [--device KEY] [--portable] [NAME...]: runs the tests whose "suite/name"
+// contains a NAME. --portable: on devices opened without what was tuned for them.
 // Exit 0: none failed; 1: some failed; 2: usage. The last line is "N passed, N failed, N skipped".
 #include "tests/test.h"
 

@@ -102,7 +102,7 @@ static int same_slab(struct dit *a, struct dit *b, enum plan_class class)
     return PASSED;
 }
 
-// ---- configuration -----------------------------------------------------------------------------------
+// ---- configuration ------------------------------------------------------------------------------
 
 static int counts(void)
 {
@@ -191,7 +191,7 @@ static int json_round_trip(void)
     return PASSED;
 }
 
-// ---- training ----------------------------------------------------------------------------------------
+// ---- training -----------------------------------------------------------------------------------
 
 static int no_allocation(void)
 {
@@ -385,8 +385,8 @@ static int bf16_tracks_f32(void)
     return PASSED;
 }
 
-// Products that read bf16 weights, of which training keeps the f32 in two halves: no change beyond the
-// rounding of weights.
+// Products that read bf16 weights, of which training keeps the f32 in two halves: no change beyond
+// the rounding of weights.
 static int half_weights(void)
 {
     struct rig plain = {0}, half = {0};
@@ -432,7 +432,7 @@ static int half_weights(void)
     return PASSED;
 }
 
-// ---- initial values, inference, sampling -----------------------------------------------------------------
+// ---- initial values, inference, sampling --------------------------------------------------------
 
 static int initial_output_is_zero(void)
 {
@@ -579,8 +579,8 @@ static int packed_weights(void)
     return PASSED;
 }
 
-// One step and one sample of the smallest model with every kind of block: what oclgrind can simulate
-// in a minute, for races and accesses out of bounds.
+// One step and one sample of the smallest model with every kind of block: what oclgrind can
+// simulate in a minute, for races and accesses out of bounds.
 static int smallest(unsigned flags)
 {
     static const struct config c = {.layers = 2, .hidden = 8, .heads = 2, .patch = 2, .channels = 1,

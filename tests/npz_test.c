@@ -1,5 +1,5 @@
-// numpy's archives (tests/eval/make_eval.py): what numpy writes is read, what is damaged or hostile is
-// refused in one line, what is written is laid out as it says.
+// numpy's archives (tests/eval/make_eval.py): what numpy writes is read, what is damaged or hostile
+// is refused in one line, what is written is laid out as it says.
 #include "tests/test.h"
 
 #include <stdlib.h>
@@ -110,8 +110,8 @@ static const char *store(const uint8_t *data, size_t bytes)
     return path;
 }
 
-// Cut anywhere, it is refused; with any byte changed it is read or refused, and never more than that
-// (the sanitizers of tests/run.sh watch).
+// Cut anywhere, it is refused; with any byte changed it is read or refused, and never more than
+// that (the sanitizers of tests/run.sh watch).
 static int test_damaged(void)
 {
     static const char *const files[] = {ARCHIVE("deflated.npz"), ARCHIVE("stored.npz")};

@@ -215,7 +215,8 @@ static int gaps_are_empty(const struct life *guests, int count, const struct lif
     return PASSED;
 }
 
-// Gradients among activations: placed like the moments, in bytes that activations have at other times.
+// Gradients among activations: placed like the moments, in bytes that activations have at other
+// times.
 static int guests_with(uint32_t seed, uint64_t max_alloc)
 {
     enum { GUESTS = 30, OTHERS = 150 };

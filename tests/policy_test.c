@@ -1,5 +1,5 @@
-// Forecasts and policies, on clusters and models that are only numbers. `cost` is compared with every
-// placement there is, on small random cases; and never may another policy beat it.
+// Forecasts and policies, on clusters and models that are only numbers. `cost` is compared with
+// every placement there is, on small random cases; and never may another policy beat it.
 #include "runtime/policy.h"
 #include "tests/test.h"
 

@@ -24,7 +24,8 @@ static double window(const double *x, const struct pool *p, int channels, int n,
     return p->maximum ? most : sum / count;
 }
 
-// shape: images, height, width, channels, columns before and after, window as size*100+stride*10+padding
+// shape: images, height, width, channels, columns before and after, window as
+// size*100+stride*10+padding
 static int pool_case(struct op_run *r, const int *s)
 {
     const int channels = s[3], before = s[4] / 100, columns = before + channels + s[4] % 100;

@@ -1,5 +1,5 @@
-// The sampler of the model against the rules of model/schedule.h by hand: ordinary forward passes, and
-// updates in double.
+// The sampler of the model against the rules of model/schedule.h by hand: ordinary forward passes,
+// and updates in double.
 #include "model/sampler.h"
 #include "runtime/rng.h"
 #include "tests/test.h"

@@ -1,8 +1,8 @@
 // The rules of samplers against exact solutions.
 //
 // Where the data are normal, N(m, s^2), the answer of a perfect network is linear in z and the flow
-// without noise is known: at z = alpha x + sigma e the deviation is sqrt(V), V = alpha^2 s^2 + sigma^2,
-// and a point stays as many deviations from the mean alpha m as it began.
+// without noise is known: at z = alpha x + sigma e the deviation is sqrt(V), V = alpha^2 s^2 +
+// sigma^2, and a point stays as many deviations from the mean alpha m as it began.
 #include "model/schedule.h"
 #include "tests/test.h"
 
@@ -50,8 +50,8 @@ static double follow(const struct schedule *way, double z, double m, double s)
     return z;
 }
 
-// Where the flow leads: for DDPM to the lowest t, and from there to the image expected, as the samplers
-// end.
+// Where the flow leads: for DDPM to the lowest t, and from there to the image expected, as the
+// samplers end.
 static double exact(enum diffusion family, double z, double m, double s)
 {
     double alpha, sigma;
@@ -77,8 +77,8 @@ static double worst_error(enum diffusion family, enum sampler_kind kind, int ste
     return worst;
 }
 
-// Steps equal in t grow in lambda towards both ends: there DPM-Solver++(2M) loses a little, its error
-// goes as dt^2 log(1/dt), and the logarithm is taken out.
+// Steps equal in t grow in lambda towards both ends: there DPM-Solver++(2M) loses a little, its
+// error goes as dt^2 log(1/dt), and the logarithm is taken out.
 static int order_of_convergence(void)
 {
     static const double order[] = {1, 2, 2, 1}, most[] = {4e-3, 1e-6, 2e-5, 4e-3};
@@ -197,8 +197,8 @@ static int dpm_as_published(void)
     return PASSED;
 }
 
-// The ends: every number is finite, the first step needs nothing kept, the last one ends at x0; steps
-// are counted; and euler is ddim.
+// The ends: every number is finite, the first step needs nothing kept, the last one ends at x0;
+// steps are counted; and euler is ddim.
 static int check_way(enum diffusion family, int k, int steps)
 {
     struct schedule way, other;
@@ -240,8 +240,8 @@ static int ends_are_exact(void)
     return PASSED;
 }
 
-// The image that clipping looks at is the one that the sampler predicts, and where nothing is clipped
-// nothing changes.
+// The image that clipping looks at is the one that the sampler predicts, and where nothing is
+// clipped nothing changes.
 static int clip_case(const struct schedule *plain, const struct schedule *clipped, int i)
 {
     const struct pass p = schedule_pass(plain, i), c = schedule_pass(clipped, i);

@@ -13,8 +13,8 @@ struct test {
     int (*run)(void);
 };
 
-// The device under test (--device, default the best found) opened with `flags`; opened once per flags
-// value and closed at the end. Returns NULL, having said why, when there is none.
+// The device under test (--device, default the best found) opened with `flags`; opened once per
+// flags value and closed at the end. Returns NULL, having said why, when there is none.
 struct device *test_device(unsigned flags);
 // A fresh directory for this process, removed at the end.
 const char *test_directory(void);

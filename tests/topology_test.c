@@ -1,4 +1,5 @@
-// Topologies of machines that are not here, from tests/topologies, of this one, and files that are none.
+// Topologies of machines that are not here, from tests/topologies, of this one, and files that are
+// none.
 #include "runtime/topology.h"
 #include "tests/test.h"
 

@@ -395,8 +395,8 @@ static int test_pickles(void)
     return PASSED;
 }
 
-// Tuples, each within the next: nothing may recurse into them. And each costs memory, which is bounded
-// by the pickle's size.
+// Tuples, each within the next: nothing may recurse into them. And each costs memory, which is
+// bounded by the pickle's size.
 static int test_deep(void)
 {
     enum { MOST = 4000000 };

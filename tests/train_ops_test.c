@@ -425,8 +425,8 @@ static int adamw_padding(void)
     return PASSED;
 }
 
-// Updates tensor by tensor: a norm that is not finite ends the step's updates and is counted; a finite
-// one, or a step that is skipped already, changes nothing.
+// Updates tensor by tensor: a norm that is not finite ends the step's updates and is counted; a
+// finite one, or a step that is skipped already, changes nothing.
 static int guard_case(unsigned flags, double norm2, double skipped_before, bool ends)
 {
     struct op_run r;

@@ -65,8 +65,8 @@ static int test_large_fill(void) // by a kernel on CPU devices: any offset, noth
     return PASSED;
 }
 
-// The host's memory belongs to the caller again when write() returns, however busy the device is and
-// however the writes fill and leave what the backend keeps between.
+// The host's memory belongs to the caller again when write() returns, however busy the device is
+// and however the writes fill and leave what the backend keeps between.
 static int test_writes(void)
 {
     enum { CHUNKS = 60, LARGEST = 5 << 20, BUSY = 64 << 20 };
@@ -109,7 +109,8 @@ static int test_writes(void)
     return PASSED;
 }
 
-// Begun copies between two streams and locked memory: in order, beside what the first stream does next.
+// Begun copies between two streams and locked memory: in order, beside what the first stream does
+// next.
 static int test_begun(void)
 {
     enum { BYTES = 4 << 20 };

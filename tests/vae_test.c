@@ -1,6 +1,6 @@
-// Autoencoders against what diffusers makes of the same weights (tests/vae/make_vae.py): both kinds,
-// every layout of files, whole and in tiles, on CPU and GPU forms, in f32 and bf16; and files that are
-// not what they should be.
+// Autoencoders against what diffusers makes of the same weights (tests/vae/make_vae.py): both
+// kinds, every layout of files, whole and in tiles, on CPU and GPU forms, in f32 and bf16; and
+// files that are not what they should be.
 #include "tests/test.h"
 
 #include <math.h>
@@ -138,8 +138,8 @@ static int test_tiles(void)
     return PASSED;
 }
 
-// One tile that holds all is the whole. Smaller ones differ from it as far as their statistics do: of
-// latents that are alike everywhere, but for the borders.
+// One tile that holds all is the whole. Smaller ones differ from it as far as their statistics do:
+// of latents that are alike everywhere, but for the borders.
 static int test_tiles_and_whole(void)
 {
     enum { SIDE = 56, IMAGE = 2 * SIDE, FLOATS = 3 * IMAGE * IMAGE };

@@ -63,8 +63,8 @@ static void name_core(void)
 static void open_blas(int threads, FILE *table)
 {
     name_core();
-    // its idle threads spin for 2^26 cycles on the cores that the device is measured on: make it 2^20,
-    // which still bridges the gap between two of its own products
+    // its idle threads spin for 2^26 cycles on the cores that the device is measured on: make it
+    // 2^20, which still bridges the gap between two of its own products
     setenv("OPENBLAS_THREAD_TIMEOUT", "20", 0);
     void *library = dlopen("libopenblas.so.0", RTLD_NOW | RTLD_LOCAL);
     void *set_threads = symbol(library, "openblas_set_num_threads");

@@ -418,8 +418,8 @@ static struct norm_columns norm_columns(const struct bench *b)
     return (struct norm_columns){.gate = 0, .shift = D, .scale = 2 * D};
 }
 
-// These two as a sampling step has them: where the device has them in one pass, the stream is in two
-// halves and the sum in mid-block is not kept.
+// These two as a sampling step has them: where the device has them in one pass, the stream is in
+// two halves and the sum in mid-block is not kept.
 static struct tensor stream(struct bench *b, int name, int low)
 {
     struct tensor x = *T(name);

@@ -18,11 +18,13 @@ struct step_settings {
 
 // Every model at every batch. Training: median time of single steps. Sampling (without guidance:
 // one forward pass of the batch a step): median over runs of `steps` steps each, divided by their
-// number. On ranks `batch` is all ranks' together, and `ranks` says how the model lies on them. Appends one object a row: {"bench": "step", "name", "what", "type", "batch", "ms",
+// number. On ranks `batch` is all ranks' together, and `ranks` says how the model lies on them.
+// Appends one object a row: {"bench": "step", "name", "what", "type", "batch", "ms",
 // "images_per_s", "gflops" (2 a multiply-accumulate of active parameters and attention; three
-// forwards in training), "of_product" (share of the ceiling of one device, of each with ranks), "ranks" and
-// "waited" (share of the time that rank 0 stood still for other ranks), "memory" (planned bytes), "allocated"
-// (by the device), "peers": [{"mode", "ms", "ratio"}]}. ratio: the peer's time over ours.
+// forwards in training), "of_product" (share of the ceiling of one device, of each with ranks),
+// "ranks" and "waited" (share of the time that rank 0 stood still for other ranks), "memory"
+// (planned bytes), "allocated" (by the device), "peers": [{"mode", "ms", "ratio"}]}. ratio: the
+// peer's time over ours.
 int bench_step(struct device *dev, struct stream *stream, const struct step_settings *o,
                const struct ceilings *ceilings, json_t *rows, FILE *table);
 

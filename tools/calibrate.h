@@ -1,5 +1,5 @@
-// Measuring what the forecast of a placement needs: the rates of one device, and of the roads between
-// ranks.
+// Measuring what the forecast of a placement needs: the rates of one device, and of the roads
+// between ranks.
 #ifndef DITMOE_CALIBRATE_H
 #define DITMOE_CALIBRATE_H
 
@@ -13,13 +13,13 @@ struct calibrate_settings {
     int precision, batch, force, json;
 };
 
-// The device's rates at the model's width; then real steps of the model, cut to a few layers, whose time
-// over the forecast's is kept beside them. Takes seconds on a GPU, up to a minute on a CPU.
+// The device's rates at the model's width; then real steps of the model, cut to a few layers, whose
+// time over the forecast's is kept beside them. Takes seconds on a GPU, up to a minute on a CPU.
 int calibrate_device(struct device *dev, struct stream *stream, const struct calibrate_settings *o,
                      const struct config *c, struct device_rates *out);
 
-// Every pair of ranks in turn: bytes from the memory of one's device to the other's and back, and from
-// host to host. Collective; rank 0 gets the roads put into `rates`.
+// Every pair of ranks in turn: bytes from the memory of one's device to the other's and back, and
+// from host to host. Collective; rank 0 gets the roads put into `rates`.
 int calibrate_pairs(struct exchange *x, struct device *dev, struct stream *stream,
                     struct rates *rates);
 

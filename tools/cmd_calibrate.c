@@ -1,5 +1,5 @@
-// ditmoe calibrate: measures devices and the roads between them for the forecasts of `ditmoe plan`, and
-// keeps the figures in the user's cache.
+// ditmoe calibrate: measures devices and the roads between them for the forecasts of `ditmoe plan`,
+// and keeps the figures in the user's cache.
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>

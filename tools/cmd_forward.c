@@ -1,7 +1,7 @@
 // ditmoe forward: one pass on tensors from a file, so that anyone can compare this program with
 // another one. Without --loss: the output and the experts chosen, in evaluation mode. With
-// --loss rf or ddpm: that loss of x, t, y and noise, and every gradient under its published name; the
-// balance loss takes part in the gradients but not in the loss.
+// --loss rf or ddpm: that loss of x, t, y and noise, and every gradient under its published name;
+// the balance loss takes part in the gradients but not in the loss.
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>

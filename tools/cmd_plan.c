@@ -1,5 +1,5 @@
-// ditmoe plan: which device computes what of a model, and how long a step would take: on this machine or
-// on machines that are not here.
+// ditmoe plan: which device computes what of a model, and how long a step would take: on this
+// machine or on machines that are not here.
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>

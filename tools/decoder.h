@@ -30,8 +30,8 @@ struct decoder {
     int64_t latent_size, size;   // values of a latent, of an image
 };
 
-// For up to `count` latents [channels, height, width] at once. Where memory does not do it takes fewer
-// images at a time, then tiles, and says so.
+// For up to `count` latents [channels, height, width] at once. Where memory does not do it takes
+// fewer images at a time, then tiles, and says so.
 int decoder_open(const struct session *session, const struct vae_settings *o, int count,
                  int channels, int height, int width, struct decoder *out);
 void decoder_close(struct decoder *d); // also of a zeroed struct

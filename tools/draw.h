@@ -50,8 +50,8 @@ int drawing_open(const struct draw_options *o, const struct checkpoint *file, in
                  struct drawing *out);
 void drawing_close(struct drawing *d); // also of a zeroed struct
 
-// Draws `count` images on the device, or on all ranks' devices into rank 0's latents, with progress on
-// stderr; noise as in sampler_run().
+// Draws `count` images on the device, or on all ranks' devices into rank 0's latents, with progress
+// on stderr; noise as in sampler_run().
 int draw_samples(const struct draw_options *o, const struct checkpoint *file, int count,
                  const int32_t *classes, const struct sample_noise *noise, float *latents);
 

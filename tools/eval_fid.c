@@ -90,8 +90,8 @@ static int features_of(const struct fid_settings *o, struct inception *n,
     return code < 0 ? fail_in(code, "%s", source->path) : 0;
 }
 
-// An .npz with statistics: they are taken, and images beside them (as in ADM's reference batches) are
-// looked at for precision and recall, and where there are no spatial statistics.
+// An .npz with statistics: they are taken, and images beside them (as in ADM's reference batches)
+// are looked at for precision and recall, and where there are no spatial statistics.
 static int open_statistics(const struct fid_settings *o, struct inception *n, struct npz *z,
                            const char *what, bool score, struct features *out)
 {

@@ -1,6 +1,6 @@
 // A file of equal items that are made one by one, in any order and over several runs: items, and
-// beside them which of them are there. It belongs to one process at a time, and to one description of
-// what is made: another one is refused.
+// beside them which of them are there. It belongs to one process at a time, and to one description
+// of what is made: another one is refused.
 #ifndef DITMOE_PART_FILE_H
 #define DITMOE_PART_FILE_H
 

@@ -1,4 +1,5 @@
-// What `ditmoe plan` is made of: the machines that a plan is for, the plans, and how they are shown.
+// What `ditmoe plan` is made of: the machines that a plan is for, the plans, and how they are
+// shown.
 #ifndef DITMOE_PLAN_TOOL_H
 #define DITMOE_PLAN_TOOL_H
 
@@ -57,8 +58,8 @@ struct plan_result {
     double policies[POLICIES]; // seconds with each policy on this group; INFINITY: does not fit
 };
 
-// One plan on `nodes` sets of machines for `batch` images, with the best size of group (or --group).
-// `compare`: with every policy, for plan_result.policies.
+// One plan on `nodes` sets of machines for `batch` images, with the best size of group (or
+// --group). `compare`: with every policy, for plan_result.policies.
 int plan_make(const struct plan_settings *o, struct machines *m, int nodes, int batch, bool compare,
               struct plan_result *out);
 void plan_result_free(struct plan_result *r); // also of a zeroed struct
@@ -68,7 +69,7 @@ int plan_expand(const struct plan_result *r, struct placement *out);
 // Expert load: {"ditmoe_load": 1, "load": [[tokens of expert 0, ...] a layer, ...]}, normalised.
 int load_read(const char *path, int layers, int experts, double **out);
 
-// ---- showing it (plan_show.c, plan_figure.c) ------------------------------------------------------
+// ---- showing it (plan_show.c, plan_figure.c) ----------------------------------------------------
 
 void plan_show(const struct plan_settings *o, const struct machines *m, const struct plan_result *r,
                FILE *out);

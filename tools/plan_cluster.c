@@ -1,5 +1,5 @@
-// The machines of a plan, from topologies and rates: which devices are ranks, how fast they are, and by
-// which road each reaches each other. See plan.h; docs/placement.md names what is assumed.
+// The machines of a plan, from topologies and rates: which devices are ranks, how fast they are,
+// and by which road each reaches each other. See plan.h; docs/placement.md names what is assumed.
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -8,7 +8,8 @@
 
 #include "tools/plan.h"
 
-// Shares of nominal rates that transfers get, and what starting one costs, where nothing was measured.
+// Shares of nominal rates that transfers get, and what starting one costs, where nothing was
+// measured.
 static const double NVLINK_SHARE = 0.75, PCIE_SHARE = 0.8, NETWORK_SHARE = 0.8, FAR_SHARE = 0.8;
 static const double NCCL_START = 12e-6, STAGED_START = 40e-6, NETWORK_START = 20e-6;
 static const double HOST_COPY = 10e9, ETHERNET = 1.25e9, NO_NETWORK = 12.5e9;
@@ -79,8 +80,8 @@ static bool is_fabric(const char *name)
            !strncmp(name, "hsn", 3) || !strncmp(name, "bnxt_re", 7) || !strncmp(name, "efa", 3);
 }
 
-// InfiniBand and its like run at the pace of their PCIe link; an Ethernet card often does not, and says
-// nothing of it here: 10 Gb/s are taken.
+// InfiniBand and its like run at the pace of their PCIe link; an Ethernet card often does not, and
+// says nothing of it here: 10 Gb/s are taken.
 static double network_of(const struct topology *t, int *fabrics, int *cards)
 {
     double fabric = 0;
@@ -240,7 +241,8 @@ static int fill_rank(struct machines *m, const struct plan_settings *o, const st
                        : fail(ERR_INPUT, "%s: the memory of %s is not known", t->source, k->name);
 }
 
-// What a machine's host offers: memory for experts, and with --host its CPU, where that is no rank itself.
+// What a machine's host offers: memory for experts, and with --host its CPU, where that is no rank
+// itself.
 static int fill_host(struct machines *m, const struct plan_settings *o, const struct topology *t,
                      struct device_rates *out, uint64_t *memory)
 {
@@ -359,7 +361,8 @@ static int fill_cluster(struct machines *m, const struct plan_settings *o, struc
     return 0;
 }
 
-// Copies of the group lie in the same set of machines, then in others: their road is the slower of both.
+// Copies of the group lie in the same set of machines, then in others: their road is the slower of
+// both.
 static void fill_between(struct machines *m, const struct plan_settings *o, int nodes, int in_set,
                          struct cluster *c)
 {

@@ -218,8 +218,8 @@ static bool all_on_devices(const struct placement *p)
     return true;
 }
 
-// The plan of the model itself in the place of the line through some of its plans; *over: by how much the
-// line was short where that makes a rank too large.
+// The plan of the model itself in the place of the line through some of its plans; *over: by how
+// much the line was short where that makes a rank too large.
 static int plan_each_rank(struct plan_result *r, double *over)
 {
     struct forecast *f = &r->forecast;

@@ -41,8 +41,8 @@ static struct roads *roads;
 static const struct device *connected; // the device that they begin at
 static bool told; // this rank has said what went wrong
 
-// mpirun binds a rank to one core unless told otherwise, and a CPU device's threads, which start with its
-// driver, would all share it. A wider binding is meant and stays.
+// mpirun binds a rank to one core unless told otherwise, and a CPU device's threads, which start
+// with its driver, would all share it. A wider binding is meant and stays.
 static void widen_binding(void)
 {
     cpu_set_t set;
@@ -152,9 +152,9 @@ static void item_of(const char *list, int index, char *out, size_t size)
     snprintf(out, size, "%.*s", (int)strcspn(list, ","), list);
 }
 
-// Open MPI refuses to run as root, and more ranks than cores, unless told that this is meant; it binds each
-// rank to a core, which a CPU device would then have alone; ranks that are asked to stop finish their
-// step first; of a failure our own line says all. Other MPIs do not read these.
+// Open MPI refuses to run as root, and more ranks than cores, unless told that this is meant; it
+// binds each rank to a core, which a CPU device would then have alone; ranks that are asked to stop
+// finish their step first; of a failure our own line says all. Other MPIs do not read these.
 static void set_environment(void)
 {
     if (geteuid() == 0) {
@@ -257,8 +257,8 @@ static int choose_device(const char *devices, struct device_info *out)
     return 0;
 }
 
-// Several ranks on one machine: the threads of each stay near its device (the drivers' own, too, as they are
-// started later). Ranks that share one CPU divide its NUMA nodes.
+// Several ranks on one machine: the threads of each stay near its device (the drivers' own, too, as
+// they are started later). Ranks that share one CPU divide its NUMA nodes.
 int ranks_device(const char *devices, struct device_info *out)
 {
     const int here = exchange_node_ranks(exchange), mine = exchange_node_rank(exchange);

@@ -1,6 +1,6 @@
 // Runs on several devices: one rank (process) each, under mpirun; model/moe_exchange.h says how one
-// model lies on them. Here: starting and ending together, which device a rank takes, who speaks, and
-// the options that all commands have that run on ranks. A process by itself is rank 0 of 1.
+// model lies on them. Here: starting and ending together, which device a rank takes, who speaks,
+// and the options that all commands have that run on ranks. A process by itself is rank 0 of 1.
 #ifndef DITMOE_RANKS_H
 #define DITMOE_RANKS_H
 
@@ -38,14 +38,14 @@ void say(const char *format, ...) __attribute__((format(printf, 1, 2)));
 // Whether this rank tells what went wrong: true for one of those who failed at the same time. Puts
 // "rank 1: " into `who` where that is of interest.
 bool ranks_tell(char who[32]);
-// *stop: has any rank been asked to stop? Then all stop, at this call: a rank that is asked later must not
-// stop before the next one. A collective call.
+// *stop: has any rank been asked to stop? Then all stop, at this call: a rank that is asked later
+// must not stop before the next one. A collective call.
 int ranks_stop(bool *stop);
 
 // ---- devices ------------------------------------------------------------------------------------
 
-// --device A,B,...: not yet under mpirun, starts it with a rank for each; returns then only to tell why not
-// (exit status). 0: nothing to start.
+// --device A,B,...: not yet under mpirun, starts it with a rank for each; returns then only to tell
+// why not (exit status). 0: nothing to start.
 int ranks_launch(const char *devices, const char *command, int argc, char **argv);
 // This rank's device: item of a list, or the best that no rank of this machine before it takes.
 int ranks_device(const char *devices, struct device_info *out);
@@ -57,16 +57,17 @@ int ranks_same_start(const struct command *command);
 // ERR_INPUT when ranks would go on from different files; `what` as in exchange_same().
 int ranks_same(const void *data, size_t bytes, const char *what);
 
-// The placement that the options name, for `batch` images at a time; *out is nothing (ranks.exchange NULL) with
-// one rank. `copies` as in struct dit_ranks.
+// The placement that the options name, for `batch` images at a time; *out is nothing
+// (ranks.exchange NULL) with one rank. `copies` as in struct dit_ranks.
 struct rank_plan {
     struct placement placement;
     struct dit_ranks ranks;
 };
 int ranks_plan(const struct rank_options *o, const struct config *c, int batch, int copies,
                struct rank_plan *out);
-// Looks for straight roads between the ranks' devices, which models planned with `p` (or NULL: with plans
-// made later) then take; says which there are. A collective call, after the session's device is open; ranks_disconnect() before it closes.
+// Looks for straight roads between the ranks' devices, which models planned with `p` (or NULL: with
+// plans made later) then take; says which there are. A collective call, after the session's device
+// is open; ranks_disconnect() before it closes.
 int ranks_connect(const struct rank_options *o, struct device *dev, struct stream *stream,
                   struct rank_plan *p);
 void ranks_disconnect(const struct device *dev);

@@ -32,8 +32,8 @@ static double most_wide(const struct topology_object *o)
     return o->kind == TOPOLOGY_MACHINE ? 1800 : o->kind == TOPOLOGY_PACKAGE ? 960 : 430;
 }
 
-// Children flow in rows, left to right. They come after their parent in the list, so sizes are found
-// from the end of the list, places from its start.
+// Children flow in rows, left to right. They come after their parent in the list, so sizes are
+// found from the end of the list, places from its start.
 static void size_box(struct drawing *d, int i)
 {
     const struct topology_object *o = &d->t->objects[i];

@@ -31,7 +31,8 @@ static int make_directories(const char *dir)
     }
 }
 
-// What killed processes left of checkpoints. Best effort; under the directory's lock no one writes one.
+// What killed processes left of checkpoints. Best effort; under the directory's lock no one writes
+// one.
 static void remove_leftovers(const char *dir)
 {
     DIR *d = opendir(dir);

@@ -37,8 +37,8 @@ void train_ranks_free(struct train_ranks *r)
 
 // ---- ranks.csv ----------------------------------------------------------------------------------
 
-// One rank's figures since the last time, [layers + 1, 3]: of each layer rows sent, rows received and
-// seconds waited; then seconds, seconds waited in all, bytes summed.
+// One rank's figures since the last time, [layers + 1, 3]: of each layer rows sent, rows received
+// and seconds waited; then seconds, seconds waited in all, bytes summed.
 static void own_figures(struct train_ranks *r, struct trainer *t, double *out)
 {
     const int L = t->dit->config.layers;
@@ -180,9 +180,9 @@ static double busiest(const struct placement *p, int layer, const double *load)
     return most;
 }
 
-// Every rank keeps its number of experts in the layer, and so its memory and the part of the work that
-// the placement meant for it; the busiest experts are given out first, each to the rank that has least
-// for its number of experts (Graham's longest processing time first).
+// Every rank keeps its number of experts in the layer, and so its memory and the part of the work
+// that the placement meant for it; the busiest experts are given out first, each to the rank that
+// has least for its number of experts (Graham's longest processing time first).
 static void even_out(struct placement *p, int layer, const double *load, double *rows, int *room)
 {
     bool given[512] = {false};
@@ -222,8 +222,8 @@ static bool at_random(struct placement *p, uint64_t seed, int64_t step)
     return true;
 }
 
-// The better placement for the load measured since the last time; returns what it saves, a share of the rows
-// that the busiest ranks had.
+// The better placement for the load measured since the last time; returns what it saves, a share of
+// the rows that the busiest ranks had.
 static double improve(const struct train_ranks *r, struct placement *p)
 {
     double before = 0, after = 0;

@@ -205,7 +205,8 @@ static int plan_memory(struct run *r)
     return code;
 }
 
-// Whether all ranks have devices of one name, driver and backend. (DITMOE_UNLIKE=1: as if not, for tests.)
+// Whether all ranks have devices of one name, driver and backend. (DITMOE_UNLIKE=1: as if not, for
+// tests.)
 static int compare_devices(struct run *r)
 {
     const struct device_info *info = &r->session.dev->info;

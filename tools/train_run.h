@@ -1,8 +1,8 @@
 // A training run: its settings, its directory, its log. See cmd_train.c for what each option means.
 //
 // RUN_DIR holds run.json (options, configuration, data), log.csv (a row a step),
-// step-XXXXXXXX.safetensors (checkpoints, whole or not there), samples/step-XXXXXXXX.png, and at the
-// end loss.png and model.safetensors (weights and EMA, for sampling).
+// step-XXXXXXXX.safetensors (checkpoints, whole or not there), samples/step-XXXXXXXX.png, and at
+// the end loss.png and model.safetensors (weights and EMA, for sampling).
 #ifndef DITMOE_TRAIN_RUN_H
 #define DITMOE_TRAIN_RUN_H
 
@@ -67,8 +67,8 @@ void run_checkpoint_prune(const char *dir, int keep);
 
 // ---- the model (train_init.c) -------------------------------------------------------------------
 
-// The configuration: the preset's, or that of --init FILE, with what options and data change. ERR_INPUT
-// where they want other tensors than the file has.
+// The configuration: the preset's, or that of --init FILE, with what options and data change.
+// ERR_INPUT where they want other tensors than the file has.
 int train_config(const struct train_settings *o, const struct model_options *overrides,
                  struct config *out);
 // Weights and their average become those of --init FILE (its average where it has one).
@@ -112,9 +112,9 @@ struct train_ranks {
 };
 int train_ranks_new(const struct config *c, const char *dir, struct train_ranks *out);
 void train_ranks_free(struct train_ranks *r);
-// After a step: its load; and every hundred steps, or at the `last`, rows of RUN_DIR/ranks.csv: of each
-// rank and layer rows sent to others and received and seconds waited in `steps` steps, and in layer
-// "all" seconds waited and in all, and bytes of gradients summed.
+// After a step: its load; and every hundred steps, or at the `last`, rows of RUN_DIR/ranks.csv: of
+// each rank and layer rows sent to others and received and seconds waited in `steps` steps, and in
+// layer "all" seconds waited and in all, and bytes of gradients summed.
 int train_ranks_load(struct train_ranks *r, struct trainer *t);
 int train_ranks_note(struct train_ranks *r, struct trainer *t, bool last);
 // RUN_DIR/load.json: the rows that each expert got, for 'ditmoe plan --load'.

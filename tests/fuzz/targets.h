@@ -1,6 +1,6 @@
 // The readers of files from elsewhere, each fed with bytes: what a fuzzer calls, and what
-// tests/fuzz_test.c calls with the files of tests/fuzz/corpus/NAME. A target reads to the end whatever
-// opens; memory and time are for whoever calls it to watch.
+// tests/fuzz_test.c calls with the files of tests/fuzz/corpus/NAME. A target reads to the end
+// whatever opens; memory and time are for whoever calls it to watch.
 #ifndef DITMOE_FUZZ_TARGETS_H
 #define DITMOE_FUZZ_TARGETS_H
 
