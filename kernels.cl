@@ -28,6 +28,23 @@
 #endif
 #define GLOBAL __global
 
+// A kernel's buffers are views: a pointer to the allocation and how many bytes on the view begins,
+// since sub-buffers are not to be trusted with every driver (docs/devices.md). VIEW(p) declares
+// the argument p, and a kernel's first line moves all of them to where they begin. Where memory is
+// an address (CUDA) views are plain pointers. POINTER: the same list of arguments for a function.
+#define POINTER(p) p
+#ifndef VIEW
+#define VIEW(p) p, ulong p##_offset
+#define OFFSETS1(p) p = (GLOBAL void *)((GLOBAL uchar *)p + p##_offset);
+#endif
+#define OFFSETS2(p, q) OFFSETS1(p) OFFSETS1(q)
+#define OFFSETS3(p, q, r) OFFSETS2(p, q) OFFSETS1(r)
+#define OFFSETS4(p, q, r, s) OFFSETS3(p, q, r) OFFSETS1(s)
+#define OFFSETS5(p, q, r, s, t) OFFSETS4(p, q, r, s) OFFSETS1(t)
+#define OFFSETS6(p, q, r, s, t, u) OFFSETS5(p, q, r, s, t) OFFSETS1(u)
+#define OFFSETS7(p, q, r, s, t, u, v) OFFSETS6(p, q, r, s, t, u) OFFSETS1(v)
+#define OFFSETS8(p, q, r, s, t, u, v, w) OFFSETS7(p, q, r, s, t, u, v) OFFSETS1(w)
+
 // ---- storage types ------------------------------------------------------------------------------
 
 inline float bf16_to_float(ushort h)
@@ -142,8 +159,9 @@ inline void act_store16(GLOBAL act *p, float16 v)
 // p[i] = pattern for i in [first, first+count), a chunk a work-item. Drivers of CPU devices fill
 // with one thread.
 KERNEL(1, 1)
-void fill_cpu(GLOBAL uint *p, uint first, uint count, uint pattern, uint chunk)
+void fill_cpu(GLOBAL uint *VIEW(p), uint first, uint count, uint pattern, uint chunk)
 {
+    OFFSETS1(p)
     size_t i = get_group_id(0) * (size_t)chunk, to = min(i + chunk, (size_t)count);
     p += first;
     for (; i + 16 <= to; i += 16)
@@ -632,15 +650,17 @@ inline void gemm_finish(float acc[GEMM_ROWS_MAX][8], const int tile, LOCAL_PTR f
     }
 }
 
-#define GEMM_ARGUMENTS                                                                       \
-    const GLOBAL float *a, const GLOBAL float *b, GLOBAL float *c, const GLOBAL float *bias, \
-        GLOBAL float *h, const GLOBAL int *offsets, int groups, int m, int n, int k, int flags
+#define GEMM_ARGUMENTS(P)                                                                     \
+    const GLOBAL float *P(a), const GLOBAL float *P(b), GLOBAL float *P(c),                   \
+        const GLOBAL float *P(bias), GLOBAL float *P(h), const GLOBAL int *P(offsets),        \
+        int groups, int m, int n, int k, int flags
 #define GEMM_PASSED a, b, c, bias, h, offsets, groups, m, n, k, flags
 
 // C = A B: A [m,k], B [groups][n,k] (along_k) or [k,n]; ragged over the rows of A where there are
 // offsets. Groups: (columns / tile, row blocks: m / tile + number of groups); SWIGLU_FORWARD: a
 // tile has half as many columns of g.
-inline void gemm_rows(LOCAL_PTR float *tiles, const int tile, const int along_k, GEMM_ARGUMENTS)
+inline void gemm_rows(LOCAL_PTR float *tiles, const int tile, const int along_k,
+                      GEMM_ARGUMENTS(POINTER))
 {
     int group, end, row0 = gemm_block(offsets, groups, (int)get_group_id(1), tile, m, &group, &end);
     int forward = along_k && flags & GEMM_SWIGLU_FORWARD, columns = forward ? n / 2 : n;
@@ -678,7 +698,7 @@ inline void gemm_rows(LOCAL_PTR float *tiles, const int tile, const int along_k,
 
 // C[group] = A^T B: A [k,m], B [k,n], summed over the group's rows (all k rows without offsets).
 // Groups: (columns / tile, rows / tile, number of groups).
-inline void gemm_columns(LOCAL_PTR float *tiles, const int tile, GEMM_ARGUMENTS)
+inline void gemm_columns(LOCAL_PTR float *tiles, const int tile, GEMM_ARGUMENTS(POINTER))
 {
     int group = (int)get_group_id(2), a_bf16 = flags & GEMM_A_BF16, b_bf16 = flags & GEMM_B_BF16;
     int k0 = offsets ? offsets[group] : 0, k_end = offsets ? offsets[group + 1] : k;
@@ -716,43 +736,49 @@ inline void gemm_columns(LOCAL_PTR float *tiles, const int tile, GEMM_ARGUMENTS)
 #define GEMM_TILES(tile) LOCAL float4 tiles[GEMM_TILE_SIZE(tile)]
 
 KERNEL_DENSE(128, 1)
-void gemm_nt(GEMM_ARGUMENTS)
+void gemm_nt(GEMM_ARGUMENTS(VIEW))
 {
+    OFFSETS6(a, b, c, bias, h, offsets)
     GEMM_TILES(GEMM_LARGE);
     gemm_rows((LOCAL_PTR float *)tiles, GEMM_LARGE, 1, GEMM_PASSED);
 }
 
 KERNEL_DENSE(128, 1)
-void gemm_nn(GEMM_ARGUMENTS)
+void gemm_nn(GEMM_ARGUMENTS(VIEW))
 {
+    OFFSETS6(a, b, c, bias, h, offsets)
     GEMM_TILES(GEMM_LARGE);
     gemm_rows((LOCAL_PTR float *)tiles, GEMM_LARGE, 0, GEMM_PASSED);
 }
 
 KERNEL_DENSE(128, 1)
-void gemm_tn(GEMM_ARGUMENTS)
+void gemm_tn(GEMM_ARGUMENTS(VIEW))
 {
+    OFFSETS6(a, b, c, bias, h, offsets)
     GEMM_TILES(GEMM_LARGE);
     gemm_columns((LOCAL_PTR float *)tiles, GEMM_LARGE, GEMM_PASSED);
 }
 
 KERNEL(64, 1)
-void gemm_small_nt(GEMM_ARGUMENTS)
+void gemm_small_nt(GEMM_ARGUMENTS(VIEW))
 {
+    OFFSETS6(a, b, c, bias, h, offsets)
     GEMM_TILES(GEMM_SMALL);
     gemm_rows((LOCAL_PTR float *)tiles, GEMM_SMALL, 1, GEMM_PASSED);
 }
 
 KERNEL(64, 1)
-void gemm_small_nn(GEMM_ARGUMENTS)
+void gemm_small_nn(GEMM_ARGUMENTS(VIEW))
 {
+    OFFSETS6(a, b, c, bias, h, offsets)
     GEMM_TILES(GEMM_SMALL);
     gemm_rows((LOCAL_PTR float *)tiles, GEMM_SMALL, 0, GEMM_PASSED);
 }
 
 KERNEL(64, 1)
-void gemm_small_tn(GEMM_ARGUMENTS)
+void gemm_small_tn(GEMM_ARGUMENTS(VIEW))
 {
+    OFFSETS6(a, b, c, bias, h, offsets)
     GEMM_TILES(GEMM_SMALL);
     gemm_columns((LOCAL_PTR float *)tiles, GEMM_SMALL, GEMM_PASSED);
 }
@@ -762,8 +788,10 @@ void gemm_small_tn(GEMM_ARGUMENTS)
 // part[chunk, n] = sum of rows [chunk*rows, (chunk+1)*rows) of a[m,n]; then column_sums adds up the
 // parts in a fixed order. Groups: (n / 64, chunks); (n / 64).
 KERNEL(64, 1)
-void column_sums_part(GLOBAL float *part, const GLOBAL float *a, int bf16, int m, int n, int rows)
+void column_sums_part(GLOBAL float *VIEW(part), const GLOBAL float *VIEW(a), int bf16, int m, int n,
+                      int rows)
 {
+    OFFSETS2(part, a)
     int col = (int)get_global_id(0), chunk = (int)get_group_id(1);
     if (col >= n)
         return;
@@ -777,8 +805,10 @@ void column_sums_part(GLOBAL float *part, const GLOBAL float *a, int bf16, int m
 #ifdef CPU_FORMS
 // Groups: (1, chunks).
 KERNEL(1, 1)
-void column_sums_part_cpu(GLOBAL float *part, const GLOBAL float *a, int bf16, int m, int n, int rows)
+void column_sums_part_cpu(GLOBAL float *VIEW(part), const GLOBAL float *VIEW(a), int bf16, int m,
+                          int n, int rows)
 {
+    OFFSETS2(part, a)
     int chunk = (int)get_group_id(1), col = 0;
     int first = chunk * rows, last = first + rows < m ? first + rows : m;
     part += (size_t)chunk * n;
@@ -815,8 +845,9 @@ void column_sums_part_cpu(GLOBAL float *part, const GLOBAL float *a, int bf16, i
 
 // out[n] += sum over chunks of part[chunks, n]
 KERNEL(64, 1)
-void column_sums(GLOBAL float *out, const GLOBAL float *part, int chunks, int n)
+void column_sums(GLOBAL float *VIEW(out), const GLOBAL float *VIEW(part), int chunks, int n)
 {
+    OFFSETS2(out, part)
     int col = (int)get_global_id(0);
     if (col >= n)
         return;
@@ -1207,11 +1238,13 @@ inline void gemm_rows_block(float *strip, const GLOBAL float *a, const GLOBAL fl
 
 // Groups: any number; there are across * down blocks.
 KERNEL(1, 1)
-void gemm_rows_cpu(volatile GLOBAL int *turns, const GLOBAL float *a, const GLOBAL float *b,
-                   GLOBAL float *c, GLOBAL float *sums, GLOBAL float *h, const GLOBAL float *bias,
-                   const GLOBAL int *offsets, int groups, int down, int across, int m, int n, int k,
-                   int skip, int block, int wide, int depth, int flags)
+void gemm_rows_cpu(volatile GLOBAL int *VIEW(turns), const GLOBAL float *VIEW(a),
+                   const GLOBAL float *VIEW(b), GLOBAL float *VIEW(c), GLOBAL float *VIEW(sums),
+                   GLOBAL float *VIEW(h), const GLOBAL float *VIEW(bias),
+                   const GLOBAL int *VIEW(offsets), int groups, int down, int across, int m, int n,
+                   int k, int skip, int block, int wide, int depth, int flags)
 {
+    OFFSETS8(turns, a, b, c, sums, h, bias, offsets)
     GEMM_STRIP(strip);
     for (int i = gemm_next_block(turns); i < down * across; i = gemm_next_block(turns))
         gemm_rows_block(strip, a, b, c, sums, h, bias, offsets, groups, i % down, i / down, m, n, k,
@@ -1252,11 +1285,12 @@ inline void gemm_columns_block(float *strip, const GLOBAL float *a, const GLOBAL
 
 // Groups: any number; there are down * across * groups blocks.
 KERNEL(1, 1)
-void gemm_columns_cpu(volatile GLOBAL int *turns, const GLOBAL float *a, const GLOBAL float *b,
-                      GLOBAL float *c, GLOBAL float *sums, const GLOBAL int *offsets, int groups,
-                      int down, int across, int m, int n, int k, int skip, int block, int wide,
-                      int depth, int flags)
+void gemm_columns_cpu(volatile GLOBAL int *VIEW(turns), const GLOBAL float *VIEW(a),
+                      const GLOBAL float *VIEW(b), GLOBAL float *VIEW(c), GLOBAL float *VIEW(sums),
+                      const GLOBAL int *VIEW(offsets), int groups, int down, int across, int m,
+                      int n, int k, int skip, int block, int wide, int depth, int flags)
 {
+    OFFSETS6(turns, a, b, c, sums, offsets)
     GEMM_STRIP(strip);
     int all = down * across * groups;
     for (int i = gemm_next_block(turns); i < all; i = gemm_next_block(turns))
@@ -1321,9 +1355,10 @@ inline void gemm_pack_slow(GLOBAL float *to, const GLOBAL void *b, size_t at, si
 // from the halves of the columns.
 // Groups: (k / depth, panels / wide, number of groups); depth a multiple of GEMM_VW.
 KERNEL(1, 1)
-void gemm_pack_cpu(GLOBAL float *to, const GLOBAL float *b, int along_k, int n, int k,
+void gemm_pack_cpu(GLOBAL float *VIEW(to), const GLOBAL float *VIEW(b), int along_k, int n, int k,
                    int depth, int wide, int flags)
 {
+    OFFSETS2(to, b)
     int bf16 = flags & GEMM_B_BF16, panels = (n + GEMM_NR - 1) / GEMM_NR;
     int k0 = (int)get_group_id(0) * depth, k_end = min(k0 + depth, k);
     int first = (int)get_group_id(1) * wide, last = min(first + wide, panels);
@@ -1499,9 +1534,10 @@ INLINE void float_store_upto(GLOBAL float *p, float16 value, int n)
 // One item a run of p pixels: (row, channel, line py of the patch).
 // pqc: columns are ordered (py, q, c), else (c, py, q).
 KERNEL(64, 1)
-void patchify(GLOBAL act *out, const GLOBAL float *x, int channels, int height, int width, int p,
-              int pqc, uint runs)
+void patchify(GLOBAL act *VIEW(out), const GLOBAL float *VIEW(x), int channels, int height,
+              int width, int p, int pqc, uint runs)
 {
+    OFFSETS2(out, x)
     uint i = get_global_id(0);
     if (i >= runs)
         return;
@@ -1518,9 +1554,10 @@ void patchify(GLOBAL act *out, const GLOBAL float *x, int channels, int height, 
 }
 
 KERNEL(64, 1)
-void unpatchify(GLOBAL float *out, const GLOBAL act *in, int channels, int height, int width, int p,
-                uint runs)
+void unpatchify(GLOBAL float *VIEW(out), const GLOBAL act *VIEW(in), int channels, int height,
+                int width, int p, uint runs)
 {
+    OFFSETS2(out, in)
     uint i = get_global_id(0);
     if (i >= runs)
         return;
@@ -1556,8 +1593,9 @@ inline float exp_rounded(float a)
 // Frequencies and angles are rounded to f32 as in the published code, so that its weights see
 // theirs.
 KERNEL(64, 1)
-void timestep_embed(GLOBAL act *out, const GLOBAL float *t, int half_width, uint count)
+void timestep_embed(GLOBAL act *VIEW(out), const GLOBAL float *VIEW(t), int half_width, uint count)
 {
+    OFFSETS2(out, t)
     uint i = get_global_id(0);
     if (i >= count)
         return;
@@ -1568,9 +1606,10 @@ void timestep_embed(GLOBAL act *out, const GLOBAL float *t, int half_width, uint
 }
 
 KERNEL(64, 1)
-void embed_fwd(GLOBAL act *out, const GLOBAL float *table, const GLOBAL int *y, int width,
-               uint count)
+void embed_fwd(GLOBAL act *VIEW(out), const GLOBAL float *VIEW(table), const GLOBAL int *VIEW(y),
+               int width, uint count)
 {
+    OFFSETS3(out, table, y)
     uint i = get_global_id(0);
     if (i >= count)
         return;
@@ -1580,9 +1619,10 @@ void embed_fwd(GLOBAL act *out, const GLOBAL float *table, const GLOBAL int *y, 
 
 // One item a column, images in order: the same label may come twice.
 KERNEL(64, 1)
-void embed_bwd(GLOBAL float *dtable, const GLOBAL act *dout, const GLOBAL int *y, int width,
-               int images)
+void embed_bwd(GLOBAL float *VIEW(dtable), const GLOBAL act *VIEW(dout), const GLOBAL int *VIEW(y),
+               int width, int images)
 {
+    OFFSETS3(dtable, dout, y)
     int d = get_global_id(0);
     if (d >= width)
         return;
@@ -1594,16 +1634,19 @@ void embed_bwd(GLOBAL float *dtable, const GLOBAL act *dout, const GLOBAL int *y
 
 // GPU forms: one item an element. CPU forms: one item `chunk` elements.
 KERNEL(256, 1)
-void silu_fwd(GLOBAL act *y, const GLOBAL act *x, uint count, uint chunk)
+void silu_fwd(GLOBAL act *VIEW(y), const GLOBAL act *VIEW(x), uint count, uint chunk)
 {
+    OFFSETS2(y, x)
     uint i = get_global_id(0);
     if (i < count)
         act_store(y, i, act_load(x, i) * sigmoid(act_load(x, i)));
 }
 
 KERNEL(256, 1)
-void silu_bwd(GLOBAL act *dx, const GLOBAL act *dy, const GLOBAL act *x, uint count, uint chunk)
+void silu_bwd(GLOBAL act *VIEW(dx), const GLOBAL act *VIEW(dy), const GLOBAL act *VIEW(x),
+              uint count, uint chunk)
 {
+    OFFSETS3(dx, dy, x)
     uint i = get_global_id(0);
     if (i >= count)
         return;
@@ -1612,8 +1655,9 @@ void silu_bwd(GLOBAL act *dx, const GLOBAL act *dy, const GLOBAL act *x, uint co
 }
 
 KERNEL(256, 1)
-void gelu_fwd(GLOBAL act *y, const GLOBAL act *x, uint count, uint chunk)
+void gelu_fwd(GLOBAL act *VIEW(y), const GLOBAL act *VIEW(x), uint count, uint chunk)
 {
+    OFFSETS2(y, x)
     uint i = get_global_id(0);
     if (i >= count)
         return;
@@ -1622,8 +1666,10 @@ void gelu_fwd(GLOBAL act *y, const GLOBAL act *x, uint count, uint chunk)
 }
 
 KERNEL(256, 1)
-void gelu_bwd(GLOBAL act *dx, const GLOBAL act *dy, const GLOBAL act *x, uint count, uint chunk)
+void gelu_bwd(GLOBAL act *VIEW(dx), const GLOBAL act *VIEW(dy), const GLOBAL act *VIEW(x),
+              uint count, uint chunk)
 {
+    OFFSETS3(dx, dy, x)
     uint i = get_global_id(0);
     if (i < count)
         act_store(dx, i, act_load(dy, i) * gelu_slope(act_load(x, i)));
@@ -1631,9 +1677,10 @@ void gelu_bwd(GLOBAL act *dx, const GLOBAL act *dy, const GLOBAL act *x, uint co
 
 // y[i] += x[i mod period]
 KERNEL(256, 1)
-void add(GLOBAL void *y, const GLOBAL void *x, uint count, uint period, int y_f32, int x_f32,
-         uint chunk)
+void add(GLOBAL void *VIEW(y), const GLOBAL void *VIEW(x), uint count, uint period, int y_f32,
+         int x_f32, uint chunk)
 {
+    OFFSETS2(y, x)
     uint i = get_global_id(0);
     if (i < count)
         any_store(y, i, any_load(y, i, y_f32) + any_load(x, i % period, x_f32), y_f32);
@@ -1659,31 +1706,37 @@ void add(GLOBAL void *y, const GLOBAL void *x, uint count, uint period, int y_f3
     }
 
 KERNEL(1, 1)
-void silu_fwd_cpu(GLOBAL act *y, const GLOBAL act *x, uint count, uint chunk)
+void silu_fwd_cpu(GLOBAL act *VIEW(y), const GLOBAL act *VIEW(x), uint count, uint chunk)
 {
+    OFFSETS2(y, x)
     FOR_VECTORS(CHUNK_FROM, CHUNK_TO, float16 v = act_load_upto(x + i, n);
                 act_store_upto(y + i, v * sigmoid16(v), n))
 }
 
 KERNEL(1, 1)
-void silu_bwd_cpu(GLOBAL act *dx, const GLOBAL act *dy, const GLOBAL act *x, uint count, uint chunk)
+void silu_bwd_cpu(GLOBAL act *VIEW(dx), const GLOBAL act *VIEW(dy), const GLOBAL act *VIEW(x),
+                  uint count, uint chunk)
 {
+    OFFSETS3(dx, dy, x)
     FOR_VECTORS(CHUNK_FROM, CHUNK_TO, float16 v = act_load_upto(x + i, n), s = sigmoid16(v);
                 float16 slope = s * fma(v, 1.0f - s, (float16)(1.0f));
                 act_store_upto(dx + i, act_load_upto(dy + i, n) * slope, n))
 }
 
 KERNEL(1, 1)
-void gelu_fwd_cpu(GLOBAL act *y, const GLOBAL act *x, uint count, uint chunk)
+void gelu_fwd_cpu(GLOBAL act *VIEW(y), const GLOBAL act *VIEW(x), uint count, uint chunk)
 {
+    OFFSETS2(y, x)
     FOR_VECTORS(CHUNK_FROM, CHUNK_TO, float16 v = act_load_upto(x + i, n);
                 float16 u = v * fma((float16)(GELU_CUBIC), v * v, (float16)(GELU_LINEAR));
                 act_store_upto(y + i, v * sigmoid16(u), n))
 }
 
 KERNEL(1, 1)
-void gelu_bwd_cpu(GLOBAL act *dx, const GLOBAL act *dy, const GLOBAL act *x, uint count, uint chunk)
+void gelu_bwd_cpu(GLOBAL act *VIEW(dx), const GLOBAL act *VIEW(dy), const GLOBAL act *VIEW(x),
+                  uint count, uint chunk)
 {
+    OFFSETS3(dx, dy, x)
     FOR_VECTORS(CHUNK_FROM, CHUNK_TO, float16 v = act_load_upto(x + i, n), square = v * v;
                 float16 s = sigmoid16(v * fma((float16)(GELU_CUBIC), square, (float16)(GELU_LINEAR)));
                 float16 du = fma((float16)(3.0f * GELU_CUBIC), square, (float16)(GELU_LINEAR));
@@ -1698,9 +1751,10 @@ INLINE float16 any_load_upto(const GLOBAL void *p, size_t i, int n, int f32)
 }
 
 KERNEL(1, 1)
-void add_cpu(GLOBAL void *y, const GLOBAL void *x, uint count, uint period, int y_f32, int x_f32,
-             uint chunk)
+void add_cpu(GLOBAL void *VIEW(y), const GLOBAL void *VIEW(x), uint count, uint period, int y_f32,
+             int x_f32, uint chunk)
 {
+    OFFSETS2(y, x)
     size_t i = CHUNK_FROM, end = CHUNK_TO, k = i % period;
     while (i < end) {
         int n = (int)min((size_t)16, min(end - i, period - k));
@@ -1741,10 +1795,11 @@ inline float norm_sum(LOCAL_PTR float *sums, float value)
 
 // GPU form: 4 rows a group. CPU form: one item `chunk` rows. `tokens` rows share a row of mod.
 KERNEL(128, 1)
-void layernorm_mod_fwd(GLOBAL act *y, GLOBAL float *stats, const GLOBAL act *x,
-                       const GLOBAL act *mod, int width, int tokens, int mod_width, int shift,
+void layernorm_mod_fwd(GLOBAL act *VIEW(y), GLOBAL float *VIEW(stats), const GLOBAL act *VIEW(x),
+                       const GLOBAL act *VIEW(mod), int width, int tokens, int mod_width, int shift,
                        int scale, int rows, int chunk)
 {
+    OFFSETS4(y, stats, x, mod)
     LOCAL float4 sums[128 / 4];
     int lane = get_local_id(0) % NORM_LANES;
     size_t row = get_group_id(0) * (size_t)(128 / NORM_LANES) + get_local_id(0) / NORM_LANES;
@@ -1805,10 +1860,12 @@ void layernorm_mod_fwd(GLOBAL act *y, GLOBAL float *stats, const GLOBAL act *x,
 // Group (k, n): rows k*chunk.. of image n, chunk <= NORM_CHUNK. partial[n, k, 2, width]: sums of dy
 // (for the shift) and of dy * xhat (for the scale) over these rows.
 KERNEL(128, 1)
-void layernorm_mod_bwd(GLOBAL act *dx, GLOBAL float *partial, const GLOBAL act *dy,
-                       const GLOBAL act *x, const GLOBAL float *stats, const GLOBAL act *mod,
-                       int width, int tokens, int mod_width, int scale, int chunk)
+void layernorm_mod_bwd(GLOBAL act *VIEW(dx), GLOBAL float *VIEW(partial),
+                       const GLOBAL act *VIEW(dy), const GLOBAL act *VIEW(x),
+                       const GLOBAL float *VIEW(stats), const GLOBAL act *VIEW(mod), int width,
+                       int tokens, int mod_width, int scale, int chunk)
 {
+    OFFSETS6(dx, partial, dy, x, stats, mod)
     LOCAL float sums[128];
     LOCAL float mean_g[NORM_CHUNK], mean_gx[NORM_CHUNK];
     size_t n = get_group_id(1);
@@ -1849,9 +1906,10 @@ void layernorm_mod_bwd(GLOBAL act *dx, GLOBAL float *partial, const GLOBAL act *
 
 // dmod[n, columns[part] + d] = sum over k of partial[n, k, part, d]; column1 is of part 1, if any.
 KERNEL(64, 1)
-void sum_partials(GLOBAL act *dmod, const GLOBAL float *partial, int width, int mod_width,
-                  int column0, int column1, int chunks, int parts)
+void sum_partials(GLOBAL act *VIEW(dmod), const GLOBAL float *VIEW(partial), int width,
+                  int mod_width, int column0, int column1, int chunks, int parts)
 {
+    OFFSETS2(dmod, partial)
     int d = get_global_id(0), part = get_group_id(1);
     size_t n = get_group_id(2);
     if (d >= width)
@@ -1864,10 +1922,11 @@ void sum_partials(GLOBAL act *dmod, const GLOBAL float *partial, int width, int 
 
 #ifdef CPU_FORMS
 KERNEL(1, 1)
-void layernorm_mod_fwd_cpu(GLOBAL act *y, GLOBAL float *stats, const GLOBAL act *x,
-                           const GLOBAL act *mod, int width, int tokens, int mod_width, int shift,
-                           int scale, int rows, int chunk)
+void layernorm_mod_fwd_cpu(GLOBAL act *VIEW(y), GLOBAL float *VIEW(stats),
+                           const GLOBAL act *VIEW(x), const GLOBAL act *VIEW(mod), int width,
+                           int tokens, int mod_width, int shift, int scale, int rows, int chunk)
 {
+    OFFSETS4(y, stats, x, mod)
     size_t from = get_group_id(0) * (size_t)chunk, to = min(from + chunk, (size_t)rows);
     for (size_t row = from; row < to; row++) {
         const GLOBAL act *xr = x + row * width;
@@ -1894,10 +1953,12 @@ void layernorm_mod_fwd_cpu(GLOBAL act *y, GLOBAL float *stats, const GLOBAL act 
 
 // `out` starts as what the first row gives it and is the running sum of both parts.
 KERNEL(1, 1)
-void layernorm_mod_bwd_cpu(GLOBAL act *dx, GLOBAL float *partial, const GLOBAL act *dy,
-                           const GLOBAL act *x, const GLOBAL float *stats, const GLOBAL act *mod,
-                           int width, int tokens, int mod_width, int scale, int chunk)
+void layernorm_mod_bwd_cpu(GLOBAL act *VIEW(dx), GLOBAL float *VIEW(partial),
+                           const GLOBAL act *VIEW(dy), const GLOBAL act *VIEW(x),
+                           const GLOBAL float *VIEW(stats), const GLOBAL act *VIEW(mod), int width,
+                           int tokens, int mod_width, int scale, int chunk)
 {
+    OFFSETS6(dx, partial, dy, x, stats, mod)
     size_t n = get_group_id(1);
     int first = get_group_id(0) * chunk, count = min(chunk, tokens - first);
     const GLOBAL act *mr = mod + n * mod_width + scale;
@@ -1932,9 +1993,10 @@ void layernorm_mod_bwd_cpu(GLOBAL act *dx, GLOBAL float *partial, const GLOBAL a
 }
 
 KERNEL(1, 1)
-void sum_partials_cpu(GLOBAL act *dmod, const GLOBAL float *partial, int width, int mod_width,
-                      int column0, int column1, int chunks, int parts)
+void sum_partials_cpu(GLOBAL act *VIEW(dmod), const GLOBAL float *VIEW(partial), int width,
+                      int mod_width, int column0, int column1, int chunks, int parts)
 {
+    OFFSETS2(dmod, partial)
     int part = get_group_id(1);
     size_t n = get_group_id(2);
     const GLOBAL float *from = partial + (n * chunks * parts + part) * width;
@@ -1952,10 +2014,11 @@ void sum_partials_cpu(GLOBAL act *dmod, const GLOBAL float *partial, int width, 
 
 // GPU form: one group a row. CPU form: one item `chunk` rows.
 KERNEL(128, 1)
-void gate_residual_fwd(GLOBAL act *y, const GLOBAL act *x, const GLOBAL act *z,
-                       const GLOBAL act *mod, int width, int tokens, int mod_width, int gate,
+void gate_residual_fwd(GLOBAL act *VIEW(y), const GLOBAL act *VIEW(x), const GLOBAL act *VIEW(z),
+                       const GLOBAL act *VIEW(mod), int width, int tokens, int mod_width, int gate,
                        int rows, int chunk)
 {
+    OFFSETS4(y, x, z, mod)
     size_t row = get_group_id(0);
     const GLOBAL act *mr = mod + row / tokens * mod_width + gate;
     if (((width | mod_width | gate) & 3) == 0) {
@@ -1980,10 +2043,12 @@ void gate_residual_fwd(GLOBAL act *y, const GLOBAL act *x, const GLOBAL act *z,
 
 // Group (k, n): rows k*chunk.. of image n; partial[n, k, width]: sums of dy * z.
 KERNEL(128, 1)
-void gate_residual_bwd(GLOBAL act *dz, GLOBAL float *partial, const GLOBAL act *dy,
-                       const GLOBAL act *z, const GLOBAL act *mod, int width, int tokens,
-                       int mod_width, int gate, int chunk)
+void gate_residual_bwd(GLOBAL act *VIEW(dz), GLOBAL float *VIEW(partial),
+                       const GLOBAL act *VIEW(dy), const GLOBAL act *VIEW(z),
+                       const GLOBAL act *VIEW(mod), int width, int tokens, int mod_width, int gate,
+                       int chunk)
 {
+    OFFSETS5(dz, partial, dy, z, mod)
     size_t n = get_group_id(1);
     int first = get_group_id(0) * chunk, count = min(chunk, tokens - first);
     const GLOBAL act *mr = mod + n * mod_width + gate;
@@ -2002,10 +2067,11 @@ void gate_residual_bwd(GLOBAL act *dz, GLOBAL float *partial, const GLOBAL act *
 
 #ifdef CPU_FORMS
 KERNEL(1, 1)
-void gate_residual_fwd_cpu(GLOBAL act *y, const GLOBAL act *x, const GLOBAL act *z,
-                           const GLOBAL act *mod, int width, int tokens, int mod_width, int gate,
-                           int rows, int chunk)
+void gate_residual_fwd_cpu(GLOBAL act *VIEW(y), const GLOBAL act *VIEW(x),
+                           const GLOBAL act *VIEW(z), const GLOBAL act *VIEW(mod), int width,
+                           int tokens, int mod_width, int gate, int rows, int chunk)
 {
+    OFFSETS4(y, x, z, mod)
     size_t from = get_group_id(0) * (size_t)chunk, to = min(from + chunk, (size_t)rows);
     for (size_t row = from; row < to; row++) {
         const GLOBAL act *mr = mod + row / tokens * mod_width + gate;
@@ -2019,10 +2085,12 @@ void gate_residual_fwd_cpu(GLOBAL act *y, const GLOBAL act *x, const GLOBAL act 
 }
 
 KERNEL(1, 1)
-void gate_residual_bwd_cpu(GLOBAL act *dz, GLOBAL float *partial, const GLOBAL act *dy,
-                           const GLOBAL act *z, const GLOBAL act *mod, int width, int tokens,
-                           int mod_width, int gate, int chunk)
+void gate_residual_bwd_cpu(GLOBAL act *VIEW(dz), GLOBAL float *VIEW(partial),
+                           const GLOBAL act *VIEW(dy), const GLOBAL act *VIEW(z),
+                           const GLOBAL act *VIEW(mod), int width, int tokens, int mod_width,
+                           int gate, int chunk)
 {
+    OFFSETS5(dz, partial, dy, z, mod)
     size_t n = get_group_id(1);
     int first = get_group_id(0) * chunk, count = min(chunk, tokens - first);
     const GLOBAL act *mr = mod + n * mod_width + gate;
@@ -2063,10 +2131,12 @@ inline float lanes_sum(LOCAL_PTR float *sums, float value)
 // Vector v of qkv lies at v*hd and is head v % heads of part (v / heads) % 3: q, k or v.
 // GPU form: 16 vectors a group. CPU form: one item `chunk` rows. copy: the v part is copied.
 KERNEL(128, 1)
-void qk_norm_fwd(GLOBAL act *out, GLOBAL float *stats, const GLOBAL act *qkv,
-                 const GLOBAL float *wq, const GLOBAL float *bq, const GLOBAL float *wk,
-                 const GLOBAL float *bk, int heads, int hd, int rows, int chunk, int copy)
+void qk_norm_fwd(GLOBAL act *VIEW(out), GLOBAL float *VIEW(stats), const GLOBAL act *VIEW(qkv),
+                 const GLOBAL float *VIEW(wq), const GLOBAL float *VIEW(bq),
+                 const GLOBAL float *VIEW(wk), const GLOBAL float *VIEW(bk), int heads, int hd,
+                 int rows, int chunk, int copy)
 {
+    OFFSETS7(out, stats, qkv, wq, bq, wk, bk)
     LOCAL float sums[128];
     size_t vector = get_group_id(0) * (size_t)(128 / LANES) + get_local_id(0) / LANES;
     int lane = get_local_id(0) % LANES, inside = vector < (size_t)rows * 3 * heads;
@@ -2095,10 +2165,11 @@ void qk_norm_fwd(GLOBAL act *out, GLOBAL float *stats, const GLOBAL act *qkv,
 
 // Group k: rows k*chunk..; partial[k, 4, hd]: gradients of wq, bq, wk, bk from these rows.
 KERNEL(128, 1)
-void qk_norm_bwd(GLOBAL act *dqkv, GLOBAL float *partial, const GLOBAL act *qkv,
-                 const GLOBAL float *stats, const GLOBAL float *wq, const GLOBAL float *wk,
-                 int heads, int hd, int rows, int chunk)
+void qk_norm_bwd(GLOBAL act *VIEW(dqkv), GLOBAL float *VIEW(partial), const GLOBAL act *VIEW(qkv),
+                 const GLOBAL float *VIEW(stats), const GLOBAL float *VIEW(wq),
+                 const GLOBAL float *VIEW(wk), int heads, int hd, int rows, int chunk)
 {
+    OFFSETS6(dqkv, partial, qkv, stats, wq, wk)
     LOCAL float sums[128];
     LOCAL float slots[(128 / LANES) * HEAD_MAX];
     int slot = get_local_id(0) / LANES, lane = get_local_id(0) % LANES;
@@ -2150,9 +2221,10 @@ void qk_norm_bwd(GLOBAL act *dqkv, GLOBAL float *partial, const GLOBAL act *qkv,
 
 // Adds the partial sums of all chunks to the four parameter gradients.
 KERNEL(64, 1)
-void qk_norm_sum(GLOBAL float *dwq, GLOBAL float *dbq, GLOBAL float *dwk, GLOBAL float *dbk,
-                 const GLOBAL float *partial, int hd, int chunks)
+void qk_norm_sum(GLOBAL float *VIEW(dwq), GLOBAL float *VIEW(dbq), GLOBAL float *VIEW(dwk),
+                 GLOBAL float *VIEW(dbk), const GLOBAL float *VIEW(partial), int hd, int chunks)
 {
+    OFFSETS5(dwq, dbq, dwk, dbk, partial)
     int i = get_global_id(0), which = i / hd, d = i % hd;
     float sum = 0.0f;
     if (which >= 4)
@@ -2165,10 +2237,12 @@ void qk_norm_sum(GLOBAL float *dwq, GLOBAL float *dbq, GLOBAL float *dwk, GLOBAL
 
 #ifdef CPU_FORMS
 KERNEL(1, 1)
-void qk_norm_fwd_cpu(GLOBAL act *out, GLOBAL float *stats, const GLOBAL act *qkv,
-                     const GLOBAL float *wq, const GLOBAL float *bq, const GLOBAL float *wk,
-                     const GLOBAL float *bk, int heads, int hd, int rows, int chunk, int copy)
+void qk_norm_fwd_cpu(GLOBAL act *VIEW(out), GLOBAL float *VIEW(stats), const GLOBAL act *VIEW(qkv),
+                     const GLOBAL float *VIEW(wq), const GLOBAL float *VIEW(bq),
+                     const GLOBAL float *VIEW(wk), const GLOBAL float *VIEW(bk), int heads, int hd,
+                     int rows, int chunk, int copy)
 {
+    OFFSETS7(out, stats, qkv, wq, bq, wk, bk)
     size_t from = get_group_id(0) * (size_t)chunk, to = min(from + chunk, (size_t)rows);
     int width = heads * hd;
     for (size_t row = from; row < to; row++) {
@@ -2199,10 +2273,12 @@ void qk_norm_fwd_cpu(GLOBAL act *out, GLOBAL float *stats, const GLOBAL act *qkv
 }
 
 KERNEL(1, 1)
-void qk_norm_bwd_cpu(GLOBAL act *dqkv, GLOBAL float *partial, const GLOBAL act *qkv,
-                     const GLOBAL float *stats, const GLOBAL float *wq, const GLOBAL float *wk,
-                     int heads, int hd, int rows, int chunk)
+void qk_norm_bwd_cpu(GLOBAL act *VIEW(dqkv), GLOBAL float *VIEW(partial),
+                     const GLOBAL act *VIEW(qkv), const GLOBAL float *VIEW(stats),
+                     const GLOBAL float *VIEW(wq), const GLOBAL float *VIEW(wk), int heads, int hd,
+                     int rows, int chunk)
 {
+    OFFSETS6(dqkv, partial, qkv, stats, wq, wk)
     size_t from = get_group_id(0) * (size_t)chunk, to = min(from + chunk, (size_t)rows);
     float16 sums[4][HEAD_MAX / 16];
     for (int i = 0; i < 4; i++)
@@ -2371,16 +2447,17 @@ inline void attention_store(GLOBAL act *o, float sum[GEMM_ROWS_MAX][8], int y, i
     }
 }
 
-#define ATTENTION_ARGUMENTS                                                                 \
-    GLOBAL act *o, GLOBAL float *lse, const GLOBAL act *qkv, int heads, int tokens, int hd, \
-        float scale, int write_lse, int all_heads, int key_block, int query_block, int per_item
+#define ATTENTION_ARGUMENTS(P)                                                            \
+    GLOBAL act *P(o), GLOBAL float *P(lse), const GLOBAL act *P(qkv), int heads,          \
+        int tokens, int hd, float scale, int write_lse, int all_heads, int key_block,     \
+        int query_block, int per_item
 #define ATTENTION_PASSED \
     o, lse, qkv, heads, tokens, hd, scale, write_lse, all_heads, key_block, query_block, per_item
 
 // parts: of 64 columns of the head. tiles, p, factor: local; GEMM_SMALL's four tiles, 64 keys of 64
 // queries, one factor a query.
 inline void attention_rows(const int parts, LOCAL_PTR float *tiles, LOCAL_PTR float *p,
-                           LOCAL_PTR float *factor, ATTENTION_ARGUMENTS)
+                           LOCAL_PTR float *factor, ATTENTION_ARGUMENTS(POINTER))
 {
     int item = get_local_id(0), y = item % 8 * 4, x = item / 8 * 4; // p is written along queries
     int first = get_group_id(0) * GEMM_SMALL, head = get_group_id(1);
@@ -2431,16 +2508,18 @@ inline void attention_rows(const int parts, LOCAL_PTR float *tiles, LOCAL_PTR fl
 
 // Group (64 queries, head). Head sizes up to 64, and up to HEAD_MAX.
 KERNEL(64, 1)
-void attention_fwd(ATTENTION_ARGUMENTS)
+void attention_fwd(ATTENTION_ARGUMENTS(VIEW))
 {
+    OFFSETS3(o, lse, qkv)
     ATTENTION_LOCAL;
     attention_rows(1, (LOCAL_PTR float *)tiles, (LOCAL_PTR float *)p, (LOCAL_PTR float *)factor,
                    ATTENTION_PASSED);
 }
 
 KERNEL(64, 1)
-void attention_wide_fwd(ATTENTION_ARGUMENTS)
+void attention_wide_fwd(ATTENTION_ARGUMENTS(VIEW))
 {
+    OFFSETS3(o, lse, qkv)
     ATTENTION_LOCAL;
     attention_rows(2, (LOCAL_PTR float *)tiles, (LOCAL_PTR float *)p, (LOCAL_PTR float *)factor,
                    ATTENTION_PASSED);
@@ -2505,9 +2584,10 @@ inline void tile_product(float sum[4][8], LOCAL_PTR float *p, const GLOBAL act *
 
 // delta[n,h,t] = sum over d of do * o; one item a (n, t, h).
 KERNEL(64, 1)
-void attention_delta(GLOBAL float *delta, const GLOBAL act *dout, const GLOBAL act *o, int heads,
-                     int tokens, int hd, uint count)
+void attention_delta(GLOBAL float *VIEW(delta), const GLOBAL act *VIEW(dout),
+                     const GLOBAL act *VIEW(o), int heads, int tokens, int hd, uint count)
 {
+    OFFSETS3(delta, dout, o)
     uint i = get_global_id(0);
     if (i >= count)
         return;
@@ -2520,10 +2600,11 @@ void attention_delta(GLOBAL float *delta, const GLOBAL act *dout, const GLOBAL a
 
 // Group (k, head): dk and dv of 64 keys, over all queries.
 KERNEL(256, 1)
-void attention_bwd_kv(GLOBAL act *dqkv, const GLOBAL float *delta, const GLOBAL act *dout,
-                      const GLOBAL float *lse, const GLOBAL act *qkv, int heads, int tokens, int hd,
-                      float scale)
+void attention_bwd_kv(GLOBAL act *VIEW(dqkv), const GLOBAL float *VIEW(delta),
+                      const GLOBAL act *VIEW(dout), const GLOBAL float *VIEW(lse),
+                      const GLOBAL act *VIEW(qkv), int heads, int tokens, int hd, float scale)
 {
+    OFFSETS5(dqkv, delta, dout, lse, qkv)
     LOCAL float slices[2 * SLICE * PITCH];
     LOCAL float p[TILE * PITCH];
     int item = get_local_id(0), ty = item / 16, tx = item % 16;
@@ -2572,10 +2653,11 @@ void attention_bwd_kv(GLOBAL act *dqkv, const GLOBAL float *delta, const GLOBAL 
 
 // Group (q, head): dq of 64 queries, over all keys.
 KERNEL(256, 1)
-void attention_bwd_q(GLOBAL act *dqkv, const GLOBAL float *delta, const GLOBAL act *dout,
-                     const GLOBAL float *lse, const GLOBAL act *qkv, int heads, int tokens, int hd,
-                     float scale)
+void attention_bwd_q(GLOBAL act *VIEW(dqkv), const GLOBAL float *VIEW(delta),
+                     const GLOBAL act *VIEW(dout), const GLOBAL float *VIEW(lse),
+                     const GLOBAL act *VIEW(qkv), int heads, int tokens, int hd, float scale)
 {
+    OFFSETS5(dqkv, delta, dout, lse, qkv)
     LOCAL float slices[2 * SLICE * PITCH];
     LOCAL float p[TILE * PITCH];
     int item = get_local_id(0), ty = item / 16, tx = item % 16;
@@ -2749,10 +2831,11 @@ APART void softmax_step(float *s, int ld, int keys, float *top, float *total, fl
 }
 
 KERNEL(1, 1)
-void attention_fwd_cpu(GLOBAL act *o, GLOBAL float *lse, const GLOBAL act *qkv, int heads,
-                       int tokens, int hd, float scale, int write_lse, int all_heads, int key_block,
-                       int query_block, int per_item)
+void attention_fwd_cpu(GLOBAL act *VIEW(o), GLOBAL float *VIEW(lse), const GLOBAL act *VIEW(qkv),
+                       int heads, int tokens, int hd, float scale, int write_lse, int all_heads,
+                       int key_block, int query_block, int per_item)
 {
+    OFFSETS3(o, lse, qkv)
     float arena[ARENA_FWD];
     int ld = (hd + 15) / 16 * 16, last = min((int)get_group_id(1) * per_item + per_item, all_heads);
     int first = get_group_id(0) * query_block, queries = min(query_block, tokens - first);
@@ -2817,11 +2900,13 @@ APART void softmax_back(float *s, float *dp, int ld, int rows, int padded, int k
 // One item does `per_item` heads: for each block of keys, for each block of queries. dq sums over
 // blocks of keys in `space`, [all heads, padded queries, ld] f32, when there is more than one.
 KERNEL(1, 1)
-void attention_bwd_cpu(GLOBAL act *dqkv, GLOBAL float *delta, const GLOBAL act *dout,
-                       const GLOBAL act *o, const GLOBAL float *lse, const GLOBAL act *qkv,
-                       GLOBAL float *space, int heads, int tokens, int hd, float scale,
+void attention_bwd_cpu(GLOBAL act *VIEW(dqkv), GLOBAL float *VIEW(delta),
+                       const GLOBAL act *VIEW(dout), const GLOBAL act *VIEW(o),
+                       const GLOBAL float *VIEW(lse), const GLOBAL act *VIEW(qkv),
+                       GLOBAL float *VIEW(space), int heads, int tokens, int hd, float scale,
                        int all_heads, int key_block, int query_block, int per_item)
 {
+    OFFSETS7(dqkv, delta, dout, o, lse, qkv, space)
     float arena[ARENA_BWD];
     int ld = (hd + 15) / 16 * 16, last = min((int)get_group_id(0) * per_item + per_item, all_heads);
     size_t pitch = (size_t)3 * heads * hd, pitch_o = (size_t)heads * hd;
@@ -2905,9 +2990,10 @@ inline uint expert_of(const GLOBAL int *offsets, uint E, uint r)
 
 // y[R,O] += bias[E,O] of each row's expert
 KERNEL(256, 1)
-void expert_bias_fwd(GLOBAL act *y, const GLOBAL float *bias, const GLOBAL int *offsets, uint R,
-                     uint O, uint E)
+void expert_bias_fwd(GLOBAL act *VIEW(y), const GLOBAL float *VIEW(bias),
+                     const GLOBAL int *VIEW(offsets), uint R, uint O, uint E)
 {
+    OFFSETS3(y, bias, offsets)
     size_t o = get_global_id(0);
     if (o >= O)
         return;
@@ -2919,8 +3005,10 @@ void expert_bias_fwd(GLOBAL act *y, const GLOBAL float *bias, const GLOBAL int *
 
 // dbias[E,O] += sums of dy[R,O] over the rows of each expert. Groups: (O / 64, E).
 KERNEL(64, 1)
-void expert_bias_bwd(GLOBAL float *dbias, const GLOBAL act *dy, const GLOBAL int *offsets, uint O)
+void expert_bias_bwd(GLOBAL float *VIEW(dbias), const GLOBAL act *VIEW(dy),
+                     const GLOBAL int *VIEW(offsets), uint O)
 {
+    OFFSETS3(dbias, dy, offsets)
     size_t o = get_global_id(0), e = get_group_id(1);
     if (o >= O)
         return;
@@ -2932,8 +3020,9 @@ void expert_bias_bwd(GLOBAL float *dbias, const GLOBAL act *dy, const GLOBAL int
 
 // h[R,F] = silu(g) * u, gu[R,2F] = g | u
 KERNEL(256, 1)
-void swiglu_fwd(GLOBAL act *h, const GLOBAL act *gu, uint R, uint F)
+void swiglu_fwd(GLOBAL act *VIEW(h), const GLOBAL act *VIEW(gu), uint R, uint F)
 {
+    OFFSETS2(h, gu)
     size_t f = get_global_id(0);
     if (f >= F)
         return;
@@ -2945,8 +3034,10 @@ void swiglu_fwd(GLOBAL act *h, const GLOBAL act *gu, uint R, uint F)
 
 // dg = dh u s (1 + g (1-s)), du = dh g s with s = sigmoid(g). dgu may be gu.
 KERNEL(256, 1)
-void swiglu_bwd(GLOBAL act *dgu, const GLOBAL act *dh, const GLOBAL act *gu, uint R, uint F)
+void swiglu_bwd(GLOBAL act *VIEW(dgu), const GLOBAL act *VIEW(dh), const GLOBAL act *VIEW(gu),
+                uint R, uint F)
 {
+    OFFSETS3(dgu, dh, gu)
     size_t f = get_global_id(0);
     if (f >= F)
         return;
@@ -2968,8 +3059,10 @@ inline uint places(uint D)
 
 // rows[R,D] = x[token[r],:]. An item a place.
 KERNEL(256, 1)
-void dispatch_fwd(GLOBAL act *rows, const GLOBAL act *x, const GLOBAL int *token, uint R, uint D)
+void dispatch_fwd(GLOBAL act *VIEW(rows), const GLOBAL act *VIEW(x), const GLOBAL int *VIEW(token),
+                  uint R, uint D)
 {
+    OFFSETS3(rows, x, token)
     uint i = get_global_id(0);
     size_t r = i / places(D), d = i % places(D) * (D / places(D));
     if (r >= R)
@@ -2986,9 +3079,10 @@ void dispatch_fwd(GLOBAL act *rows, const GLOBAL act *x, const GLOBAL int *token
 
 // dx[M,D] += sum over k of drows[slot[m,k],:]
 KERNEL(256, 1)
-void dispatch_bwd(GLOBAL act *dx, const GLOBAL act *drows, const GLOBAL int *slot, uint M, uint K,
-                  uint D)
+void dispatch_bwd(GLOBAL act *VIEW(dx), const GLOBAL act *VIEW(drows), const GLOBAL int *VIEW(slot),
+                  uint M, uint K, uint D)
 {
+    OFFSETS3(dx, drows, slot)
     size_t d = get_global_id(0);
     if (d >= D)
         return;
@@ -3003,9 +3097,11 @@ void dispatch_bwd(GLOBAL act *dx, const GLOBAL act *drows, const GLOBAL int *slo
 // out[M,D] = sum over k of weight[m,k] rows[slot[m,k],:] (+ shared[m,:] unless NULL). An item a
 // place.
 KERNEL(256, 1)
-void combine_fwd(GLOBAL act *out, const GLOBAL act *rows, const GLOBAL int *slot,
-                 const GLOBAL float *weight, const GLOBAL act *shared, uint M, uint K, uint D)
+void combine_fwd(GLOBAL act *VIEW(out), const GLOBAL act *VIEW(rows), const GLOBAL int *VIEW(slot),
+                 const GLOBAL float *VIEW(weight), const GLOBAL act *VIEW(shared), uint M, uint K,
+                 uint D)
 {
+    OFFSETS5(out, rows, slot, weight, shared)
     uint i = get_global_id(0);
     size_t m = i / places(D), d = i % places(D) * (D / places(D));
     if (m >= M)
@@ -3035,10 +3131,11 @@ void combine_fwd(GLOBAL act *out, const GLOBAL act *rows, const GLOBAL int *slot
 // drows may be rows: an element is read before the same work-item writes it. Without rows there is
 // no dweight. A work-group a pair (m,k).
 KERNEL(64, 1)
-void combine_bwd(GLOBAL act *drows, GLOBAL float *dweight, const GLOBAL act *dout,
-                 const GLOBAL act *rows, const GLOBAL int *slot, const GLOBAL float *weight, uint R,
-                 uint K, uint D)
+void combine_bwd(GLOBAL act *VIEW(drows), GLOBAL float *VIEW(dweight), const GLOBAL act *VIEW(dout),
+                 const GLOBAL act *VIEW(rows), const GLOBAL int *VIEW(slot),
+                 const GLOBAL float *VIEW(weight), uint R, uint K, uint D)
 {
+    OFFSETS6(drows, dweight, dout, rows, slot, weight)
     LOCAL float sums[64];
     uint i = get_local_id(0);
     for (size_t pair = get_group_id(0); pair < R; pair += get_num_groups(0)) {
@@ -3065,9 +3162,11 @@ void combine_bwd(GLOBAL act *drows, GLOBAL float *dweight, const GLOBAL act *dou
 // dweight[pair] = sum over parts of dots[part,slot[pair]] / weight[pair], 0 where the weight is 0:
 // what comes of it is multiplied by the choice's probability. A work-item a pair.
 KERNEL(64, 1)
-void combine_weight_bwd(GLOBAL float *dweight, const GLOBAL float *dots, const GLOBAL int *slot,
-                        const GLOBAL float *weight, uint R, uint parts)
+void combine_weight_bwd(GLOBAL float *VIEW(dweight), const GLOBAL float *VIEW(dots),
+                        const GLOBAL int *VIEW(slot), const GLOBAL float *VIEW(weight), uint R,
+                        uint parts)
 {
+    OFFSETS4(dweight, dots, slot, weight)
     size_t pair = get_global_id(0);
     if (pair >= R)
         return;
@@ -3110,9 +3209,10 @@ inline void top_k(GLOBAL float *weight, GLOBAL int *index, const GLOBAL float *p
 
 // probs[M,E] = softmax(logits); weight[M,K], index[M,K]. A work-item a row.
 KERNEL(64, 1)
-void router_fwd(GLOBAL float *probs, GLOBAL float *weight, GLOBAL int *index,
-                const GLOBAL float *logits, uint M, uint E, uint K, int renormalise)
+void router_fwd(GLOBAL float *VIEW(probs), GLOBAL float *VIEW(weight), GLOBAL int *VIEW(index),
+                const GLOBAL float *VIEW(logits), uint M, uint E, uint K, int renormalise)
 {
+    OFFSETS4(probs, weight, index, logits)
     size_t m = get_global_id(0);
     if (m >= M)
         return;
@@ -3157,10 +3257,12 @@ inline float choice_sum(const GLOBAL float *dweight, const GLOBAL float *p, cons
 // dlogits[M,E] = p (dp - <p, dp>), dp = balance * fraction[g,:] plus the choices' gradients;
 // balance is alpha / M, `rows` the rows of a group.
 KERNEL(64, 1)
-void router_bwd(GLOBAL float *dlogits, const GLOBAL float *dweight, const GLOBAL float *probs,
-                const GLOBAL int *index, const GLOBAL float *fraction, float balance, uint M,
-                uint E, uint K, uint rows, int renormalise)
+void router_bwd(GLOBAL float *VIEW(dlogits), const GLOBAL float *VIEW(dweight),
+                const GLOBAL float *VIEW(probs), const GLOBAL int *VIEW(index),
+                const GLOBAL float *VIEW(fraction), float balance, uint M, uint E, uint K,
+                uint rows, int renormalise)
 {
+    OFFSETS5(dlogits, dweight, probs, index, fraction)
     size_t m = get_global_id(0);
     if (m >= M)
         return;
@@ -3188,8 +3290,9 @@ void router_bwd(GLOBAL float *dlogits, const GLOBAL float *dweight, const GLOBAL
 // `chunk` is a multiple of 256. Counting and ranking compare with a tile in local memory: no
 // atomics.
 KERNEL(256, 1)
-void route_count(GLOBAL int *count, const GLOBAL int *index, uint R, uint E, uint chunk)
+void route_count(GLOBAL int *VIEW(count), const GLOBAL int *VIEW(index), uint R, uint E, uint chunk)
 {
+    OFFSETS2(count, index)
     LOCAL int tile[256];
     uint i = get_local_id(0);
     int low = 0, high = 0; // of experts i and i + 256
@@ -3211,8 +3314,9 @@ void route_count(GLOBAL int *count, const GLOBAL int *index, uint R, uint E, uin
 
 // count[chunk,e] becomes the number of e in the chunks before; offsets[E+1]. One work-group.
 KERNEL(64, 1)
-void route_scan(GLOBAL int *offsets, GLOBAL int *count, uint chunks, uint E)
+void route_scan(GLOBAL int *VIEW(offsets), GLOBAL int *VIEW(count), uint chunks, uint E)
 {
+    OFFSETS2(offsets, count)
     LOCAL int total[512];
     for (uint e = get_local_id(0); e < E; e += 64) {
         int sum = 0;
@@ -3235,10 +3339,11 @@ void route_scan(GLOBAL int *offsets, GLOBAL int *count, uint chunks, uint E)
 }
 
 KERNEL(256, 1)
-void route_place(GLOBAL int *slot, GLOBAL int *token, const GLOBAL int *index,
-                 const GLOBAL int *offsets, const GLOBAL int *count, uint R, uint K, uint E,
-                 uint chunk)
+void route_place(GLOBAL int *VIEW(slot), GLOBAL int *VIEW(token), const GLOBAL int *VIEW(index),
+                 const GLOBAL int *VIEW(offsets), const GLOBAL int *VIEW(count), uint R, uint K,
+                 uint E, uint chunk)
 {
+    OFFSETS5(slot, token, index, offsets, count)
     LOCAL int tile[256];
     LOCAL int next[512]; // the next free row of each expert
     uint i = get_local_id(0);
@@ -3274,9 +3379,10 @@ void route_place(GLOBAL int *slot, GLOBAL int *token, const GLOBAL int *index,
 // numbers, sum[group,chunk,E] of probabilities. Work-groups: x the chunk, y the group. Items side
 // by side take the experts of several rows.
 KERNEL(256, 1)
-void balance_sum(GLOBAL int *count, uint entries, const GLOBAL int *index,
-                 const GLOBAL float *probs, uint rows, uint E, uint K, uint chunk)
+void balance_sum(GLOBAL int *VIEW(count), uint entries, const GLOBAL int *VIEW(index),
+                 const GLOBAL float *VIEW(probs), uint rows, uint E, uint K, uint chunk)
 {
+    OFFSETS3(count, index, probs)
     GLOBAL float *sum = (GLOBAL float *)count + entries;
     LOCAL float sums[256];
     LOCAL int counts[256];
@@ -3311,9 +3417,11 @@ void balance_sum(GLOBAL int *count, uint entries, const GLOBAL int *index,
 
 // fraction[G,E] = E * count / (rows K), mean_prob[G,E] = sum / rows. A work-item an entry.
 KERNEL(64, 1)
-void balance_mean(GLOBAL float *fraction, GLOBAL float *mean_prob, const GLOBAL int *count,
-                  uint entries, uint means, uint rows, uint E, uint K, uint chunks)
+void balance_mean(GLOBAL float *VIEW(fraction), GLOBAL float *VIEW(mean_prob),
+                  const GLOBAL int *VIEW(count), uint entries, uint means, uint rows, uint E,
+                  uint K, uint chunks)
 {
+    OFFSETS3(fraction, mean_prob, count)
     const GLOBAL float *sum = (const GLOBAL float *)count + entries;
     size_t i = get_global_id(0);
     if (i >= means)
@@ -3341,9 +3449,10 @@ void balance_mean(GLOBAL float *fraction, GLOBAL float *mean_prob, const GLOBAL 
 
 // xt[N,P] = signal[n] x + noise[n] noise
 KERNEL(256, 1)
-void diffuse(GLOBAL float *xt, const GLOBAL float *x, const GLOBAL float *noise,
-             const GLOBAL float *at, uint N, uint P)
+void diffuse(GLOBAL float *VIEW(xt), const GLOBAL float *VIEW(x), const GLOBAL float *VIEW(noise),
+             const GLOBAL float *VIEW(at), uint N, uint P)
 {
+    OFFSETS4(xt, x, noise, at)
     size_t i = get_global_id(0);
     if (i >= P)
         return;
@@ -3356,9 +3465,11 @@ void diffuse(GLOBAL float *xt, const GLOBAL float *x, const GLOBAL float *noise,
 // One image: loss[n] = mean of (out - (noise - x))^2 over its P values; dout = factor * the
 // difference, 0 from P to Q, unless dout is NULL. out and dout have Q values an image.
 KERNEL(256, 1)
-void flow_loss(GLOBAL float *loss, GLOBAL float *dout, const GLOBAL float *out,
-               const GLOBAL float *x, const GLOBAL float *noise, uint P, uint Q, float factor)
+void flow_loss(GLOBAL float *VIEW(loss), GLOBAL float *VIEW(dout), const GLOBAL float *VIEW(out),
+               const GLOBAL float *VIEW(x), const GLOBAL float *VIEW(noise), uint P, uint Q,
+               float factor)
 {
+    OFFSETS5(loss, dout, out, x, noise)
     LOCAL float sums[256];
     uint i = get_local_id(0);
     size_t n = get_group_id(0);
@@ -3425,10 +3536,12 @@ inline float ddpm_nll(float d, float w, float x, float range, float gain, float 
 // bits (0 without a second half of out, Q == P), loss[n] their sum; dout = scale times the gradient
 // of the sum over the values, unless dout is NULL.
 KERNEL(256, 1)
-void ddpm_loss(GLOBAL float *loss, GLOBAL float *terms, GLOBAL float *dout, const GLOBAL float *out,
-               const GLOBAL float *x, const GLOBAL float *noise, const GLOBAL float *at, uint N,
-               uint P, uint Q, float scale)
+void ddpm_loss(GLOBAL float *VIEW(loss), GLOBAL float *VIEW(terms), GLOBAL float *VIEW(dout),
+               const GLOBAL float *VIEW(out), const GLOBAL float *VIEW(x),
+               const GLOBAL float *VIEW(noise), const GLOBAL float *VIEW(at), uint N, uint P,
+               uint Q, float scale)
 {
+    OFFSETS7(loss, terms, dout, out, x, noise, at)
     LOCAL float squares[256];
     LOCAL float bounds[256];
     uint i = get_local_id(0);
@@ -3471,10 +3584,11 @@ void ddpm_loss(GLOBAL float *loss, GLOBAL float *terms, GLOBAL float *dout, cons
 // on. With k[5] 1 these are not read, and kept and noise are not where their factor is 0: they may
 // hold anything.
 KERNEL(256, 1)
-void sample_step(GLOBAL float *z, GLOBAL float *kept, const GLOBAL float *out,
-                 const GLOBAL float *noise, const GLOBAL float *k, uint guided, uint N, uint P,
-                 uint Q)
+void sample_step(GLOBAL float *VIEW(z), GLOBAL float *VIEW(kept), const GLOBAL float *VIEW(out),
+                 const GLOBAL float *VIEW(noise), const GLOBAL float *VIEW(k), uint guided, uint N,
+                 uint P, uint Q)
 {
+    OFFSETS5(z, kept, out, noise, k)
     size_t i = get_global_id(0);
     const float cfg = k[5], clip_z = k[6], clip_v = k[7], spread = k[9];
     if (i >= P)
@@ -3575,9 +3689,10 @@ inline void normal_block(GLOBAL float *out, size_t at, size_t count, uint seed_l
 
 // out[i] from (seed, stream, i), given as 32-bit halves. A work-item a block of four numbers.
 KERNEL(64, 1)
-void normal(GLOBAL float *out, uint count_low, uint count_high, uint seed_low, uint seed_high,
+void normal(GLOBAL float *VIEW(out), uint count_low, uint count_high, uint seed_low, uint seed_high,
             uint stream_low, uint stream_high)
 {
+    OFFSETS1(out)
     size_t count = (size_t)count_high << 32 | count_low, at = 4 * get_global_id(0);
     if (at < count)
         normal_block(out, at, count, seed_low, seed_high, stream_low, stream_high);
@@ -3585,9 +3700,10 @@ void normal(GLOBAL float *out, uint count_low, uint count_high, uint seed_low, u
 
 // out[n, i] from (seed, stream + image[n], i), where the stream's low half is 0.
 KERNEL(64, 1)
-void normal_images(GLOBAL float *out, const GLOBAL int *image, uint N, uint P, uint seed_low,
-                   uint seed_high, uint stream_high)
+void normal_images(GLOBAL float *VIEW(out), const GLOBAL int *VIEW(image), uint N, uint P,
+                   uint seed_low, uint seed_high, uint stream_high)
 {
+    OFFSETS2(out, image)
     size_t at = 4 * get_global_id(0);
     if (at >= P)
         return;
@@ -3599,8 +3715,10 @@ void normal_images(GLOBAL float *out, const GLOBAL int *image, uint N, uint P, u
 
 // partial[group] = sum of squares of the 4096 values of g that belong to it
 KERNEL(256, 1)
-void norm2_partial(GLOBAL float *partial, const GLOBAL float *g, uint count_low, uint count_high)
+void norm2_partial(GLOBAL float *VIEW(partial), const GLOBAL float *VIEW(g), uint count_low,
+                   uint count_high)
 {
+    OFFSETS2(partial, g)
     LOCAL float sums[256];
     uint i = get_local_id(0);
     size_t count = (size_t)count_high << 32 | count_low;
@@ -3621,8 +3739,10 @@ void norm2_partial(GLOBAL float *partial, const GLOBAL float *g, uint count_low,
 // control[0] (+)= sum of the partials: compensated (Kahan) sums of every 256th, then pairwise. One
 // work-group.
 KERNEL(256, 1)
-void norm2_total(GLOBAL float *control, const GLOBAL float *partial, uint count, int accumulate)
+void norm2_total(GLOBAL float *VIEW(control), const GLOBAL float *VIEW(partial), uint count,
+                 int accumulate)
 {
+    OFFSETS2(control, partial)
     LOCAL float sums[256];
     uint i = get_local_id(0);
     float sum = 0.0f, lost = 0.0f;
@@ -3645,10 +3765,11 @@ void norm2_total(GLOBAL float *control, const GLOBAL float *partial, uint count,
 // The step's scalars; control's entries are enum control of runtime/ops.h. log_beta = ln(beta), so
 // that 1 - beta^t keeps its digits. One work-group.
 KERNEL(64, 1)
-void adamw_control(GLOBAL float *control, GLOBAL int *counts, const GLOBAL float *loss, uint N,
-                   float rate, float log_beta1, float log_beta2, float clip, float warmup,
-                   float ema)
+void adamw_control(GLOBAL float *VIEW(control), GLOBAL int *VIEW(counts),
+                   const GLOBAL float *VIEW(loss), uint N, float rate, float log_beta1,
+                   float log_beta2, float clip, float warmup, float ema)
 {
+    OFFSETS3(control, counts, loss)
     LOCAL float sums[64];
     uint i = get_local_id(0);
     float sum = 0.0f;
@@ -3684,8 +3805,9 @@ void adamw_control(GLOBAL float *control, GLOBAL int *counts, const GLOBAL float
 // For updates tensor by tensor, which begin before all gradients are known: a gradient that is not
 // finite ends the step's updates here.
 KERNEL(64, 1)
-void adamw_guard(GLOBAL float *control, GLOBAL int *counts)
+void adamw_guard(GLOBAL float *VIEW(control), GLOBAL int *VIEW(counts))
 {
+    OFFSETS2(control, counts)
     if (get_global_id(0) > 0 || control[6] != 0.0f || isfinite(control[0]))
         return;
     control[6] = 1.0f;
@@ -3710,9 +3832,10 @@ inline void split_halves(GLOBAL ushort *high, GLOBAL ushort *low, float value)
 // w rounded to bf16, or in both halves where low is not NULL; where `added` is not NULL w and it,
 // repeated after `period`
 KERNEL(256, 1)
-void round_bf16(GLOBAL ushort *high, GLOBAL ushort *low, const GLOBAL float *w,
-                const GLOBAL float *added, uint period, uint count_low, uint count_high)
+void round_bf16(GLOBAL ushort *VIEW(high), GLOBAL ushort *VIEW(low), const GLOBAL float *VIEW(w),
+                const GLOBAL float *VIEW(added), uint period, uint count_low, uint count_high)
 {
+    OFFSETS4(high, low, w, added)
     size_t i = get_global_id(0);
     if (i >= ((size_t)count_high << 32 | count_low))
         return;
@@ -3725,9 +3848,10 @@ void round_bf16(GLOBAL ushort *high, GLOBAL ushort *low, const GLOBAL float *w,
 
 // out = the f32 of both halves; of bf16 alone where low is NULL
 KERNEL(256, 1)
-void widen_bf16(GLOBAL float *out, const GLOBAL ushort *high, const GLOBAL ushort *low,
-                uint count_low, uint count_high)
+void widen_bf16(GLOBAL float *VIEW(out), const GLOBAL ushort *VIEW(high),
+                const GLOBAL ushort *VIEW(low), uint count_low, uint count_high)
 {
+    OFFSETS3(out, high, low)
     size_t i = get_global_id(0);
     if (i < ((size_t)count_high << 32 | count_low))
         out[i] = join_halves(high[i], low ? low[i] : (ushort)0);
@@ -3736,11 +3860,12 @@ void widen_bf16(GLOBAL float *out, const GLOBAL ushort *high, const GLOBAL ushor
 // AdamW (Loshchilov and Hutter, arXiv 1711.05101) and EMA. rest = 1 - beta, rounded once. With
 // `low`, w is bf16 and low the other half of the weights.
 KERNEL(256, 1)
-void adamw(GLOBAL float *w, GLOBAL float *m, GLOBAL float *v, GLOBAL float *ema,
-           const GLOBAL float *g, const GLOBAL float *control, GLOBAL ushort *low, uint count_low,
-           uint count_high, float beta1, float rest1, float beta2, float rest2, float eps,
-           float decay)
+void adamw(GLOBAL float *VIEW(w), GLOBAL float *VIEW(m), GLOBAL float *VIEW(v),
+           GLOBAL float *VIEW(ema), const GLOBAL float *VIEW(g), const GLOBAL float *VIEW(control),
+           GLOBAL ushort *VIEW(low), uint count_low, uint count_high, float beta1, float rest1,
+           float beta2, float rest2, float eps, float decay)
 {
+    OFFSETS7(w, m, v, ema, g, control, low)
     GLOBAL ushort *high = (GLOBAL ushort *)w;
     size_t i = get_global_id(0);
     size_t count = (size_t)count_high << 32 | count_low;
@@ -3780,9 +3905,10 @@ inline size_t chunk_rows(uint chunk, size_t rows, size_t *from)
 }
 
 KERNEL(1, 1)
-void expert_bias_fwd_cpu(GLOBAL act *y, const GLOBAL float *bias, const GLOBAL int *offsets, uint R,
-                         uint O, uint E, uint chunk)
+void expert_bias_fwd_cpu(GLOBAL act *VIEW(y), const GLOBAL float *VIEW(bias),
+                         const GLOBAL int *VIEW(offsets), uint R, uint O, uint E, uint chunk)
 {
+    OFFSETS3(y, bias, offsets)
     size_t r, to = chunk_rows(chunk, R, &r);
     for (; r < to; r++) {
         const GLOBAL float *b = bias + (size_t)expert_of(offsets, E, (uint)r) * O;
@@ -3797,9 +3923,10 @@ void expert_bias_fwd_cpu(GLOBAL act *y, const GLOBAL float *bias, const GLOBAL i
 
 // Groups: (O / 64, E).
 KERNEL(1, 1)
-void expert_bias_bwd_cpu(GLOBAL float *dbias, const GLOBAL act *dy, const GLOBAL int *offsets,
-                         uint O)
+void expert_bias_bwd_cpu(GLOBAL float *VIEW(dbias), const GLOBAL act *VIEW(dy),
+                         const GLOBAL int *VIEW(offsets), uint O)
 {
+    OFFSETS3(dbias, dy, offsets)
     size_t o = 64 * get_group_id(0), e = get_group_id(1), to = o + 64 < O ? o + 64 : O;
     int first = offsets[e], last = offsets[e + 1];
     for (; o + 16 <= to; o += 16) {
@@ -3817,8 +3944,9 @@ void expert_bias_bwd_cpu(GLOBAL float *dbias, const GLOBAL act *dy, const GLOBAL
 }
 
 KERNEL(1, 1)
-void swiglu_fwd_cpu(GLOBAL act *h, const GLOBAL act *gu, uint R, uint F, uint chunk)
+void swiglu_fwd_cpu(GLOBAL act *VIEW(h), const GLOBAL act *VIEW(gu), uint R, uint F, uint chunk)
 {
+    OFFSETS2(h, gu)
     size_t r, to = chunk_rows(chunk, R, &r);
     for (; r < to; r++) {
         const GLOBAL act *g = gu + r * 2 * F, *u = g + F;
@@ -3836,9 +3964,10 @@ void swiglu_fwd_cpu(GLOBAL act *h, const GLOBAL act *gu, uint R, uint F, uint ch
 }
 
 KERNEL(1, 1)
-void swiglu_bwd_cpu(GLOBAL act *dgu, const GLOBAL act *dh, const GLOBAL act *gu, uint R, uint F,
-                    uint chunk)
+void swiglu_bwd_cpu(GLOBAL act *VIEW(dgu), const GLOBAL act *VIEW(dh), const GLOBAL act *VIEW(gu),
+                    uint R, uint F, uint chunk)
 {
+    OFFSETS3(dgu, dh, gu)
     size_t r, to = chunk_rows(chunk, R, &r);
     for (; r < to; r++) {
         const GLOBAL act *from = gu + r * 2 * F, *d = dh + r * F;
@@ -3860,9 +3989,10 @@ void swiglu_bwd_cpu(GLOBAL act *dgu, const GLOBAL act *dh, const GLOBAL act *gu,
 }
 
 KERNEL(1, 1)
-void dispatch_fwd_cpu(GLOBAL act *rows, const GLOBAL act *x, const GLOBAL int *token, uint R,
-                      uint D, uint chunk)
+void dispatch_fwd_cpu(GLOBAL act *VIEW(rows), const GLOBAL act *VIEW(x),
+                      const GLOBAL int *VIEW(token), uint R, uint D, uint chunk)
 {
+    OFFSETS3(rows, x, token)
     size_t r, to = chunk_rows(chunk, R, &r);
     for (; r < to; r++) {
         const GLOBAL act *in = x + (size_t)token[r] * D;
@@ -3876,9 +4006,10 @@ void dispatch_fwd_cpu(GLOBAL act *rows, const GLOBAL act *x, const GLOBAL int *t
 }
 
 KERNEL(1, 1)
-void dispatch_bwd_cpu(GLOBAL act *dx, const GLOBAL act *drows, const GLOBAL int *slot, uint M,
-                      uint K, uint D, uint chunk)
+void dispatch_bwd_cpu(GLOBAL act *VIEW(dx), const GLOBAL act *VIEW(drows),
+                      const GLOBAL int *VIEW(slot), uint M, uint K, uint D, uint chunk)
 {
+    OFFSETS3(dx, drows, slot)
     size_t m, to = chunk_rows(chunk, M, &m);
     for (; m < to; m++) {
         const GLOBAL int *at = slot + m * K;
@@ -3900,10 +4031,11 @@ void dispatch_bwd_cpu(GLOBAL act *dx, const GLOBAL act *drows, const GLOBAL int 
 }
 
 KERNEL(1, 1)
-void combine_fwd_cpu(GLOBAL act *out, const GLOBAL act *rows, const GLOBAL int *slot,
-                     const GLOBAL float *weight, const GLOBAL act *shared, uint M, uint K, uint D,
-                     uint chunk)
+void combine_fwd_cpu(GLOBAL act *VIEW(out), const GLOBAL act *VIEW(rows),
+                     const GLOBAL int *VIEW(slot), const GLOBAL float *VIEW(weight),
+                     const GLOBAL act *VIEW(shared), uint M, uint K, uint D, uint chunk)
 {
+    OFFSETS5(out, rows, slot, weight, shared)
     size_t m, to = chunk_rows(chunk, M, &m);
     for (; m < to; m++) {
         const GLOBAL int *at = slot + m * K;
@@ -3927,10 +4059,12 @@ void combine_fwd_cpu(GLOBAL act *out, const GLOBAL act *rows, const GLOBAL int *
 }
 
 KERNEL(1, 1)
-void combine_bwd_cpu(GLOBAL act *drows, GLOBAL float *dweight, const GLOBAL act *dout,
-                     const GLOBAL act *rows, const GLOBAL int *slot, const GLOBAL float *weight,
-                     uint R, uint K, uint D, uint chunk)
+void combine_bwd_cpu(GLOBAL act *VIEW(drows), GLOBAL float *VIEW(dweight),
+                     const GLOBAL act *VIEW(dout), const GLOBAL act *VIEW(rows),
+                     const GLOBAL int *VIEW(slot), const GLOBAL float *VIEW(weight), uint R, uint K,
+                     uint D, uint chunk)
 {
+    OFFSETS6(drows, dweight, dout, rows, slot, weight)
     size_t m, to = chunk_rows(chunk, R / K, &m);
     for (; m < to; m++) {
         const GLOBAL act *in = dout + m * D;
@@ -3980,9 +4114,11 @@ inline void store_some(GLOBAL float *p, uint n, float16 value)
 }
 
 KERNEL(1, 1)
-void router_fwd_cpu(GLOBAL float *probs, GLOBAL float *weight, GLOBAL int *index,
-                    const GLOBAL float *logits, uint M, uint E, uint K, int renormalise, uint chunk)
+void router_fwd_cpu(GLOBAL float *VIEW(probs), GLOBAL float *VIEW(weight), GLOBAL int *VIEW(index),
+                    const GLOBAL float *VIEW(logits), uint M, uint E, uint K, int renormalise,
+                    uint chunk)
 {
+    OFFSETS4(probs, weight, index, logits)
     size_t m, to = chunk_rows(chunk, M, &m);
     for (; m < to; m++) {
         const GLOBAL float *x = logits + m * E;
@@ -4004,10 +4140,12 @@ void router_fwd_cpu(GLOBAL float *probs, GLOBAL float *weight, GLOBAL int *index
 }
 
 KERNEL(1, 1)
-void router_bwd_cpu(GLOBAL float *dlogits, const GLOBAL float *dweight, const GLOBAL float *probs,
-                    const GLOBAL int *index, const GLOBAL float *fraction, float balance, uint M,
-                    uint E, uint K, uint rows, int renormalise, uint chunk)
+void router_bwd_cpu(GLOBAL float *VIEW(dlogits), const GLOBAL float *VIEW(dweight),
+                    const GLOBAL float *VIEW(probs), const GLOBAL int *VIEW(index),
+                    const GLOBAL float *VIEW(fraction), float balance, uint M, uint E, uint K,
+                    uint rows, int renormalise, uint chunk)
 {
+    OFFSETS5(dlogits, dweight, probs, index, fraction)
     size_t m, to = chunk_rows(chunk, M, &m);
     for (; m < to; m++) {
         const GLOBAL float *p = probs + m * E, *dw = dweight + m * K;
@@ -4032,8 +4170,10 @@ void router_bwd_cpu(GLOBAL float *dlogits, const GLOBAL float *dweight, const GL
 }
 
 KERNEL(1, 1)
-void route_count_cpu(GLOBAL int *count, const GLOBAL int *index, uint R, uint E, uint chunk)
+void route_count_cpu(GLOBAL int *VIEW(count), const GLOBAL int *VIEW(index), uint R, uint E,
+                     uint chunk)
 {
+    OFFSETS2(count, index)
     size_t i, to = chunk_rows(chunk, R, &i);
     GLOBAL int *mine = count + get_global_id(0) * E;
     for (uint e = 0; e < E; e++)
@@ -4043,10 +4183,11 @@ void route_count_cpu(GLOBAL int *count, const GLOBAL int *index, uint R, uint E,
 }
 
 KERNEL(1, 1)
-void route_place_cpu(GLOBAL int *slot, GLOBAL int *token, const GLOBAL int *index,
-                     const GLOBAL int *offsets, const GLOBAL int *count, uint R, uint K, uint E,
-                     uint chunk)
+void route_place_cpu(GLOBAL int *VIEW(slot), GLOBAL int *VIEW(token), const GLOBAL int *VIEW(index),
+                     const GLOBAL int *VIEW(offsets), const GLOBAL int *VIEW(count), uint R, uint K,
+                     uint E, uint chunk)
 {
+    OFFSETS5(slot, token, index, offsets, count)
     int next[512];
     size_t i, to = chunk_rows(chunk, R, &i);
     for (uint e = 0; e < E; e++)
@@ -4066,9 +4207,10 @@ void route_place_cpu(GLOBAL int *slot, GLOBAL int *token, const GLOBAL int *inde
 }
 
 KERNEL(1, 1)
-void balance_sum_cpu(GLOBAL int *count, uint entries, const GLOBAL int *index,
-                     const GLOBAL float *probs, uint rows, uint E, uint K, uint chunk)
+void balance_sum_cpu(GLOBAL int *VIEW(count), uint entries, const GLOBAL int *VIEW(index),
+                     const GLOBAL float *VIEW(probs), uint rows, uint E, uint K, uint chunk)
 {
+    OFFSETS3(count, index, probs)
     GLOBAL float *sum = (GLOBAL float *)count + entries;
     size_t out = (get_group_id(1) * get_num_groups(0) + get_group_id(0)) * E;
     size_t first = get_group_id(1) * (size_t)rows;
@@ -4092,9 +4234,10 @@ void balance_sum_cpu(GLOBAL int *count, uint entries, const GLOBAL int *index,
 }
 
 KERNEL(1, 1)
-void diffuse_cpu(GLOBAL float *xt, const GLOBAL float *x, const GLOBAL float *noise,
-                 const GLOBAL float *at, uint P, uint chunk)
+void diffuse_cpu(GLOBAL float *VIEW(xt), const GLOBAL float *VIEW(x),
+                 const GLOBAL float *VIEW(noise), const GLOBAL float *VIEW(at), uint P, uint chunk)
 {
+    OFFSETS4(xt, x, noise, at)
     size_t n = get_group_id(1);
     size_t i, to = chunk_rows(chunk, P, &i);
     float signal = at[n * TIME_COLUMNS + TIME_SIGNAL], strength = at[n * TIME_COLUMNS + TIME_NOISE];
@@ -4107,9 +4250,11 @@ void diffuse_cpu(GLOBAL float *xt, const GLOBAL float *x, const GLOBAL float *no
 }
 
 KERNEL(1, 1)
-void flow_loss_cpu(GLOBAL float *loss, GLOBAL float *dout, const GLOBAL float *out,
-                   const GLOBAL float *x, const GLOBAL float *noise, uint P, uint Q, float factor)
+void flow_loss_cpu(GLOBAL float *VIEW(loss), GLOBAL float *VIEW(dout),
+                   const GLOBAL float *VIEW(out), const GLOBAL float *VIEW(x),
+                   const GLOBAL float *VIEW(noise), uint P, uint Q, float factor)
 {
+    OFFSETS5(loss, dout, out, x, noise)
     size_t n = get_group_id(0), p = 0;
     const GLOBAL float *o = out + n * Q, *a = x + n * P, *b = noise + n * P;
     float16 sums = 0.0f;
@@ -4133,10 +4278,12 @@ void flow_loss_cpu(GLOBAL float *loss, GLOBAL float *dout, const GLOBAL float *o
 
 // The KL terms sixteen at a time; t = 0 is a thousandth of the images.
 KERNEL(1, 1)
-void ddpm_loss_cpu(GLOBAL float *loss, GLOBAL float *terms, GLOBAL float *dout,
-                   const GLOBAL float *out, const GLOBAL float *x, const GLOBAL float *noise,
-                   const GLOBAL float *at, uint N, uint P, uint Q, float scale)
+void ddpm_loss_cpu(GLOBAL float *VIEW(loss), GLOBAL float *VIEW(terms), GLOBAL float *VIEW(dout),
+                   const GLOBAL float *VIEW(out), const GLOBAL float *VIEW(x),
+                   const GLOBAL float *VIEW(noise), const GLOBAL float *VIEW(at), uint N, uint P,
+                   uint Q, float scale)
 {
+    OFFSETS7(loss, terms, dout, out, x, noise, at)
     size_t n = get_group_id(0), p = 0;
     const GLOBAL float *o = out + n * Q, *e = noise + n * P;
     GLOBAL float *g = dout ? dout + n * Q : 0;
@@ -4259,9 +4406,10 @@ inline void normal_blocks(GLOBAL float *out, ulong b, uint seed_low, uint seed_h
 // `chunk` is a number of values, a multiple of 64; what is left over after the last 64 goes through
 // the scalar code.
 KERNEL(1, 1)
-void normal_cpu(GLOBAL float *out, uint count_low, uint count_high, uint seed_low, uint seed_high,
-                uint stream_low, uint stream_high, uint chunk)
+void normal_cpu(GLOBAL float *VIEW(out), uint count_low, uint count_high, uint seed_low,
+                uint seed_high, uint stream_low, uint stream_high, uint chunk)
 {
+    OFFSETS1(out)
     size_t count = (size_t)count_high << 32 | count_low;
     size_t i, to = chunk_rows(chunk, count, &i);
     for (; i + 64 <= to; i += 64)
@@ -4274,9 +4422,10 @@ void normal_cpu(GLOBAL float *out, uint count_low, uint count_high, uint seed_lo
 
 // `chunk` partials of 4096 values each
 KERNEL(1, 1)
-void norm2_partial_cpu(GLOBAL float *partial, const GLOBAL float *g, uint count_low,
+void norm2_partial_cpu(GLOBAL float *VIEW(partial), const GLOBAL float *VIEW(g), uint count_low,
                        uint count_high, uint chunk)
 {
+    OFFSETS2(partial, g)
     size_t count = (size_t)count_high << 32 | count_low;
     size_t c, to = chunk_rows(chunk, (count + 4095) / 4096, &c);
     for (; c < to; c++) {
@@ -4295,11 +4444,12 @@ void norm2_partial_cpu(GLOBAL float *partial, const GLOBAL float *g, uint count_
 }
 
 KERNEL(1, 1)
-void adamw_cpu(GLOBAL float *w, GLOBAL float *m, GLOBAL float *v, GLOBAL float *ema,
-               const GLOBAL float *g, const GLOBAL float *control,
-               uint count_low, uint count_high, float beta1, float rest1, float beta2, float rest2,
-               float eps, float decay, uint chunk)
+void adamw_cpu(GLOBAL float *VIEW(w), GLOBAL float *VIEW(m), GLOBAL float *VIEW(v),
+               GLOBAL float *VIEW(ema), const GLOBAL float *VIEW(g),
+               const GLOBAL float *VIEW(control), uint count_low, uint count_high, float beta1,
+               float rest1, float beta2, float rest2, float eps, float decay, uint chunk)
 {
+    OFFSETS6(w, m, v, ema, g, control)
     size_t count = (size_t)count_high << 32 | count_low;
     size_t i, to = chunk_rows(chunk, count, &i);
     float scale = control[1], rate = control[2], stride = -rate / control[3], bias2 = control[4];
@@ -4365,10 +4515,11 @@ inline float conv_element(const GLOBAL act *x, int k, int channels, int height, 
 }
 
 KERNEL(64, 1)
-void conv_gather(GLOBAL act *out, const GLOBAL act *x, int channels, int height, int width,
-                 int out_height, int out_width, int kernel_h, int kernel_w, int stride, int top,
-                 int left, int doubled, uint first, uint rows, uint chunk)
+void conv_gather(GLOBAL act *VIEW(out), const GLOBAL act *VIEW(x), int channels, int height,
+                 int width, int out_height, int out_width, int kernel_h, int kernel_w, int stride,
+                 int top, int left, int doubled, uint first, uint rows, uint chunk)
 {
+    OFFSETS2(out, x)
     const int columns = kernel_h * kernel_w * channels;
     const int pitch = CONV_GATHERED(kernel_h * kernel_w, channels);
     const int k = (int)get_global_id(0) * 4, tap = k / channels;
@@ -4409,9 +4560,10 @@ void conv_gather(GLOBAL act *out, const GLOBAL act *x, int channels, int height,
 
 // y[first+r, column+o] = t[r,o], or y + t; and no less than 0 with relu
 KERNEL(256, 1)
-void conv_place(GLOBAL act *y, const GLOBAL act *t, int width, int column, int columns, int relu,
-                int add, uint first, uint count)
+void conv_place(GLOBAL act *VIEW(y), const GLOBAL act *VIEW(t), int width, int column, int columns,
+                int relu, int add, uint first, uint count)
 {
+    OFFSETS2(y, t)
     const uint i = get_global_id(0);
     if (i >= count)
         return;
@@ -4427,9 +4579,10 @@ void conv_place(GLOBAL act *y, const GLOBAL act *t, int width, int column, int c
 // mean costs no digits. GPU form: an item takes four channels (one, where they are no multiple of
 // four).
 KERNEL(64, 1)
-void group_norm_part(GLOBAL float *out, const GLOBAL act *x, int channels, int pixels, int rows,
-                     int parts, uint count)
+void group_norm_part(GLOBAL float *VIEW(out), const GLOBAL act *VIEW(x), int channels, int pixels,
+                     int rows, int parts, uint count)
 {
+    OFFSETS2(out, x)
     const uint i = get_global_id(0);
     if (i >= count)
         return;
@@ -4477,10 +4630,11 @@ inline void group_norm_join(float a[3], float count, float mean, float squares)
 // Second, a work-group each group of an image: coefficients[n, 2, C] = weight / std | mean.
 enum { GROUP_NORM_ITEMS = 256 };
 KERNEL(256, 1)
-void group_norm_total(GLOBAL float *coefficients, const GLOBAL float *part,
-                      const GLOBAL float *weight, int channels, int per, int pixels, int rows,
+void group_norm_total(GLOBAL float *VIEW(coefficients), const GLOBAL float *VIEW(part),
+                      const GLOBAL float *VIEW(weight), int channels, int per, int pixels, int rows,
                       int parts, float eps)
 {
+    OFFSETS3(coefficients, part, weight)
     LOCAL float counts[GROUP_NORM_ITEMS], means[GROUP_NORM_ITEMS], squares[GROUP_NORM_ITEMS];
     const int item = (int)get_local_id(0), c = (int)get_group_id(0) * per;
     float all[3] = {0.0f, 0.0f, 0.0f};
@@ -4513,9 +4667,11 @@ void group_norm_total(GLOBAL float *coefficients, const GLOBAL float *part,
 
 // Third: y = f((x - mean) * coefficient + bias). GPU form: an item takes four channels, or one.
 KERNEL(256, 1)
-void group_norm_apply(GLOBAL act *y, const GLOBAL act *x, const GLOBAL float *coefficients,
-                      const GLOBAL float *bias, int channels, int pixels, int silu, uint count)
+void group_norm_apply(GLOBAL act *VIEW(y), const GLOBAL act *VIEW(x),
+                      const GLOBAL float *VIEW(coefficients), const GLOBAL float *VIEW(bias),
+                      int channels, int pixels, int silu, uint count)
 {
+    OFFSETS4(y, x, coefficients, bias)
     const uint i = get_global_id(0);
     if (i >= count)
         return;
@@ -4561,8 +4717,9 @@ inline float softmax_fold(LOCAL_PTR float *values, float value, const int maximu
 }
 
 KERNEL(128, 1)
-void softmax_rows(GLOBAL act *p, const GLOBAL float *s, int columns, float scale)
+void softmax_rows(GLOBAL act *VIEW(p), const GLOBAL float *VIEW(s), int columns, float scale)
 {
+    OFFSETS2(p, s)
     LOCAL float values[SOFTMAX_ITEMS];
     const int item = (int)get_local_id(0);
     float most = -INFINITY, sum = 0.0f;
@@ -4580,9 +4737,10 @@ void softmax_rows(GLOBAL act *p, const GLOBAL float *s, int columns, float scale
 
 // out[n,c,pixel] = in[n*pixels + pixel, c]
 KERNEL(256, 1)
-void rows_to_images(GLOBAL float *out, const GLOBAL void *in, int channels, int pixels, int columns,
-                    int in_f32, uint count)
+void rows_to_images(GLOBAL float *VIEW(out), const GLOBAL void *VIEW(in), int channels, int pixels,
+                    int columns, int in_f32, uint count)
 {
+    OFFSETS2(out, in)
     const uint i = get_global_id(0);
     if (i >= count)
         return;
@@ -4620,10 +4778,11 @@ INLINE void conv_zero(GLOBAL act *to, int n)
 // One item `chunk` rows. The taps of a line of the kernel are neighbours in x too, unless x is
 // doubled.
 KERNEL(1, 1)
-void conv_gather_cpu(GLOBAL act *out, const GLOBAL act *x, int channels, int height, int width,
-                     int out_height, int out_width, int kernel_h, int kernel_w, int stride, int top,
-                     int left, int doubled, uint first, uint rows, uint chunk)
+void conv_gather_cpu(GLOBAL act *VIEW(out), const GLOBAL act *VIEW(x), int channels, int height,
+                     int width, int out_height, int out_width, int kernel_h, int kernel_w,
+                     int stride, int top, int left, int doubled, uint first, uint rows, uint chunk)
 {
+    OFFSETS2(out, x)
     const int columns = kernel_h * kernel_w * channels;
     const int pitch = CONV_GATHERED(kernel_h * kernel_w, channels);
     uint row = (uint)get_group_id(0) * chunk;
@@ -4658,9 +4817,10 @@ void conv_gather_cpu(GLOBAL act *out, const GLOBAL act *x, int channels, int hei
 
 // One item a part of an image.
 KERNEL(1, 1)
-void group_norm_part_cpu(GLOBAL float *out, const GLOBAL act *x, int channels, int pixels, int rows,
-                         int parts)
+void group_norm_part_cpu(GLOBAL float *VIEW(out), const GLOBAL act *VIEW(x), int channels,
+                         int pixels, int rows, int parts)
 {
+    OFFSETS2(out, x)
     const int part = (int)get_group_id(0), from = part * rows, to = min(from + rows, pixels);
     const float each = 1.0f / (float)(to - from);
     x += (get_group_id(1) * (size_t)pixels + from) * channels;
@@ -4682,10 +4842,11 @@ void group_norm_part_cpu(GLOBAL float *out, const GLOBAL act *x, int channels, i
 
 // One item `chunk` rows.
 KERNEL(1, 1)
-void group_norm_apply_cpu(GLOBAL act *y, const GLOBAL act *x, const GLOBAL float *coefficients,
-                          const GLOBAL float *bias, int channels, int pixels, int silu, int rows,
-                          int chunk)
+void group_norm_apply_cpu(GLOBAL act *VIEW(y), const GLOBAL act *VIEW(x),
+                          const GLOBAL float *VIEW(coefficients), const GLOBAL float *VIEW(bias),
+                          int channels, int pixels, int silu, int rows, int chunk)
 {
+    OFFSETS4(y, x, coefficients, bias)
     const int from = (int)get_group_id(0) * chunk, to = min(from + chunk, rows);
     for (int row = from; row < to; row++) {
         const GLOBAL float *a = coefficients + (size_t)(row / pixels) * 2 * channels;
@@ -4701,9 +4862,10 @@ void group_norm_apply_cpu(GLOBAL act *y, const GLOBAL act *x, const GLOBAL float
 
 // One item `chunk` rows.
 KERNEL(1, 1)
-void softmax_rows_cpu(GLOBAL act *p, const GLOBAL float *s, int columns, float scale, int rows,
-                      int chunk)
+void softmax_rows_cpu(GLOBAL act *VIEW(p), const GLOBAL float *VIEW(s), int columns, float scale,
+                      int rows, int chunk)
 {
+    OFFSETS2(p, s)
     const int from = (int)get_group_id(0) * chunk, to = min(from + chunk, rows);
     const int16 lane = (int16)(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     for (int row = from; row < to; row++) {
@@ -4744,10 +4906,11 @@ inline void pool_window(int at, int stride, int padding, int size, int length, i
 
 // GPU form: an item takes `wide` (4 or 1) channels of an output pixel.
 KERNEL(64, 1)
-void pool(GLOBAL act *y, const GLOBAL act *x, int channels, int height, int width, int out_height,
-          int out_width, int size, int stride, int padding, int maximum, int columns, int column,
-          int wide, uint count)
+void pool(GLOBAL act *VIEW(y), const GLOBAL act *VIEW(x), int channels, int height, int width,
+          int out_height, int out_width, int size, int stride, int padding, int maximum,
+          int columns, int column, int wide, uint count)
 {
+    OFFSETS2(y, x)
     const uint i = get_global_id(0), units = (uint)(channels / wide), row = i / units;
     if (i >= count)
         return;
@@ -4782,8 +4945,10 @@ void pool(GLOBAL act *y, const GLOBAL act *x, int channels, int height, int widt
 
 // An item takes a channel of an image.
 KERNEL(64, 1)
-void pixel_mean(GLOBAL float *out, const GLOBAL act *x, int channels, int pixels, uint count)
+void pixel_mean(GLOBAL float *VIEW(out), const GLOBAL act *VIEW(x), int channels, int pixels,
+                uint count)
 {
+    OFFSETS2(out, x)
     const uint i = get_global_id(0);
     if (i >= count)
         return;
@@ -4796,9 +4961,10 @@ void pixel_mean(GLOBAL float *out, const GLOBAL act *x, int channels, int pixels
 
 // An item takes a pixel.
 KERNEL(64, 1)
-void resample(GLOBAL act *out, const GLOBAL uchar *bytes, const GLOBAL int *taps, int side,
-              float scale, float shift, uint count)
+void resample(GLOBAL act *VIEW(out), const GLOBAL uchar *VIEW(bytes), const GLOBAL int *VIEW(taps),
+              int side, float scale, float shift, uint count)
 {
+    OFFSETS3(out, bytes, taps)
     const uint i = get_global_id(0);
     if (i >= count)
         return;
@@ -4819,10 +4985,11 @@ void resample(GLOBAL act *out, const GLOBAL uchar *bytes, const GLOBAL int *taps
 #ifdef CPU_FORMS
 // An item takes `chunk` output pixels.
 KERNEL(1, 1)
-void pool_cpu(GLOBAL act *y, const GLOBAL act *x, int channels, int height, int width,
+void pool_cpu(GLOBAL act *VIEW(y), const GLOBAL act *VIEW(x), int channels, int height, int width,
               int out_height, int out_width, int size, int stride, int padding, int maximum,
               int columns, int column, uint rows, uint chunk)
 {
+    OFFSETS2(y, x)
     uint row = (uint)get_group_id(0) * chunk;
     const uint end = min(row + chunk, rows);
     for (; row < end; row++) {

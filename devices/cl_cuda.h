@@ -8,6 +8,8 @@
 #define __global
 #define LOCAL __shared__
 #define LOCAL_PTR
+#define VIEW(p) p
+#define OFFSETS1(p)
 #define __constant static __device__ const
 #define restrict __restrict__
 #define inline static __device__ __forceinline__

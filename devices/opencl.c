@@ -1,7 +1,7 @@
 // The OpenCL backend: the verbs of device.h on any OpenCL 1.2 driver.
 //
-// Memory is one cl_mem an allocation; views are sub-buffers made from it, because kernels take no
-// offsets. A stream is an in-order queue with profiling, so that events can time anything; the
+// Memory is one cl_mem an allocation; a view is an offset into it, which kernels take beside the
+// buffer (VIEW in kernels.cl). A stream is an in-order queue with profiling, so that events can time anything; the
 // queue's order is the only ordering that a single stream needs.
 #include "devices/opencl.h"
 #include "devices/opencl_gemm.h"
@@ -82,7 +82,6 @@ static int opencl_alloc(struct device *base, size_t bytes, struct mem **out)
         return fail_in(ERR_NOMEM, "%s: %.1f MiB", base->info.key, mib(bytes));
     }
     mem->dev = dev;
-    mem->root = mem->cl;
     mem->bytes = bytes;
     base->allocations++;
     base->allocated += bytes;
@@ -90,26 +89,17 @@ static int opencl_alloc(struct device *base, size_t bytes, struct mem **out)
     return 0;
 }
 
-// A sub-buffer of a sub-buffer is not allowed by OpenCL, so a view of a view is one of the root.
 static int opencl_view(struct mem *parent, size_t offset, size_t bytes, struct mem **out)
 {
-    cl_int code;
     *out = NULL;
     BUG_IF(bytes == 0 || offset > parent->bytes || bytes > parent->bytes - offset);
     BUG_IF(offset % parent->dev->base.info.align != 0);
     struct mem *mem = calloc(1, sizeof *mem);
     if (!mem)
         return fail(ERR_NOMEM, "out of host memory");
-    cl_buffer_region region = {parent->offset + offset, bytes};
-    mem->cl = clCreateSubBuffer(parent->root, CL_MEM_READ_WRITE, CL_BUFFER_CREATE_TYPE_REGION,
-                                &region, &code);
-    if (code != CL_SUCCESS) {
-        free(mem);
-        return opencl_fail(code, "clCreateSubBuffer");
-    }
     mem->dev = parent->dev;
-    mem->root = parent->root;
-    mem->offset = region.origin;
+    mem->cl = parent->cl;
+    mem->offset = parent->offset + offset;
     mem->bytes = bytes;
     mem->is_view = true;
     *out = mem;
@@ -120,9 +110,10 @@ static void opencl_free(struct mem *mem)
 {
     if (!mem)
         return;
-    if (!mem->is_view)
+    if (!mem->is_view) {
         mem->dev->base.allocated -= mem->bytes;
-    clReleaseMemObject(mem->cl);
+        clReleaseMemObject(mem->cl);
+    }
     free(mem);
 }
 
@@ -138,6 +129,8 @@ static void opencl_stream_free(struct stream *s)
     if (!s)
         return;
     clFinish(s->queue);
+    if (s->scratch)
+        clReleaseMemObject(s->scratch);
     clReleaseCommandQueue(s->queue);
     if (s->turns)
         opencl_free(s->turns);
@@ -186,7 +179,7 @@ static int enqueue_write(struct stream *s, struct mem *dst, size_t offset, const
 {
     BUG_IF(!inside(dst, offset, bytes));
     if (bytes)
-        CL(clEnqueueWriteBuffer(s->queue, dst->cl, wait, offset, bytes, src, 0, NULL, NULL),
+        CL(clEnqueueWriteBuffer(s->queue, dst->cl, wait, dst->offset + offset, bytes, src, 0, NULL, NULL),
            "clEnqueueWriteBuffer");
     return 0;
 }
@@ -196,7 +189,7 @@ static int enqueue_read(struct stream *s, const struct mem *src, size_t offset, 
 {
     BUG_IF(!inside(src, offset, bytes));
     if (bytes)
-        CL(clEnqueueReadBuffer(s->queue, src->cl, wait, offset, bytes, dst, 0, NULL, NULL),
+        CL(clEnqueueReadBuffer(s->queue, src->cl, wait, src->offset + offset, bytes, dst, 0, NULL, NULL),
            "clEnqueueReadBuffer");
     return 0;
 }
@@ -232,26 +225,37 @@ static int opencl_copy(struct stream *s, struct mem *dst, size_t dst_offset, con
 {
     BUG_IF(!inside(dst, dst_offset, bytes) || !inside(src, src_offset, bytes));
     if (bytes)
-        CL(clEnqueueCopyBuffer(s->queue, src->cl, dst->cl, src_offset, dst_offset, bytes, 0, NULL,
-                               NULL),
+        CL(clEnqueueCopyBuffer(s->queue, src->cl, dst->cl, src->offset + src_offset,
+                               dst->offset + dst_offset, bytes, 0, NULL, NULL),
            "clEnqueueCopyBuffer");
     return 0;
 }
 
 // ---- work --------------------------------------------------------------------------------------
 
-static cl_int set_arg(cl_kernel kernel, cl_uint index, char letter, const union arg *arg)
+// A buffer is two arguments of the kernel: the driver's buffer and the offset in it.
+static cl_int set_buffer(cl_kernel kernel, cl_uint index, const struct mem *mem)
 {
+    const cl_ulong offset = mem ? mem->offset : 0;
+    cl_int code = clSetKernelArg(kernel, index, sizeof(cl_mem), mem ? &mem->cl : NULL);
+    return code != CL_SUCCESS ? code : clSetKernelArg(kernel, index + 1, sizeof offset, &offset);
+}
+
+// Moves *index past the argument.
+static cl_int set_arg(cl_kernel kernel, cl_uint *index, char letter, const union arg *arg)
+{
+    const cl_uint at = *index;
+    *index += letter == 'b' ? 2 : 1;
     switch (letter) {
     case 'b':
-        return clSetKernelArg(kernel, index, sizeof(cl_mem), arg->b ? &arg->b->cl : NULL);
+        return set_buffer(kernel, at, arg->b);
     case 'i':
-        return clSetKernelArg(kernel, index, sizeof arg->i, &arg->i);
+        return clSetKernelArg(kernel, at, sizeof arg->i, &arg->i);
     case 'u':
-        return clSetKernelArg(kernel, index, sizeof arg->u, &arg->u);
+        return clSetKernelArg(kernel, at, sizeof arg->u, &arg->u);
     default:
         BUG_IF(letter != 'f');
-        return clSetKernelArg(kernel, index, sizeof arg->f, &arg->f);
+        return clSetKernelArg(kernel, at, sizeof arg->f, &arg->f);
     }
 }
 
@@ -265,8 +269,9 @@ static int opencl_launch(struct stream *s, enum kernel number, const int groups[
     BUG_IF(groups[0] < 0 || groups[1] < 0 || groups[2] < 0);
     if (groups[0] == 0 || groups[1] == 0 || groups[2] == 0)
         return 0;
+    cl_uint index = 0;
     for (int i = 0; i < count; i++)
-        CL(set_arg(kernel, (cl_uint)i, spec->args[i], &args[i]), spec->name);
+        CL(set_arg(kernel, &index, spec->args[i], &args[i]), spec->name);
     size_t local[3] = {(size_t)spec->group[0], (size_t)spec->group[1], 1};
     size_t global[3];
     for (int i = 0; i < 3; i++)
@@ -295,8 +300,8 @@ static int opencl_fill(struct stream *s, struct mem *dst, size_t offset, size_t 
     if (large && s->dev->base.cpu_forms)
         return fill_by_kernel(s, dst, offset, bytes, pattern);
     if (bytes)
-        CL(clEnqueueFillBuffer(s->queue, dst->cl, &pattern, sizeof pattern, offset, bytes, 0, NULL,
-                               NULL),
+        CL(clEnqueueFillBuffer(s->queue, dst->cl, &pattern, sizeof pattern,
+                               dst->offset + offset, bytes, 0, NULL, NULL),
            "clEnqueueFillBuffer");
     return 0;
 }

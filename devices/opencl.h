@@ -20,12 +20,11 @@ struct opencl_device {
     cl_kernel kernels[KERNEL_COUNT]; // NULL: a CPU form on a device that is no CPU
 };
 
-// An allocation (cl == root, offset 0) or a view of one (cl is a sub-buffer of root).
+// An allocation (offset 0), or a view of one: the same driver's buffer, and where in it.
 struct mem {
     struct opencl_device *dev;
-    cl_mem cl;     // what kernels are given
-    cl_mem root;   // the allocation it lies in
-    size_t offset; // bytes from the start of root
+    cl_mem cl;
+    size_t offset; // bytes from the start of cl
     size_t bytes;
     bool is_view;
 };
@@ -35,6 +34,9 @@ struct stream {
     struct opencl_device *dev;
     cl_command_queue queue;
     struct mem *turns; // CPU devices: two counters by which a product's work-items share its blocks
+    cl_mem scratch;    // opencl_clblast.c: a view as CLBlast takes one, a sub-buffer; NULL: none yet
+    cl_mem scratch_in; // the allocation it lies in, and where
+    size_t scratch_at, scratch_bytes;
 };
 
 struct event {

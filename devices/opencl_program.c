@@ -162,18 +162,28 @@ static int build(struct opencl_device *dev)
 
 // ---- kernels -----------------------------------------------------------------------------------
 
+static size_t letters(const char *text, char letter)
+{
+    size_t count = 0;
+    for (; *text; text++)
+        count += *text == letter;
+    return count;
+}
+
 // What is wrong with kernel `i` just made, in words; "" if nothing.
 static void check_kernel(const struct opencl_device *dev, int i, char *out, size_t size)
 {
     const struct kernel_spec *spec = &kernel_specs[i];
+    const cl_uint wanted = (cl_uint)(strlen(spec->args) + letters(spec->args, 'b'));
     cl_uint count = 0;
     size_t group[3] = {0};
     out[0] = 0;
     clGetKernelInfo(dev->kernels[i], CL_KERNEL_NUM_ARGS, sizeof count, &count, NULL);
     clGetKernelWorkGroupInfo(dev->kernels[i], dev->id, CL_KERNEL_COMPILE_WORK_GROUP_SIZE,
                              sizeof group, group, NULL);
-    if (count != strlen(spec->args))
-        snprintf(out, size, "%u arguments, kernels.def says %zu", count, strlen(spec->args));
+    if (count != wanted)
+        snprintf(out, size, "%u arguments, kernels.def says %u: one each, and an offset a buffer",
+                 count, wanted);
     else if (group[0] != (size_t)spec->group[0] || group[1] != (size_t)spec->group[1])
         snprintf(out, size, "groups of %zux%zu, kernels.def says %dx%d", group[0], group[1],
                  spec->group[0], spec->group[1]);

@@ -435,6 +435,41 @@ static int test_launch(void)
     return result;
 }
 
+// Thousands of views that overlap, some alive to the end and some gone while the launch that they
+// were made for still waits: each launch adds one place to the next, so that all must take part, in
+// order. NVIDIA's OpenCL crashes where views are sub-buffers.
+static int test_many_views(void)
+{
+    enum { VIEWS = 4096, WORDS = 8 };
+    struct device *dev = test_device(0);
+    struct stream *s;
+    struct mem *root, *to, **from = calloc(VIEWS, sizeof *from);
+    float ends[WORDS + 1];
+    CHECK(dev && from, "no device");
+    const size_t align = dev->info.align;
+    OK(dev->api->stream_new(dev, &s));
+    OK(dev->api->alloc(dev, (VIEWS + 1) * align, &root));
+    OK(dev->api->fill(s, root, 0, (VIEWS + 1) * align, 0x3f800000)); // 1
+    for (size_t i = 0; i < VIEWS; i++) {
+        OK(dev->api->view(root, i * align, (VIEWS - i + 1) * align, &from[i]));
+        OK(dev->api->view(from[i], align, WORDS * sizeof(float), &to));
+        const union arg args[] = {{.b = to}, {.b = from[i]}, {.u = WORDS}, {.u = WORDS},
+                                  {.i = 1},  {.i = 1},       {.u = 0}};
+        OK(dev->api->launch(s, KERNEL_add, (const int[]){1, 1, 1}, args, 7));
+        dev->api->free(to);
+    }
+    OK(dev->api->read(s, from[VIEWS - 1], align, ends, sizeof ends));
+    for (int i = 0; i < WORDS; i++)
+        CHECK(ends[i] == VIEWS + 1, "word %d is %g", i, (double)ends[i]);
+    CHECK(ends[WORDS] == 1, "written past the view's end");
+    for (size_t i = 0; i < VIEWS; i++)
+        dev->api->free(from[i]);
+    dev->api->free(root);
+    dev->api->stream_free(s);
+    free(from);
+    return PASSED;
+}
+
 // A wrong number of arguments is a bug of the program: it says where and aborts.
 static int test_arity(void)
 {
@@ -715,6 +750,7 @@ const struct test devices_tests[] = {
     {"views", test_views},
     {"too_large", test_too_large},
     {"launch", test_launch},
+    {"many_views", test_many_views},
     {"arity", test_arity},
     {"events", test_events},
     {"program_cache", test_program_cache},
