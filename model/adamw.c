@@ -125,7 +125,7 @@ static int judge(struct trainer *t)
         return op_adamw_control(c, &t->control, &t->counts, &t->mean, &t->options.adamw);
     }
     for (int i = 0; i < n; i++)
-        TRY(op_norm2(c, &t->control, t->spans ? &t->spans[i] : &g[i], i > 0));
+        TRY(op_norm2(c, &t->control, t->spans ? &t->spans[i] : &g[i], i > 0 || t->dit->streamed));
     if (t->spans)
         TRY(op_norm2(c, &t->control, &t->dit->norms, true));
     return op_adamw_control(c, &t->control, &t->counts, &t->losses, &t->options.adamw);
@@ -165,5 +165,6 @@ int trainer_apply(struct trainer *t)
     if (t->options.early) // the blocks are done
         return trainer_update_block(t, -1);
     TRY(judge(t));
-    return update_all(t);
+    TRY(update_all(t));
+    return streamed_update(t->dit, &t->control, &t->options.adamw);
 }

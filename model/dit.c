@@ -150,7 +150,7 @@ static int plan_norms(struct dit *d)
     TRY(PLAN_TENSOR(d->plan, "norms", PLAN_INPUT, F32, 0, PLAN_FOREVER, &d->norms, blocks * both));
     int64_t at = 0;
     for (int l = first; l < d->config.layers; l++) {
-        if (!config_is_moe(&d->config, l))
+        if (!config_is_moe(&d->config, l) || streamed_block(d, l))
             continue;
         TRY(plan_view(d->plan, &d->norms, at, &d->grads[l].norms_gu, 1, &gu));
         TRY(plan_view(d->plan, &d->norms, at + place, &d->grads[l].norms_down, 1, &down));
@@ -162,6 +162,7 @@ static int plan_norms(struct dit *d)
 static int plan_model(struct dit *d)
 {
     TRY(plan_parameters(d));
+    TRY(streamed_plan(d));
     TRY(plan_inputs(d));
     TRY(plan_residual(d));
     if (d->options.optimiser && !d->options.block_done && !d->options.ranks)
@@ -226,7 +227,7 @@ int dit_new(struct device *dev, struct stream *stream, const struct config *c,
     if (code < 0 ||
         (code = params_new_part(c, r ? r->placement : NULL, r ? exchange_rank(r->exchange) : 0,
                                 &d->params)) < 0 ||
-        (code = moe_exchange_new(d)) < 0 || (code = plan_new(dev, &d->plan)) < 0 ||
+        (code = streamed_new(d)) < 0 || (code = moe_exchange_new(d)) < 0 || (code = plan_new(dev, &d->plan)) < 0 ||
         (code = plan_model(d)) < 0) {
         dit_free(d);
         return code;
@@ -249,13 +250,14 @@ int dit_commit(struct dit *d)
 {
     TRY(plan_commit(d->plan));
     d->ctx.dry = false;
-    return 0;
+    return streamed_commit(d);
 }
 
 void dit_free(struct dit *d)
 {
     if (!d)
         return;
+    streamed_free(d->streamed); // ends copies
     if (d->plan)
         plan_free(d->plan);
     weights_free(&d->w), weights_free(&d->g), weights_free(&d->m), weights_free(&d->v);
@@ -344,6 +346,7 @@ int dit_init(struct dit *d, uint64_t seed)
     if (d->options.optimiser) {
         TRY(zero_class(d, PLAN_MOMENT1));
         TRY(zero_class(d, PLAN_MOMENT2));
+        streamed_zero_moments(d);
     }
     return d->options.ema ? dit_copy_ema(d) : 0;
 }
@@ -376,11 +379,12 @@ static int serve_backward(struct dit *d)
     }
     TRY(block_ready(d, -1));
     d->ctx.fresh_gradients = false;
-    return 0;
+    return streamed_end_backward(d);
 }
 
 int dit_forward(struct dit *d)
 {
+    TRY(streamed_begin(d, false));
     if (d->options.batch == 0)
         return serve_forward(d);
     if (!d->options.ahead)
@@ -411,6 +415,7 @@ int dit_use_step(struct dit *d, int at)
 
 int dit_backward(struct dit *d)
 {
+    TRY(streamed_begin(d, true));
     if (d->options.batch == 0)
         return serve_backward(d);
     BUG_IF(zeroed_in_turn(d) && !d->ctx.fresh_gradients && !d->ctx.dry);
@@ -428,7 +433,7 @@ int dit_backward(struct dit *d)
     TRY(embed_backward(d));
     TRY(block_ready(d, -1));
     d->ctx.fresh_gradients = false;
-    return 0;
+    return streamed_end_backward(d);
 }
 
 // ---- what the host may look at ------------------------------------------------------------------

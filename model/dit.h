@@ -11,6 +11,7 @@
 
 #include "model/moe_exchange.h"
 #include "model/params.h"
+#include "model/streamed.h"
 #include "runtime/ops.h"
 
 // What a block remembers between its forward and its backward. M = N*T, R = M*K.
@@ -97,6 +98,7 @@ struct dit_options {
     bool one_backward;
     bool as_ranks; // lean as ranks are, which is alike for every batch
     uint64_t limit; // bytes of device memory to plan with; 0: what the device has
+    struct offload offload; // experts that live in host memory (streamed.h)
 };
 
 struct dit {
@@ -126,6 +128,7 @@ struct dit {
     struct block_route *routes;  // [L]
     struct block_grad *grads;    // [L]
     struct moe_exchange *moe;    // where other ranks have experts of this model; or NULL
+    struct streamed *streamed;   // experts in host memory, or NULL
     struct packed *packed;       // of the weights, or NULL
     int packed_count;
     struct final_act final;

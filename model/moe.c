@@ -64,13 +64,16 @@ int moe_forward(struct dit *d, int layer)
     if (d->config.shared > 0)
         TRY(shared_forward(d, layer));
     TRY(op_dispatch_fwd(c, &a->rows, &a->h2, &a->token, &a->slot));
+    TRY(streamed_use(d, layer));
     if (has_gelu(d)) {
         struct tensor *pre = a->gu.ndim ? &a->gu : &a->hidden;
         const struct expert_rows r = {&a->rows, pre, &a->hidden, &a->y, offsets};
-        return gelu_experts_forward(c, w, &r);
+        TRY(gelu_experts_forward(c, w, &r));
+        return streamed_used(d, layer);
     }
     TRY(op_experts_swiglu(c, &a->hidden, if_planned(&a->gu), &a->rows, &w->experts_gu, offsets));
-    return op_experts(c, &a->y, &a->hidden, &w->experts_down, offsets);
+    TRY(op_experts(c, &a->y, &a->hidden, &w->experts_down, offsets));
+    return streamed_used(d, layer);
 }
 
 // d y in `dy` -> gradients of the experts; dy becomes d rows.
@@ -83,11 +86,14 @@ static int experts_backward(struct dit *d, int layer, struct tensor *dy)
     const struct block_weights *w = &d->w.blocks[layer];
     const struct tensor *offsets = &d->routes[layer].offsets;
     struct tensor *hidden = dit_kept(&a->hidden, &s->hidden), *rows = dit_kept(&a->rows, &s->rows);
+    TRY(streamed_use(d, layer));
+    TRY(streamed_use_gradients(d, layer));
     if (has_gelu(d)) {
         const struct expert_rows r = {rows, &a->gu, hidden, dy, offsets};
         if (d->lean)
             TRY(op_dispatch_fwd(c, rows, &s->h2, &a->token, &a->slot));
-        return gelu_experts_backward(c, g, w, &r, &s->dhidden);
+        TRY(gelu_experts_backward(c, g, w, &r, &s->dhidden));
+        return streamed_used(d, layer);
     }
     TRY(op_experts_swiglu_dx(c, &a->gu, if_planned(&s->dhidden), if_planned(&s->hidden),
                              if_planned(&s->dots), dy, &w->experts_down, offsets));
@@ -95,7 +101,8 @@ static int experts_backward(struct dit *d, int layer, struct tensor *dy)
     if (d->lean)
         TRY(op_dispatch_fwd(c, rows, &s->h2, &a->token, &a->slot));
     TRY(op_experts_dw(c, &g->experts_gu, if_planned(&s->norms_gu), &a->gu, rows, offsets));
-    return op_experts_dx(c, dy, &a->gu, &w->experts_gu, offsets);
+    TRY(op_experts_dx(c, dy, &a->gu, &w->experts_gu, offsets));
+    return streamed_used(d, layer);
 }
 
 // d out -> gradients of the shared expert; starts d h2.

@@ -569,12 +569,15 @@ static int experts_forward(struct dit *d, int layer)
     struct tensor hidden = first_rows(&s->hidden, n), y = first_rows(&s->y, n);
     if (n == 0)
         return 0;
+    TRY(streamed_use(d, layer));
     if (d->config.expert == EXPERT_GELU) {
         const struct expert_rows r = {&rows, gu.ndim ? &gu : &hidden, &hidden, &y, offsets};
-        return gelu_experts_forward(c, w, &r);
+        TRY(gelu_experts_forward(c, w, &r));
+        return streamed_used(d, layer);
     }
     TRY(op_experts_swiglu(c, &hidden, if_planned(&gu), &rows, &w->experts_gu, offsets));
-    return op_experts(c, &y, &hidden, &w->experts_down, offsets);
+    TRY(op_experts(c, &y, &hidden, &w->experts_down, offsets));
+    return streamed_used(d, layer);
 }
 
 int moe_exchange_forward(struct dit *d, int layer)
@@ -625,17 +628,21 @@ static int experts_backward(struct dit *d, int layer)
     struct tensor dy = first_rows(&l->dy, n), gu = first_rows(&s->gu, n);
     struct tensor rows = first_rows(&s->rows, n), dhidden = first_rows(&l->dhidden, n);
     struct tensor again = first_rows(&l->hidden, n), kept = first_rows(&s->hidden, n);
+    TRY(streamed_use_gradients(d, layer));
     if (n == 0)
         return no_gradients(d, layer);
+    TRY(streamed_use(d, layer));
     if (d->config.expert == EXPERT_GELU) {
         const struct expert_rows r = {&rows, &gu, &kept, &dy, &l->offsets};
-        return gelu_experts_backward(c, g, w, &r, &dhidden);
+        TRY(gelu_experts_backward(c, g, w, &r, &dhidden));
+        return streamed_used(d, layer);
     }
     TRY(op_experts_swiglu_dx(c, &gu, if_planned(&dhidden), if_planned(&again), NULL, &dy,
                              &w->experts_down, &l->offsets));
     TRY(op_experts_dw(c, &g->experts_down, NULL, &dy, dit_kept(&kept, &again), &l->offsets));
     TRY(op_experts_dw(c, &g->experts_gu, NULL, &gu, &rows, &l->offsets));
-    return op_experts_dx(c, &dy, &gu, &w->experts_gu, &l->offsets);
+    TRY(op_experts_dx(c, &dy, &gu, &w->experts_gu, &l->offsets));
+    return streamed_used(d, layer);
 }
 
 int moe_exchange_backward(struct dit *d, int layer)

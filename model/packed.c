@@ -20,7 +20,7 @@ static int visit_weights(struct dit *d, weight_visitor visit, void *user)
                                   &b->experts_gu, &b->shared_gu, &b->shared_down, &b->experts_down,
                                   &b->fc1_w,      &b->fc2_w};
         for (size_t i = 0; i < sizeof inner / sizeof *inner; i++)
-            if (inner[i]->ndim)
+            if (inner[i]->ndim && !inner[i]->home)
                 TRY(visit(d, inner[i], user));
     }
     return 0;

@@ -14,7 +14,7 @@
 struct group {
     int block;
     size_t member;
-    bool frozen;
+    bool frozen, streamed;
     int first; // its first parameter, whose name stands for it in the plan's table
     int ndim;
     int64_t shape[3];
@@ -34,7 +34,7 @@ static void add_group(struct builder *b, int block, size_t member, bool frozen, 
                       int64_t s1, int64_t s2)
 {
     if (b->groups)
-        b->groups[b->group_count] = (struct group){block, member, frozen, b->count, ndim, {s0, s1, s2}};
+        b->groups[b->group_count] = (struct group){block, member, frozen, false, b->count, ndim, {s0, s1, s2}};
     b->group_count++;
     b->next = 0;
 }
@@ -273,6 +273,16 @@ int params_new_part(const struct config *c, const struct placement *place, int r
     return 0;
 }
 
+void params_stream(struct params *p, int layer)
+{
+    for (int i = 0; i < p->group_count; i++) {
+        struct group *g = &p->groups[i];
+        if (g->block == layer && (g->member == offsetof(struct block_weights, experts_gu) ||
+                                  g->member == offsetof(struct block_weights, experts_down)))
+            g->streamed = true;
+    }
+}
+
 void params_free(struct params *p)
 {
     free(p->list);
@@ -334,6 +344,12 @@ static struct block_life life_of(const struct group *g, const struct params *p,
     return lives[g->member == offsetof(struct weights, ada_w) ? layers : layers + 1];
 }
 
+static void shape_only(struct tensor *t, enum dtype type, const struct group *g)
+{
+    *t = (struct tensor){.dtype = type, .ndim = g->ndim};
+    memcpy(t->shape, g->shape, sizeof g->shape);
+}
+
 // Declares the tensors that products read, or the others.
 static int plan_groups(struct weights *w, const struct params *p, struct plan *plan, bool products,
                        enum plan_class class, enum dtype type, const struct block_life *lives)
@@ -343,6 +359,10 @@ static int plan_groups(struct weights *w, const struct params *p, struct plan *p
         const struct block_life life = life_of(g, p, lives);
         if (in_products(g) != products || (g->frozen && class != PLAN_WEIGHTS))
             continue;
+        if (g->streamed) {
+            shape_only(member_of(w, g->block, g->member), type, g);
+            continue;
+        }
         TRY(plan_tensor(plan, p->list[g->first].name, g->frozen ? PLAN_INPUT : class, type,
                         life.first, life.last, member_of(w, g->block, g->member), g->ndim,
                         g->shape));
@@ -389,18 +409,29 @@ void weights_free(struct weights *w)
 
 // ---- host transfers -----------------------------------------------------------------------------
 
+// Of a tensor at home in host memory, there, as soon as the device has put there what it was to put.
 static int write_at(struct context *c, const struct tensor *t, int64_t start, const void *host,
                     int64_t count)
 {
     const size_t size = dtype_size(t->dtype);
-    return c->dev->api->write(c->stream, t->mem, (size_t)start * size, host, (size_t)count * size);
+    if (!t->home)
+        return c->dev->api->write(c->stream, t->mem, (size_t)start * size, host,
+                                  (size_t)count * size);
+    TRY(c->dev->api->sync(c->stream));
+    memcpy(t->home->at + (size_t)start * size, host, (size_t)count * size);
+    return 0;
 }
 
 static int read_at(struct context *c, const struct tensor *t, int64_t start, void *host,
                    int64_t count)
 {
     const size_t size = dtype_size(t->dtype);
-    return c->dev->api->read(c->stream, t->mem, (size_t)start * size, host, (size_t)count * size);
+    if (!t->home)
+        return c->dev->api->read(c->stream, t->mem, (size_t)start * size, host,
+                                 (size_t)count * size);
+    TRY(c->dev->api->sync(c->stream));
+    memcpy(host, t->home->at + (size_t)start * size, (size_t)count * size);
+    return 0;
 }
 
 // An f32 as its nearest bf16 and what is left (struct tensor). NaN stays one.
@@ -450,36 +481,64 @@ static int new_halves(int64_t count, uint16_t **high, uint16_t **low)
     return 0;
 }
 
-int param_write(struct context *c, struct weights *w, const struct param *p, const float *host)
+// [count] elements of t from `start` on, as f32.
+static int write_floats(struct context *c, const struct tensor *t, int64_t start, int64_t count,
+                        const float *host)
 {
-    const struct tensor *t = param_tensor(w, p);
-    const int64_t count = param_count(p);
     uint16_t *high = NULL, *low = NULL;
     tensor_changed(t);
     if (t->dtype == F32)
-        return write_at(c, t, p->start, host, count);
+        return write_at(c, t, start, host, count);
     TRY(new_halves(count, &high, &low));
-    int code = halves_write(c, t, p->start, count, host, high, low);
+    int code = halves_write(c, t, start, count, host, high, low);
     free(high);
     return code;
 }
 
-int param_read(struct context *c, struct weights *w, const struct param *p, float *host)
+static int read_floats(struct context *c, const struct tensor *t, int64_t start, int64_t count,
+                       float *host)
 {
-    const struct tensor *t = param_tensor(w, p);
-    const int64_t count = param_count(p);
     uint16_t *high = NULL, *low = NULL;
     if (t->dtype == F32)
-        return read_at(c, t, p->start, host, count);
+        return read_at(c, t, start, host, count);
     TRY(new_halves(count, &high, &low));
-    int code = halves_read(c, t, p->start, count, host, high, low);
+    int code = halves_read(c, t, start, count, host, high, low);
     free(high);
+    return code;
+}
+
+int param_write(struct context *c, struct weights *w, const struct param *p, const float *host)
+{
+    return write_floats(c, param_tensor(w, p), p->start, param_count(p), host);
+}
+
+int param_read(struct context *c, struct weights *w, const struct param *p, float *host)
+{
+    return read_floats(c, param_tensor(w, p), p->start, param_count(p), host);
+}
+
+// By the host, where one of the two lives there.
+static int copy_floats(struct context *c, struct tensor *to, const struct tensor *from)
+{
+    enum { PART = 1 << 20 };
+    const int64_t all = tensor_count(to);
+    float *host = malloc(PART * sizeof *host);
+    int code = host ? 0 : fail(ERR_NOMEM, "no host memory for %d weights", PART);
+    for (int64_t at = 0; at < all && code >= 0; at += PART) {
+        const int64_t count = all - at < PART ? all - at : PART;
+        code = read_floats(c, from, at, count, host);
+        if (code >= 0)
+            code = write_floats(c, to, at, count, host);
+    }
+    free(host);
     return code;
 }
 
 int weight_copy(struct context *c, struct tensor *to, const struct tensor *from)
 {
     BUG_IF(to->low && !from->low);
+    if (to->home || from->home)
+        return copy_floats(c, to, from);
     tensor_changed(to);
     if (to->low)
         TRY(tensor_copy(c, to->low, from->low));

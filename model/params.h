@@ -73,6 +73,9 @@ int params_new(const struct config *c, struct params *out);
 // ascending order of expert, and the others are PARAM_ELSEWHERE. place NULL: all.
 int params_new_part(const struct config *c, const struct placement *place, int rank,
                     struct params *out);
+// The experts' matrices of block `layer` live in host memory: weights_plan() and its likes give them a
+// shape and no memory.
+void params_stream(struct params *p, int layer);
 void params_free(struct params *p);
 int64_t param_count(const struct param *p); // elements
 const struct param *params_find(const struct params *p, const char *name);

@@ -56,6 +56,7 @@ struct dit_options sampler_model(const struct device *dev, const struct config *
     const int passes = sampler_schedule(c, o, &way) < 0 ? 1 : schedule_passes(&way);
     return (struct dit_options){.batch = rows,
                                 .limit = o->limit,
+                                .offload = o->offload,
                                 .ranks = o->ranks,
                                 .pack = o->pack,
                                 .ahead = passes_ahead(dev, c, rows, passes)};
@@ -117,14 +118,46 @@ static size_t image_floats(const struct sampler *s)
     return (size_t)c->channels * (size_t)c->size * (size_t)c->size;
 }
 
+// Plans the model with so many blocks' experts in host memory.
+static int plan_model(struct sampler *s, struct device *dev, struct stream *stream,
+                      const struct config *c, int blocks)
+{
+    struct dit_options d = sampler_model(dev, c, s->all, &s->options);
+    d.offload.blocks = blocks;
+    dit_free(s->dit);
+    s->dit = NULL;
+    TRY(dit_new(dev, stream, c, &d, &s->dit));
+    TRY(plan_tensors(s));
+    return dit_layout(s->dit);
+}
+
+// With OFFLOAD_AUTO: all on the device, or else as few in host memory as the device's memory allows.
+static int plan_fitting(struct sampler *s, struct device *dev, struct stream *stream,
+                        const struct config *c)
+{
+    const int asked = s->options.offload.blocks;
+    int code = plan_model(s, dev, stream, c, asked == OFFLOAD_AUTO ? 0 : asked);
+    if (asked != OFFLOAD_AUTO || s->options.offload.which || code != ERR_NOMEM || !s->dit)
+        return code;
+    const int most = streamed_most(s->dit);
+    int too_few = 0, enough = most + 1, blocks = most;
+    while (enough - too_few > 1) {
+        code = plan_model(s, dev, stream, c, blocks);
+        if (code < 0 && (code != ERR_NOMEM || !s->dit))
+            return code;
+        *(code < 0 ? &too_few : &enough) = blocks;
+        if (enough - too_few > 1)
+            blocks = (too_few + enough) / 2;
+    }
+    return enough > most || blocks == enough ? code : plan_model(s, dev, stream, c, enough);
+}
+
 static int plan_sampler(struct sampler *s, struct device *dev, struct stream *stream,
                         const struct config *c)
 {
-    const struct dit_options d = sampler_model(dev, c, s->all, &s->options);
-    TRY(dit_new(dev, stream, c, &d, &s->dit));
-    TRY(plan_tensors(s));
-    TRY(dit_layout(s->dit));
+    TRY(plan_fitting(s, dev, stream, c));
     TRY(dit_commit(s->dit));
+    const struct dit_options d = s->dit->options;
     const size_t conditions = (size_t)d.batch * (size_t)d.ahead;
     s->labels = calloc(conditions + 1, sizeof *s->labels);
     s->times = calloc(conditions + 1, sizeof *s->times);
@@ -251,7 +284,7 @@ static int run_pass(struct sampler *s, const struct part *b, int pass)
     TRY(c->dev->api->copy(c->stream, s->update.mem, 0, s->updates.mem, (size_t)pass * bytes,
                           bytes));
     TRY(write_noise(s, b, pass));
-    if (s->options.ranks) // the host takes part: nothing to record
+    if (s->options.ranks || s->dit->streamed) // the host takes part, or copies go on between passes
         return device_pass(s);
     return recording_run(c, &s->pass, device_pass, s);
 }

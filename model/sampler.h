@@ -22,6 +22,7 @@ struct sample_options {
     float cfg_from, cfg_to;
     uint64_t seed;
     uint64_t limit;   // device memory to plan with, bytes; 0: all
+    struct offload offload; // experts that live in host memory
     const struct dit_ranks *ranks; // that share each batch (copies: 2 with guidance); NULL: one rank
     bool pack;        // faster steps for the weights' memory once more (where there is that much)
 };

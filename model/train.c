@@ -103,10 +103,23 @@ static int plan_optimiser(struct trainer *t)
     return op_norm2(c, &t->control, &slab, false);
 }
 
-// A trainer whose model is at least so lean; *out is there when it only does not fit.
-static int new_trainer(struct device *dev, struct stream *stream, const struct config *c,
-                       const struct train_options *o, enum lean lean, struct trainer **out)
+// The gradients of a block, or of the rest (-1), are complete.
+static int block_ready(void *user, int layer)
 {
+    struct trainer *t = user;
+    if (t->reduction)
+        TRY(reduction_block(t, layer));
+    const bool last = t->micro + 1 == t->options.accumulate;
+    return layer < 0 ? 0 : streamed_gradients(t->dit, layer, &t->control, last);
+}
+
+// A trainer whose model is at least so lean, with experts of so many blocks in host memory; *out is there
+// when it only does not fit.
+static int new_trainer(struct device *dev, struct stream *stream, const struct config *c,
+                       const struct train_options *o, enum lean lean, int blocks,
+                       struct trainer **out)
+{
+    const struct offload offload = {blocks, o->offload.which};
     *out = NULL;
     if (o->accumulate < 1)
         return fail(ERR_INPUT, "accumulate %d: must be 1 or more", o->accumulate);
@@ -116,6 +129,8 @@ static int new_trainer(struct device *dev, struct stream *stream, const struct c
     if (o->early && o->ranks)
         return fail(ERR_INPUT, "early updates are for one rank: gradients of others join them at "
                                "the end of the backward pass");
+    if (o->early && (blocks > 0 || offload.which))
+        return fail(ERR_INPUT, "early updates are for experts on the device, not in host memory");
     struct trainer *t = calloc(1, sizeof *t);
     if (!t)
         return fail(ERR_NOMEM, "no host memory for a trainer");
@@ -123,7 +138,7 @@ static int new_trainer(struct device *dev, struct stream *stream, const struct c
     t->all = o->ranks ? o->ranks->placement->batch : o->batch;
     const struct dit_options d = {.batch = o->batch, .train = true, .optimiser = true, .ema = true,
                                   .recompute = o->recompute, .lean = lean, .limit = o->limit,
-                                  .ranks = o->ranks, .block_ready = o->ranks ? reduction_block : NULL,
+                                  .offload = offload, .ranks = o->ranks, .block_ready = block_ready,
                                   .block_done = o->early ? trainer_update_block : NULL, .user = t,
                                   .one_backward = o->accumulate == 1 && !o->early && !o->ranks &&
                                                   !o->as_ranks,
@@ -155,17 +170,42 @@ static int new_trainer(struct device *dev, struct stream *stream, const struct c
     return dit_layout(t->dit);
 }
 
-int trainer_new(struct device *dev, struct stream *stream, const struct config *c,
-                const struct train_options *o, struct trainer **out)
+// As it fits: first by making more again in the backward pass.
+static int fitting_trainer(struct device *dev, struct stream *stream, const struct config *c,
+                           const struct train_options *o, int blocks, struct trainer **out)
 {
-    int code = new_trainer(dev, stream, c, o, LEAN_NOTHING, out);
+    int code = new_trainer(dev, stream, c, o, LEAN_NOTHING, blocks, out);
     while (code == ERR_NOMEM && *out && (*out)->dit->lean < LEAN_PRODUCTS && !dev->cpu_forms &&
            !o->recompute && !o->ranks && !o->as_ranks) {
         const enum lean leaner = (*out)->dit->lean + 1;
         trainer_free(*out);
-        code = new_trainer(dev, stream, c, o, leaner, out);
+        code = new_trainer(dev, stream, c, o, leaner, blocks, out);
     }
     return code;
+}
+
+int trainer_new(struct device *dev, struct stream *stream, const struct config *c,
+                const struct train_options *o, struct trainer **out)
+{
+    const bool choose = o->offload.blocks == OFFLOAD_AUTO && !o->offload.which;
+    int code = fitting_trainer(dev, stream, c, o, choose ? 0 : o->offload.blocks, out);
+    if (!choose || code != ERR_NOMEM || !*out || o->early)
+        return code;
+    const int most = streamed_most((*out)->dit);
+    int too_few = 0, enough = most + 1, blocks = most;
+    while (enough - too_few > 1) {
+        trainer_free(*out);
+        code = fitting_trainer(dev, stream, c, o, blocks, out);
+        if (code < 0 && (code != ERR_NOMEM || !*out))
+            return code;
+        *(code < 0 ? &too_few : &enough) = blocks;
+        if (enough - too_few > 1)
+            blocks = (too_few + enough) / 2;
+    }
+    if (enough > most || blocks == enough)
+        return code;
+    trainer_free(*out);
+    return fitting_trainer(dev, stream, c, o, enough, out);
 }
 
 int trainer_commit(struct trainer *t)
@@ -277,7 +317,7 @@ int trainer_micro(struct trainer *t, const float *images, const int32_t *labels,
     const int A = t->options.accumulate;
     *done = false;
     TRY(write_inputs(t, t->step * A + t->micro, images, labels));
-    if (t->reduction) // the host takes part: nothing to record
+    if (t->reduction || t->dit->streamed) // the host takes part, or copies: nothing to record
         TRY(micro_pass(t));
     else
         TRY(recording_run(&t->dit->ctx, &t->passes[t->micro], micro_pass, t));

@@ -23,6 +23,7 @@ struct train_options {
     struct adamw adamw;
     uint64_t seed;
     uint64_t limit; // device memory to plan with, bytes; 0: all
+    struct offload offload; // experts that live in host memory, with all their state; not with early
     const struct dit_ranks *ranks; // `batch` is then this rank's part of each, 0 or more; NULL: one rank
     bool as_ranks; // keep and make again what ranks do, so that memory grows evenly with the batch
 };

@@ -274,7 +274,7 @@ static int device_norm(struct trainer *t, bool experts, double *sum)
     for (int i = 0; i < d->params.count; i++) {
         const struct param *p = &d->params.list[i];
         const struct tensor *gradient = param_tensor(&d->g, p);
-        if (p->frozen || p->start != 0 || (p->expert != NO_EXPERT) != experts ||
+        if (p->frozen || p->start != 0 || (p->expert != NO_EXPERT) != experts || gradient->home ||
             (experts && all_elsewhere(t->reduction, gradient)))
             continue;
         TRY(op_norm2(&d->ctx, &t->control, gradient, any));
@@ -333,7 +333,11 @@ int reduction_finish(struct trainer *t)
     struct context *c = &t->dit->ctx;
     const bool first = exchange_rank(r->exchange) == 0;
     double shared = 0, experts = 0, twice = 0, loss = 0;
+    float streamed = 0;
     exchange_doing(r->exchange, "waiting for sums of gradients", -1);
+    if (t->dit->streamed) // added up as they came
+        TRY(c->dev->api->read(c->stream, t->control.mem, CONTROL_NORM2 * sizeof streamed, &streamed,
+                              sizeof streamed));
     TRY(write_back(t));
     if (first) // the same on every rank, so one counts
         TRY(device_norm(t, false, &shared));
@@ -341,7 +345,7 @@ int reduction_finish(struct trainer *t)
     TRY(counted_twice(t, &twice));
     TRY(local_loss(t, &loss));
     const double images = (double)t->all * t->options.accumulate;
-    double sums[2] = {shared + experts - twice, loss / images};
+    double sums[2] = {shared + experts + (double)streamed - twice, loss / images};
     TRY(c->dev->api->sync(c->stream)); // nobody takes gradients before all have read the last ones
     exchange_doing(r->exchange, "summing the norm and the loss", -1);
     TRY(exchange_sum(r->exchange, sums, 2));

@@ -125,6 +125,15 @@ bool placement_holds(const struct placement *p, int rank, int layer, int expert,
     return false;
 }
 
+bool placement_streams(const struct placement *p, int rank, int layer)
+{
+    enum expert_home home;
+    for (int e = 0; e < p->experts; e++)
+        if (placement_holds(p, rank, layer, e, &home) && home != HOME_DEVICE)
+            return true;
+    return false;
+}
+
 int placement_list(const struct placement *p, int rank, int layer, int *list)
 {
     int count = 0;

@@ -64,6 +64,8 @@ static inline uint8_t *placement_home(const struct placement *p, int group, int 
 // Whether `rank` has a copy of the expert; *home (may be NULL) says where.
 bool placement_holds(const struct placement *p, int rank, int layer, int expert,
                      enum expert_home *home);
+// Whether experts of a layer that `rank` has are at home in host memory, of whichever kind.
+bool placement_streams(const struct placement *p, int rank, int layer);
 // The experts of a layer that `rank` has, ascending, in list[experts] (may be NULL); returns how
 // many.
 int placement_list(const struct placement *p, int rank, int layer, int *list);

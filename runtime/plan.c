@@ -53,6 +53,7 @@ static const char *const class_names[PLAN_CLASSES] = {
     [PLAN_EMA] = "EMA weights",         [PLAN_ACTIVATIONS] = "activations",
     [PLAN_INPUT] = "input and results", [PLAN_PACKED] = "packed weights",
     [PLAN_HALF] = "bf16 weights",       [PLAN_LOW] = "weights' low bits",
+    [PLAN_STREAMED] = "expert buffers",
 };
 
 const char *plan_class_name(enum plan_class class)
@@ -112,7 +113,8 @@ static bool is_guest(const struct plan *p, int class)
 
 static bool holds_parameters(enum plan_class class)
 {
-    return class != PLAN_ACTIVATIONS && class != PLAN_INPUT && class != PLAN_PACKED;
+    return class != PLAN_ACTIVATIONS && class != PLAN_INPUT && class != PLAN_PACKED &&
+           class != PLAN_STREAMED;
 }
 
 static void set_shape(struct tensor *t, enum dtype type, int ndim, const int64_t *shape)

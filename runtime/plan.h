@@ -19,6 +19,7 @@ enum plan_class {
     PLAN_EMA,
     PLAN_HALF,   // weights that products read as bf16 (struct tensor)
     PLAN_LOW,    // and the lower halves of their f32
+    PLAN_STREAMED, // buffers for weights that live in host memory
     PLAN_PACKED, // weights once more, in the form that products read
     PLAN_ACTIVATIONS,
     PLAN_INPUT, // batch, noise, results

@@ -11,12 +11,20 @@ enum { TENSOR_DIMS = 5 };
 struct packed;
 struct profile;
 
+// Memory of the host where a tensor lives that comes to the device for its use only (model/streamed.h);
+// its `mem` is then the buffer that it is in, or NULL.
+struct home {
+    unsigned char *at;
+    uint64_t version; // counts changes
+};
+
 struct tensor {
     struct mem *mem; // a view; NULL until the plan is committed
     enum dtype dtype;
     int ndim;
     int64_t shape[TENSOR_DIMS];
     struct packed *packed; // a weight's copy for products, or NULL
+    struct home *home;     // or NULL: it lives in mem
     struct tensor *low;    // of a bf16 tensor in two halves: the 16 bits that rounding took away, or NULL
 };
 
@@ -38,6 +46,8 @@ static inline void tensor_changed(const struct tensor *t)
 {
     if (t->packed)
         t->packed->fresh = false;
+    if (t->home)
+        t->home->version++;
 }
 
 int64_t tensor_count(const struct tensor *t);  // elements

@@ -28,6 +28,7 @@ struct subject {
     int count;
     struct rank_plan ranks;
     double seconds, waited; // all rounds; of them, for other ranks
+    double copying;         // of the last pass or step, waiting for experts from host memory
 };
 
 // ---- random weights and inputs ------------------------------------------------------------------
@@ -96,8 +97,12 @@ static int subject_open(struct subject *s, bool train, const struct step_setting
     TRY(make_inputs(s));
     if (!o->alone)
         TRY(ranks_plan(&o->ranks, s->config, s->batch, 1, &s->ranks));
+    struct offload offload;
+    TRY(offload_choose(&o->memory, s->dev, &s->ranks, &offload));
     if (train) {
         struct train_options t = train_defaults();
+        t.limit = o->memory.memory;
+        t.offload = offload;
         t.ranks = ranks_of(&s->ranks);
         t.batch = ranks_share(&s->ranks, s->batch);
         t.recompute = o->recompute;
@@ -107,6 +112,8 @@ static int subject_open(struct subject *s, bool train, const struct step_setting
     } else { // without guidance: one forward pass of `batch` images
         struct sample_options plain = {
             .steps = s->steps, .cfg = 1, .pack = true, .ranks = ranks_of(&s->ranks)};
+        plain.limit = o->memory.memory;
+        plain.offload = offload;
         TRY(sampler_new(s->dev, s->stream, s->config, s->batch, &plain, &s->sampler));
     }
     return randomise(subject_dit(s));
@@ -161,7 +168,7 @@ static int measure(struct subject *s, int rounds)
         } else if (s->sampler && (seconds > LONG_RUN || ranks_exchange())) // its many steps are a mean already
             rounds = rounds > 3 ? 3 : rounds;
     }
-    return 0;
+    return streamed_waited(subject_dit(s), &s->copying);
 }
 
 // ---- the peer -----------------------------------------------------------------------------------
@@ -260,6 +267,11 @@ static void print_row(FILE *table, const json_t *row)
     if (number(row, "ranks") > 1)
         fprintf(table, "%-12s on %.0f ranks; rank 0 waits %.1f%% of the time for others\n", "",
                 number(row, "ranks"), 100 * number(row, "waited"));
+    if (number(row, "offload") > 0)
+        fprintf(table, "%-12s experts of %.0f of %.0f blocks from host memory: %s in, %s out; %.1f ms "
+                "wait for them\n", "", number(row, "offload"), number(row, "offload_of"),
+                format_bytes(number(row, "offload_in"), planned),
+                format_bytes(number(row, "offload_out"), allocated), 1e3 * number(row, "offload_wait"));
     json_array_foreach(json_object_get(row, "peers"), i, peer)
     {
         fprintf(table, "%-12s %-12s %8.2f ms  own speed / peer's: %.2f\n", "", text(peer, "mode"),
@@ -289,6 +301,11 @@ static void add_row(struct subject *s, const struct ceilings *ceilings, json_t *
                   "memory", (json_int_t)plan_total(subject_dit(s)->plan), "allocated",
                   (json_int_t)s->dev->allocated, "ranks", ranks_count(), "waited",
                   s->waited / s->seconds, "peers", peers);
+    const struct streamed_figures f = streamed_figures(subject_dit(s));
+    json_object_update_new(row, json_pack("{s:i, s:i, s:I, s:I, s:f}", "offload", f.blocks,
+                                          "offload_of", f.of, "offload_in", (json_int_t)f.in,
+                                          "offload_out", (json_int_t)f.out, "offload_wait",
+                                          s->copying));
     print_row(table, row);
     json_array_append_new(rows, row);
 }

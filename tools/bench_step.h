@@ -4,6 +4,7 @@
 #define DITMOE_BENCH_STEP_H
 
 #include "tools/measure.h"
+#include "tools/offload.h"
 #include "tools/ranks.h"
 
 struct step_settings {
@@ -13,6 +14,7 @@ struct step_settings {
     int rounds, steps, what; // what: 0 both, 1 train, 2 sample; steps 0: by the device
     int recompute, early, profile;
     struct rank_options ranks;
+    struct memory_options memory;
     bool alone; // this rank measures by itself, whatever the others do
 };
 

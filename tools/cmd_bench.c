@@ -162,6 +162,7 @@ int cmd_bench(int argc, char **argv)
         {"vae (it and inception take --batch, --rounds, --profile, --trace too)", vae_options,
          &o.vae},
         {"device", device_option_list, &o.device},
+        {"step: memory", memory_option_list, &o.step.memory},
         {"step: " RANK_OPTIONS_TITLE, rank_option_list, &o.step.ranks},
         {0},
     };

@@ -255,6 +255,7 @@ static int eval_knn(int argc, char **argv)
         {"drawing", draw_option_list, &o.draw},
         {"the way from noise to image", draw_way_list, &o.draw},
         {"device", device_option_list, &o.draw.device},
+        {"memory", memory_option_list, &o.draw.memory},
         {0},
     };
     const struct command command = {

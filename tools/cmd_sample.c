@@ -378,6 +378,7 @@ int cmd_sample(int argc, char **argv)
         {"what is written (at least one)", output_options, &o},
         {"many images for an evaluator", npz_option_list, &o.npz},
         {"device", device_option_list, &o.draw.device},
+        {"memory", memory_option_list, &o.draw.memory},
         {RANK_OPTIONS_TITLE, rank_option_list, &o.draw.ranks},
         {0},
     };

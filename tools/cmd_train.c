@@ -33,8 +33,6 @@ static const struct option_spec run_options[] = {
      AT(resume), 0, 0, NULL},
     {"dry-run", 0, OPTION_FLAG, NULL, "no", "print the memory plan and stop; needs no --out",
      AT(dry_run), 0, 0, NULL},
-    {"memory", 0, OPTION_BYTES, "BYTES", "0",
-     "device memory to use at most, such as 8GiB; 0: what the device has", AT(memory), 0, 0, NULL},
     {"seed", 's', OPTION_UINT64, "N", "0", "of everything random", AT(seed), 0, 0, NULL},
     {0},
 };
@@ -126,6 +124,7 @@ int cmd_train(int argc, char **argv)
         {"what is written", output_options, &o},
         {"the autoencoder that shows samples of latents", vae_option_list, &o.vae},
         {"device", device_option_list, &o.device},
+        {"memory", memory_option_list, &o.memory},
         {RANK_OPTIONS_TITLE, rank_option_list, &o.ranks},
         {0},
     };

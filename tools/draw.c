@@ -130,11 +130,16 @@ int drawing_open(const struct draw_options *o, const struct checkpoint *file, in
     options.ranks = ranks_of(&out->ranks);
     int code = session_open(&o->device, &out->session);
     stop_on_signals();
+    options.limit = o->memory.memory;
+    if (code >= 0)
+        code = offload_choose(&o->memory, out->session.dev, &out->ranks, &options.offload);
     if (code >= 0)
         code = ranks_connect(&o->ranks, out->session.dev, out->session.stream, &out->ranks);
     if (code >= 0)
         code = sampler_new(out->session.dev, out->session.stream, &file->config, batch, &options,
                            &out->sampler);
+    if (code >= 0)
+        offload_say(out->sampler->dit);
     if (code >= 0)
         code = checkpoint_load(file, out->sampler->dit, (enum weights_choice)o->from.weights);
     if (code < 0)

@@ -4,6 +4,7 @@
 
 #include "model/sampler.h"
 #include "tools/ckpt.h"
+#include "tools/offload.h"
 #include "tools/ranks.h"
 
 struct draw_options {
@@ -20,6 +21,7 @@ struct draw_options {
     uint64_t seed;
     struct device_options device;
     struct rank_options ranks; // all zero: one process
+    struct memory_options memory; // all zero: what there is, and nothing in host memory
 };
 extern const struct option_spec draw_option_list[];
 extern const struct option_spec draw_way_list[]; // --sampler and its options, and guidance's

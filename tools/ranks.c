@@ -301,7 +301,7 @@ int ranks_same(const void *data, size_t bytes, const char *what)
 
 int ranks_same_start(const struct command *command)
 {
-    static const char *const own[] = {"device", "memory", "threads", "portable"};
+    static const char *const own[] = {"device", "memory", "offload", "threads", "portable"};
     if (!exchange)
         return 0;
     TRY(exchange_same(exchange, hash_of_program(), "runs another build of ditmoe"));
@@ -335,25 +335,42 @@ static int read_placement(const struct rank_options *o, const struct config *c, 
     return 0;
 }
 
-static bool on_devices(const struct placement *p)
+// Notes the blocks whose experts of this rank live in host memory. Blocks are streamed whole, and what a plan
+// wants computed by the host's own CPU is streamed too: for that, the CPU is made a rank.
+static int note_streamed(struct rank_plan *p, const char *name)
 {
-    const size_t places = (size_t)p->groups * (size_t)p->layers * (size_t)p->experts;
-    for (size_t i = 0; i < places; i++)
-        if (p->home[i] != HOME_DEVICE)
-            return false;
-    return true;
+    const struct placement *q = &p->placement;
+    const int places = q->groups * q->layers * q->experts;
+    int at_host = 0, away = 0;
+    for (int i = 0; i < places; i++) {
+        away += q->home[i] != HOME_DEVICE;
+        at_host += q->home[i] == HOME_HOST;
+    }
+    if (away == 0)
+        return 0;
+    if (q->groups > 1)
+        return fail(ERR_INPUT, "%s: experts in host memory go with one group of ranks, this has %d",
+                    name, q->groups);
+    if (at_host)
+        say("note: %s: %d experts for the host's CPU are streamed to devices instead; for it to "
+            "compute them, make it a rank (--device cuda:0,opencl:0) and plan with that\n",
+            name, at_host);
+    p->streamed = calloc((size_t)q->layers, sizeof *p->streamed);
+    if (!p->streamed)
+        return fail(ERR_NOMEM, "out of memory");
+    for (int l = 0; l < q->layers; l++)
+        p->streamed[l] = placement_streams(q, ranks_number(), l);
+    return 0;
 }
 
 int ranks_plan(const struct rank_options *o, const struct config *c, int batch, int copies,
                struct rank_plan *out)
 {
     *out = (struct rank_plan){0};
-    if (!exchange) {
-        if (o->placement && strcmp(o->placement, "uniform") && strcmp(o->placement, "replicated"))
-            return fail(ERR_INPUT, "--placement %s: this is one process; start ranks with mpirun",
-                        o->placement);
+    const bool file =
+        o->placement && strcmp(o->placement, "uniform") && strcmp(o->placement, "replicated");
+    if (!exchange && !file)
         return 0;
-    }
     bool *moe = calloc((size_t)c->layers, sizeof *moe);
     if (!moe)
         return fail(ERR_NOMEM, "out of memory");
@@ -362,10 +379,10 @@ int ranks_plan(const struct rank_options *o, const struct config *c, int batch, 
     int code = read_placement(o, c, moe, batch, &out->placement);
     free(moe);
     TRY(code);
-    out->ranks = (struct dit_ranks){exchange, &out->placement, copies, roads, (double)o->headroom};
-    if (!on_devices(&out->placement))
-        return fail(ERR_INPUT, "%s: it has experts in host memory, which this version does not run",
-                    o->placement);
+    TRY(note_streamed(out, o->placement));
+    if (exchange)
+        out->ranks =
+            (struct dit_ranks){exchange, &out->placement, copies, roads, (double)o->headroom};
     return 0;
 }
 
@@ -374,6 +391,12 @@ int ranks_replan(const struct rank_plan *from, int batch, int copies, struct ran
     const struct placement *p = &from->placement;
     const size_t places = (size_t)p->groups * (size_t)p->layers * (size_t)p->experts;
     *out = (struct rank_plan){0};
+    if (from->streamed) {
+        out->streamed = calloc((size_t)p->layers, sizeof *out->streamed);
+        if (!out->streamed)
+            return fail(ERR_NOMEM, "out of memory");
+        memcpy(out->streamed, from->streamed, (size_t)p->layers * sizeof *out->streamed);
+    }
     if (!from->ranks.exchange)
         return 0;
     TRY(placement_new(p->ranks, p->groups, p->layers, p->experts, &out->placement));
@@ -422,6 +445,7 @@ void ranks_disconnect(const struct device *dev)
 void ranks_plan_free(struct rank_plan *p)
 {
     placement_free(&p->placement);
+    free(p->streamed);
     *p = (struct rank_plan){0};
 }
 

@@ -61,6 +61,7 @@ int ranks_same(const void *data, size_t bytes, const char *what);
 // (ranks.exchange NULL) with one rank. `copies` as in struct dit_ranks.
 struct rank_plan {
     struct placement placement;
+    bool *streamed; // [layers] whose experts of this rank live in host memory; NULL: none
     struct dit_ranks ranks;
 };
 int ranks_plan(const struct rank_options *o, const struct config *c, int batch, int copies,

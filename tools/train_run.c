@@ -18,6 +18,7 @@ struct run {
     struct config config;
     struct dataset *data;
     struct session session;
+    struct offload samples_offload; // of the model that draws samples
     struct rank_plan plans[2], *ranks; // now one of them, the other when experts have moved
     struct train_ranks together;
     struct trainer *trainer;
@@ -165,19 +166,46 @@ static int tell_memory(uint64_t need, uint64_t have)
     return code;
 }
 
+// Plans sampling and training within the limit, *sampling bytes for the former.
+static int plan_both(struct run *r, uint64_t limit, const struct offload *samples,
+                     const struct offload *training, uint64_t *sampling)
+{
+    *sampling = 0;
+    r->samples_offload = *samples;
+    if (wants_samples(r))
+        TRY(train_samples_plan(&r->session, &r->config, r->o, r->ranks, samples, sampling));
+    struct train_options t =
+        trainer_options(r->o, r->ranks, limit > *sampling ? limit - *sampling : 1);
+    t.offload = *training;
+    if (r->trainer)
+        trainer_free(r->trainer);
+    return trainer_new(r->session.dev, r->session.stream, &r->config, &t, &r->trainer);
+}
+
+// With --offload auto: everything on the device; else no expert of the model that draws samples, which
+// works rarely, and as many of the other as there is memory for.
+static int plan_fitting(struct run *r, uint64_t limit, uint64_t *sampling)
+{
+    struct offload asked;
+    const struct offload none = {0}, all = {.blocks = r->config.layers};
+    TRY(offload_choose(&r->o->memory, r->session.dev, r->ranks, &asked));
+    if (asked.blocks != OFFLOAD_AUTO)
+        return plan_both(r, limit, &asked, &asked, sampling);
+    int code = plan_both(r, limit, &none, &none, sampling);
+    if (code != ERR_NOMEM || r->o->early)
+        return code;
+    return plan_both(r, limit, &all, &asked, sampling);
+}
+
 // Plans training, and sampling beside it, within the limit. The table goes to stdout in a dry run,
 // to stderr when the plan does not fit.
 static int plan_memory(struct run *r)
 {
     const struct train_settings *o = r->o;
     const struct device *dev = r->session.dev;
-    uint64_t limit = o->memory ? o->memory : dev->info.memory, sampling = 0;
+    uint64_t limit = o->memory.memory ? o->memory.memory : dev->info.memory, sampling;
     char need[32], have[32];
-    if (wants_samples(r))
-        TRY(train_samples_plan(&r->session, &r->config, r->o, r->ranks, UINT64_MAX / 2, &sampling,
-                               NULL));
-    struct train_options t = trainer_options(o, r->ranks, limit > sampling ? limit - sampling : 1);
-    int code = trainer_new(r->session.dev, r->session.stream, &r->config, &t, &r->trainer);
+    int code = plan_fitting(r, limit, &sampling);
     if (code < 0 && (code != ERR_NOMEM || !r->trainer))
         return code;
     uint64_t total = plan_total(r->trainer->dit->plan) + sampling;
@@ -200,8 +228,10 @@ static int plan_memory(struct run *r)
                     ranks_exchange() ? ", or --headroom 2 (less room for other ranks' tokens),"
                     : o->early       ? ""
                                      : " or --early-update");
-    if (!too_much)
+    if (!too_much) {
         TRY(tell_memory(total, limit));
+        offload_say(r->trainer->dit);
+    }
     return code;
 }
 
@@ -358,7 +388,8 @@ static int replan(struct run *r)
     TRY(trainer_move(&r->trainer, ranks_of(next)));
     ranks_plan_free(r->ranks);
     r->ranks = next;
-    return samples ? train_samples_new(&r->session, &r->config, o, next, &r->samples) : 0;
+    return samples ? train_samples_new(&r->session, &r->config, o, next, &r->samples_offload,
+                                       &r->samples) : 0;
 }
 
 static int take_steps(struct run *r)
@@ -417,7 +448,8 @@ static int train(struct run *r)
     TRY(trainer_commit(r->trainer));
     TRY(load_or_init(r));
     if (wants_samples(r))
-        TRY(train_samples_new(&r->session, &r->config, o, r->ranks, &r->samples));
+        TRY(train_samples_new(&r->session, &r->config, o, r->ranks, &r->samples_offload,
+                              &r->samples));
     if (ranks_first()) {
         TRY(write_run_json(r));
         TRY(train_log_open(o->out, &r->config, r->trainer->step, &r->log));

@@ -11,6 +11,7 @@
 #include "model/train.h"
 #include "tools/command.h"
 #include "tools/decoder.h"
+#include "tools/offload.h"
 #include "tools/progress.h"
 #include "tools/ranks.h"
 
@@ -33,7 +34,7 @@ struct train_settings {
     int sample_steps, keep;
     float sample_cfg;
     int resume, dry_run;
-    uint64_t memory;
+    struct memory_options memory;
 };
 
 // ---- log.csv (train_log.c) ----------------------------------------------------------------------
@@ -86,13 +87,13 @@ struct train_samples {
     int32_t classes[SAMPLE_ROWS * SAMPLE_COLUMNS];
 };
 
-// Bytes that sampling will take on the device, with its table on `table` (NULL: no table).
+// Bytes that sampling will take on the device.
 int train_samples_plan(const struct session *s, const struct config *c,
                        const struct train_settings *o, const struct rank_plan *ranks,
-                       uint64_t limit, uint64_t *bytes, FILE *table);
+                       const struct offload *offload, uint64_t *bytes);
 int train_samples_new(const struct session *s, const struct config *c,
                       const struct train_settings *o, const struct rank_plan *ranks,
-                      struct train_samples *out);
+                      const struct offload *offload, struct train_samples *out);
 void train_samples_free(struct train_samples *s);
 // Draws with the trainer's EMA weights and writes DIR/samples/step-XXXXXXXX.png.
 int train_samples_write(struct train_samples *s, struct trainer *t, const struct dataset *d,

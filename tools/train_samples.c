@@ -15,7 +15,8 @@ static int sample_batch(const struct config *c)
 }
 
 static struct sample_options sample_options(const struct config *c, const struct train_settings *o,
-                                            const struct rank_plan *ranks, uint64_t limit)
+                                            const struct rank_plan *ranks,
+                                            const struct offload *offload)
 {
     return (struct sample_options){.kind = sampler_default(c),
                                    .steps = o->sample_steps,
@@ -23,24 +24,25 @@ static struct sample_options sample_options(const struct config *c, const struct
                                    .cfg_channels = sampler_default_channels(c),
                                    .seed = o->seed,
                                    .ranks = ranks_of(ranks),
-                                   .limit = limit};
+                                   .limit = UINT64_MAX / 2, // what is used is known before
+                                   .offload = *offload};
 }
 
 // The run's placement, for a batch of samples.
 static int plan_ranks(const struct config *c, const struct train_settings *o,
                       const struct rank_plan *ranks, struct rank_plan *out)
 {
-    const struct sample_options plain = sample_options(c, o, out, 0);
+    const struct sample_options plain = sample_options(c, o, out, &(struct offload){0});
     return ranks_replan(ranks, sample_batch(c), plain.cfg != 1 ? 2 : 1, out);
 }
 
 int train_samples_plan(const struct session *s, const struct config *c,
                        const struct train_settings *o, const struct rank_plan *ranks,
-                       uint64_t limit, uint64_t *bytes, FILE *table)
+                       const struct offload *offload, uint64_t *bytes)
 {
     struct rank_plan mine = {0};
     TRY(plan_ranks(c, o, ranks, &mine));
-    const struct sample_options options = sample_options(c, o, &mine, limit);
+    const struct sample_options options = sample_options(c, o, &mine, offload);
     const struct dit_options model = sampler_model(s->dev, c, sample_batch(c), &options);
     struct dit *d = NULL;
     int code = dit_new(s->dev, s->stream, c, &model, &d);
@@ -48,8 +50,6 @@ int train_samples_plan(const struct session *s, const struct config *c,
         code = dit_layout(d);
     if (d) {
         *bytes = plan_total(d->plan);
-        if (table)
-            plan_print(d->plan, table, false);
         dit_free(d);
     }
     ranks_plan_free(&mine);
@@ -58,12 +58,11 @@ int train_samples_plan(const struct session *s, const struct config *c,
 
 int train_samples_new(const struct session *s, const struct config *c,
                       const struct train_settings *o, const struct rank_plan *ranks,
-                      struct train_samples *out)
+                      const struct offload *offload, struct train_samples *out)
 {
     *out = (struct train_samples){.vae = o->vae};
     TRY(plan_ranks(c, o, ranks, &out->ranks));
-    // memory: train_samples_plan() has been asked
-    const struct sample_options options = sample_options(c, o, &out->ranks, UINT64_MAX / 2);
+    const struct sample_options options = sample_options(c, o, &out->ranks, offload);
     out->rows = c->classes < SAMPLE_ROWS ? c->classes : SAMPLE_ROWS;
     out->count = out->rows * SAMPLE_COLUMNS;
     for (int i = 0; i < out->count; i++)
