@@ -227,7 +227,8 @@ int dit_new(struct device *dev, struct stream *stream, const struct config *c,
     if (code < 0 ||
         (code = params_new_part(c, r ? r->placement : NULL, r ? exchange_rank(r->exchange) : 0,
                                 &d->params)) < 0 ||
-        (code = streamed_new(d)) < 0 || (code = moe_exchange_new(d)) < 0 || (code = plan_new(dev, &d->plan)) < 0 ||
+        (code = streamed_new(d)) < 0 || (code = moe_exchange_new(d)) < 0 ||
+        (code = plan_new(dev, &d->plan)) < 0 ||
         (code = plan_model(d)) < 0) {
         dit_free(d);
         return code;

@@ -34,7 +34,8 @@ static void add_group(struct builder *b, int block, size_t member, bool frozen, 
                       int64_t s1, int64_t s2)
 {
     if (b->groups)
-        b->groups[b->group_count] = (struct group){block, member, frozen, false, b->count, ndim, {s0, s1, s2}};
+        b->groups[b->group_count] =
+            (struct group){block, member, frozen, false, b->count, ndim, {s0, s1, s2}};
     b->group_count++;
     b->next = 0;
 }

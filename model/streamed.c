@@ -1,5 +1,5 @@
-// See streamed.h. Every buffer is guarded by two events: `full`, which its user waits for, and `used`,
-// which who fills it waits for.
+// See streamed.h. Every buffer is guarded by two events: `full`, which its user waits for, and
+// `used`, which who fills it waits for.
 #include "model/streamed_internal.h"
 
 #include <stdlib.h>
@@ -9,7 +9,7 @@
 
 #include "devices/host.h"
 
-// ---- which -----------------------------------------------------------------------------------------
+// ---- which --------------------------------------------------------------------------------------
 
 static int held(const struct dit *d, int layer)
 {
@@ -55,10 +55,14 @@ int streamed_new(struct dit *d)
     }
     for (int k = 0; k < TURNS; k++)
         s->weights[k].layer = s->gradients[k].layer = -1;
+    if (s->count == 0) { // the placement streams other ranks' experts
+        streamed_free(s);
+        d->streamed = NULL;
+    }
     return 0;
 }
 
-// ---- the plan --------------------------------------------------------------------------------------
+// ---- the plan -----------------------------------------------------------------------------------
 
 struct weights *streamed_part(struct dit *d, enum part part)
 {
@@ -140,7 +144,7 @@ int streamed_plan(struct dit *d)
     return d->options.optimiser ? streamed_plan_update(d) : 0;
 }
 
-// ---- host memory -----------------------------------------------------------------------------------
+// ---- host memory --------------------------------------------------------------------------------
 
 static size_t page_round(uint64_t bytes)
 {
@@ -163,10 +167,11 @@ static int take_memory(const struct dit *d)
     // the pieces are rounded up to pages
     s->bytes += (uint64_t)s->piece_count * page_round(1);
     if (s->bytes > have)
-        return fail(ERR_NOMEM,
-                    "experts of %d blocks need %.1f GiB of the host's memory, and %.1f GiB are free: "
-                    "%.0f MiB are missing; stream fewer (--offload), or spread them over ranks",
-                    s->count, (double)s->bytes / gib, (double)have / gib, mib(s->bytes - have));
+        return fail(
+            ERR_NOMEM,
+            "experts of %d blocks need %.1f GiB of the host's memory, and %.1f GiB are free: "
+            "%.0f MiB are missing; stream fewer (--offload), or spread them over ranks",
+            s->count, (double)s->bytes / gib, (double)have / gib, mib(s->bytes - have));
     void *at = mmap(NULL, (size_t)s->bytes, PROT_READ | PROT_WRITE,
                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (at == MAP_FAILED)
@@ -292,7 +297,7 @@ void streamed_zero_moments(struct dit *d)
         }
 }
 
-// ---- weights ---------------------------------------------------------------------------------------
+// ---- weights ------------------------------------------------------------------------------------
 
 static uint64_t version_of(const struct streamed *s, int layer)
 {
@@ -324,7 +329,8 @@ static int load(struct dit *d, int layer, int k)
     return api->record(s->in, to->full);
 }
 
-// The block that is used after `layer`, or -1: none that can be known. A sampler's next pass begins again.
+// The block that is used after `layer`, or -1: none that can be known. A sampler's next pass begins
+// again.
 static int next_block(const struct dit *d, int layer)
 {
     const struct streamed *s = d->streamed;
@@ -379,7 +385,7 @@ int streamed_used(struct dit *d, int layer)
     return d->ctx.dev->api->record(d->ctx.stream, s->weights[s->last].used);
 }
 
-// ---- gradients -------------------------------------------------------------------------------------
+// ---- gradients ----------------------------------------------------------------------------------
 
 int streamed_use_gradients(struct dit *d, int layer)
 {
@@ -435,7 +441,7 @@ int streamed_end_backward(struct dit *d)
     return api->wait(d->ctx.stream, s->settled);
 }
 
-// ---- figures ---------------------------------------------------------------------------------------
+// ---- figures ------------------------------------------------------------------------------------
 
 struct streamed_figures streamed_figures(const struct dit *d)
 {

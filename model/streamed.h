@@ -1,15 +1,16 @@
 // Experts at home in host memory (placement.h: HOME_STREAMED), for models that are larger than the
-// device. The routed experts of a block, gate, up and down matrices, live there as one piece of memory,
-// page-locked where the device can; they are copied, on a stream of their own, ahead of use into one of
-// two buffers in turn, while the device works on the block before. Nothing else differs: the same
-// products read the same bits from a buffer. In training
-//   - a block's gradients are written to one of two buffers, and copied out while the device goes on;
-//   - the optimiser then goes over the experts in parts of fixed size: weights, gradients, moments and
-//     average come in, the same update is made of them as of all others, and they go out again.
-// Forward, backward and update of a weight of 2 bytes thus bring 2 + 2 + 20 bytes in and 4 + 16 out.
+// device. The routed experts of a block, gate, up and down matrices, live there as one piece of
+// memory, page-locked where the device can; they are copied, on a stream of their own, ahead of use
+// into one of two buffers in turn, while the device works on the block before. Nothing else
+// differs: the same products read the same bits from a buffer. In training
+//   - a block's gradients are written to one of two buffers, and copied out while the device goes
+//     on;
+//   - the optimiser then goes over the experts in parts of fixed size: weights, gradients, moments
+//     and average come in, the same update is made of them as of all others, and they go out again.
+// Forward, backward and update of a weight of 2 bytes thus bring 2 + 2 + 20 bytes in, 4 + 16 out.
 //
-// Blocks are streamed whole: with one of a rank's experts in a block all of them (placement_streamed()).
-// Biases of EXPERT_GELU stay on the device.
+// Blocks are streamed whole: with one of a rank's experts in a block all of them
+// (placement_streams()). Biases of EXPERT_GELU stay on the device.
 #ifndef DITMOE_STREAMED_H
 #define DITMOE_STREAMED_H
 
@@ -22,8 +23,8 @@
 struct dit;
 struct streamed;
 
-// Which blocks' experts: those of which[layers], or, where that is NULL, `blocks` of those that have
-// experts, evenly spread.
+// Which blocks' experts: those of which[layers], or, where that is NULL, `blocks` of those that
+// have experts, evenly spread.
 struct offload {
     int blocks; // OFFLOAD_AUTO: as few as memory allows (sampler_new(), trainer_new())
     const bool *which;
@@ -47,8 +48,8 @@ int streamed_begin(struct dit *d, bool backward);
 int streamed_use(struct dit *d, int layer);
 int streamed_used(struct dit *d, int layer);
 int streamed_use_gradients(struct dit *d, int layer); // beside use
-// A block's backward pass is done: its gradients go out. `complete`, in a step's last micro-batch: their
-// squares are added up in control (op_norm2), from 0 in the first block that comes.
+// A block's backward pass is done: its gradients go out. `complete`, in a step's last micro-batch:
+// their squares are added up in control (op_norm2), from 0 in the first block that comes.
 int streamed_gradients(struct dit *d, int layer, struct tensor *control, bool complete);
 int streamed_end_backward(struct dit *d);
 // The update of all that is streamed.
@@ -62,8 +63,8 @@ struct streamed_figures {
     bool locked; // all host memory is page-locked, or the device does not ask for it
 };
 struct streamed_figures streamed_figures(const struct dit *d);
-// Seconds of the last pass in which the device had nothing to do but wait for copies; the device has
-// finished it.
+// Seconds of the last pass in which the device had nothing to do but wait for copies; the device
+// has finished it.
 int streamed_waited(struct dit *d, double *seconds);
 
 #endif

@@ -1,5 +1,5 @@
-// Inside the streaming of experts: what streamed.c (the passes) and streamed_update.c (the optimiser)
-// share.
+// Inside the streaming of experts: what streamed.c (the passes) and streamed_update.c (the
+// optimiser) share.
 #ifndef DITMOE_STREAMED_INTERNAL_H
 #define DITMOE_STREAMED_INTERNAL_H
 
@@ -7,8 +7,8 @@
 
 enum { TURNS = 2 }; // buffers of each kind
 
-// What host memory keeps of a block's experts; LOW where weights are in two halves; GRADIENT and what
-// follows in training.
+// What host memory keeps of a block's experts; LOW where weights are in two halves; GRADIENT and
+// what follows in training.
 enum part { PART_WEIGHT, PART_LOW, PART_GRADIENT, PART_MOMENT1, PART_MOMENT2, PART_EMA, PARTS };
 
 struct matrices {
@@ -17,7 +17,7 @@ struct matrices {
 
 struct streamed_block {
     bool here;
-    int64_t count;                     // elements of all its matrices
+    int64_t count;                      // elements of all its matrices
     struct matrices w[TURNS], g[TURNS]; // places in the buffers
     struct home gu[PARTS], down[PARTS]; // down follows gu
     struct event *before[2], *after[2]; // waiting for weights: forward, backward
@@ -45,11 +45,11 @@ struct streamed {
     struct streamed_block *blocks; // [layers]
     struct buffer weights[TURNS], gradients[TURNS];
     struct update_buffer update[TURNS];
-    struct stream *in, *out; // copies from and to host memory
+    struct stream *in, *out;      // copies from and to host memory
     struct event *free, *settled; // activations are no longer needed; everything is at home
     struct event *update_began, *update_ended;
     bool backward, updated;
-    bool normed; // squares of this pass's gradients are in control already
+    bool normed;             // squares of this pass's gradients are in control already
     int last, last_gradient; // buffers used last
     unsigned char *memory;
     uint64_t bytes;

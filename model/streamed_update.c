@@ -1,5 +1,5 @@
-// The optimiser's pass over experts at home in host memory: parts of fixed size come in, are updated
-// and go out, two at a time, the road used in both directions at once.
+// The optimiser's pass over experts at home in host memory: parts of fixed size come in, are
+// updated and go out, two at a time, the road used in both directions at once.
 #include "model/streamed_internal.h"
 
 static bool in_update(struct dit *d, int part)

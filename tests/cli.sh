@@ -239,6 +239,24 @@ for file in run.json loss.png samples/step-00000006.png step-00000006.safetensor
     check "whole/$file" test -s whole/$file
 done
 check "no leftovers" test -z "$(find whole -name '*.tmp*')"
+works "train with experts in host memory" "${train[@]}" --steps 6 --out away --sample-every 6 --sample-steps 2 --offload 2
+check "and say so" grep -q '^offload 8 experts, of 2 of 2 blocks, in .* of host memory; .* and .* back a step$' err
+check "the same model to the bit" cmp whole/model.safetensors away/model.safetensors
+check "the same checkpoint to the bit" cmp whole/step-00000006.safetensors away/step-00000006.safetensors
+works "and sample" "$ditmoe" sample --ckpt whole --steps 3 --latents here.safetensors
+works "and sample with experts in host memory" "$ditmoe" sample --ckpt whole --steps 3 --latents there.safetensors --offload 1
+check "the same samples to the bit" cmp here.safetensors there.safetensors
+echo '{"ditmoe_placement": 1, "ranks": 1, "layers": 2, "experts": 4, "batch": 4, "shares": [4],
+    "groups": [{"owner": [[0, 0, 0, 0]], "home": ["dddd", "ssss"]}]}' >home.json
+works "experts where a placement says" "$ditmoe" sample --ckpt whole --steps 3 --latents there.safetensors --placement home.json
+check "one block of two" grep -q '^offload 4 experts, of 1 of 2 blocks' err
+check "the same samples again" cmp here.safetensors there.safetensors
+fails 1 "--offload" "--offload much: neither auto nor a number of blocks" "${train[@]}" --out no --offload much
+fails 1 "too little host memory" "experts of 2 blocks need .* of the host's memory.* are missing" \
+    env DITMOE_HOST_MEMORY=100000 "${train[@]}" --steps 1 --out no --offload 2
+fails 1 "experts in host memory and early updates" "early updates are for experts on the device" \
+    "${train[@]}" --out no --offload 2 --early-update
+rm -rf no
 works "train 3 of 6 steps" "${train[@]}" --steps 3 --out halves
 works "resume to 6" "$ditmoe" train --resume --steps 6 --out halves
 check "resumed checkpoint is the same to the bit" cmp whole/step-00000006.safetensors halves/step-00000006.safetensors

@@ -130,6 +130,19 @@ train=(train --init upcycled.safetensors "${with[@]}")
 other "GELU experts with biases, upcycled" 3
 train=(train "${model[@]}" "${with[@]}")
 
+# ---- experts in host memory --------------------------------------------------------------------------------
+place home.json 2 '[4, 2]' '[{"ranks": [0, 1], "owner": [[0, 1, 0, 1], [1, 0, 0, 0]], "home": ["dsds", "dddd"]}]'
+place both.json 2 '[2, 4]' '[{"ranks": [0, 1], "owner": [[0, 1, 0, 1], [1, 1, 0, 0]], "home": ["shsh", "ddds"]}]'
+for case in home both; do
+    ranks 2 "${train[@]}" --steps 20 --out "$case" --placement "$case.json" --clip 1e6
+    cut -d, -f1-5 one/log.csv | head -n 21 >first20.csv
+    [ "$status" -eq 0 ] && cp first20.csv "$case-one.csv" && mkdir -p "$case-one" && mv "$case-one.csv" "$case-one/log.csv"
+    same "2 ranks, $case" "$case" "$case-one" 20
+done
+grep -q 'note: both.json: 2 experts for the host.s CPU are streamed' err && ok "experts of the host's CPU" ||
+    bad "experts of the host's CPU" "no note"
+other "offload, accumulate, recompute" 3 --offload 2 --recompute --accumulate 2
+
 # ---- checkpoints do not know the number of ranks ---------------------------------------------------------
 ranks 3 "${train[@]}" --steps 10 --out moved
 run "$ditmoe" "${train[@]}" --steps 20 --out moved --resume
@@ -167,6 +180,9 @@ cmp noisy.safetensors 3.safetensors >/dev/null 2>&1 && ok "and with noise in eve
 DITMOE_SHARE=0 ranks 2 "${draw[@]}" --latents apart.safetensors
 cmp one.safetensors apart.safetensors >/dev/null 2>&1 && ok "and without windows" ||
     bad "samples of 2 ranks without windows" "exit status $status, or they differ"
+ranks 2 "${draw[@]}" --latents away.safetensors --offload 2
+cmp one.safetensors away.safetensors >/dev/null 2>&1 && grep -q 'offload 4 experts, of 2 of 2 blocks' err &&
+    ok "and with experts in host memory" || bad "samples with experts in host memory" "exit status $status, or they differ"
 rm -rf alone together # at rate 0, so that rounding in the steps changes no pixel
 cp -r one alone && cp -r one together
 again=("${train[@]}" --resume --lr 0 --steps 54 --sample-every 54 --sample-steps 2)
@@ -203,6 +219,9 @@ ranks 2 "${train[@]}" --out no --layers x
 complains "a mistake on all ranks is told once" "--layers x: not a number"
 ranks 2 "${train[@]}" --out copied --steps 3 --replan 1 --placement copies.json
 complains "copies do not move" "--replan: this placement has copies"
+place twice.json 2 '[4, 2]' '[{"ranks": [0], "owner": [[0, 0, 0, 0]], "home": ["ssss"]}, {"ranks": [1], "owner": [[1, 1, 1, 1]]}]'
+ranks 2 "${train[@]}" --out no --placement twice.json
+complains "copies in host memory" "twice.json: experts in host memory go with one group"
 ranks 2 "${train[@]}" --out no --early-update
 complains "early updates" "early updates are for one rank"
 

@@ -1,5 +1,5 @@
-// Experts at home in host memory: the same bits as with all on the device, in sampling and training; as few
-// of them as memory asks for; and what is wrong told in one line.
+// Experts at home in host memory: the same bits as with all on the device, in sampling and
+// training; as few of them as memory asks for; and what is wrong told in one line.
 #include "tests/test.h"
 
 #include <math.h>
@@ -10,10 +10,20 @@
 #include "model/train.h"
 
 enum { BATCH = 3, IMAGE = 16 * 16, LAYERS = 5 };
-static const struct config tiny = {.layers = LAYERS, .hidden = 32, .heads = 2, .patch = 4,
-                                   .channels = 1, .size = 16, .classes = 10, .experts = 4,
-                                   .topk = 2, .shared = 1, .moe = MOE_ALL, .learn_sigma = true,
-                                   .balance = 0.01f, .class_dropout = 0.1f};
+static const struct config tiny = {.layers = LAYERS,
+                                   .hidden = 32,
+                                   .heads = 2,
+                                   .patch = 4,
+                                   .channels = 1,
+                                   .size = 16,
+                                   .classes = 10,
+                                   .experts = 4,
+                                   .topk = 2,
+                                   .shared = 1,
+                                   .moe = MOE_ALL,
+                                   .learn_sigma = true,
+                                   .balance = 0.01f,
+                                   .class_dropout = 0.1f};
 
 static float value_of(int parameter, int64_t element)
 {
@@ -62,8 +72,12 @@ static int sample(struct device *dev, const struct config *c, int blocks, uint64
                   float *latents, int *streamed)
 {
     static const int32_t classes[BATCH] = {3, 9, 0};
-    const struct sample_options o = {.steps = 4, .cfg = 1.5f, .seed = 11, .limit = limit,
-                                     .pack = true, .offload = {.blocks = blocks}};
+    const struct sample_options o = {.steps = 4,
+                                     .cfg = 1.5f,
+                                     .seed = 11,
+                                     .limit = limit,
+                                     .pack = true,
+                                     .offload = {.blocks = blocks}};
     struct stream *stream;
     struct sampler *s;
     double waited;
@@ -202,8 +216,10 @@ static int same_training(struct trainer *a, struct trainer *b)
     struct {
         const char *name;
         struct weights *of_x, *of_y;
-    } parts[] = {{"weights", &x->w, &y->w},       {"gradients", &x->g, &y->g},
-                 {"first moments", &x->m, &y->m}, {"second moments", &x->v, &y->v},
+    } parts[] = {{"weights", &x->w, &y->w},
+                 {"gradients", &x->g, &y->g},
+                 {"first moments", &x->m, &y->m},
+                 {"second moments", &x->v, &y->v},
                  {"EMA", &x->ema, &y->ema}};
     for (int i = 0; i < 5; i++) {
         int64_t count;

@@ -1,4 +1,5 @@
-// What a run does with less device memory than its model needs: the options, and what is told of it.
+// What a run does with less device memory than its model needs: the options, and what is told of
+// it.
 #ifndef DITMOE_TOOLS_OFFLOAD_H
 #define DITMOE_TOOLS_OFFLOAD_H
 
@@ -12,8 +13,8 @@ struct memory_options {
 };
 extern const struct option_spec memory_option_list[];
 
-// The blocks whose experts live in host memory: the placement's, where it says so (which[] is then its
-// own), else what --offload says. ERR_INPUT where that is no number.
+// The blocks whose experts live in host memory: the placement's, where it says so (which[] is then
+// its own), else what --offload says. ERR_INPUT where that is no number.
 int offload_choose(const struct memory_options *o, const struct device *dev,
                    const struct rank_plan *ranks, struct offload *out);
 // One line on stderr where experts live in host memory.
