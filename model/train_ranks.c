@@ -88,6 +88,12 @@ static int list_pieces(struct trainer *t)
             if (p->block == l && !p->frozen)
                 add_piece(t, p, i < all->count, &total);
         }
+    for (int i = 0; i < r->count; i++)
+        if (r->pieces[i].gradient->home)
+            return fail(ERR_INPUT,
+                        "expert %d of block %d lives in the host memory of a rank and has copies on "
+                        "others: in training only experts without copies can be streamed",
+                        r->pieces[i].param->expert, r->pieces[i].param->block);
     TRY(window_open(r->exchange, t->dit->ctx.dev, t->dit->ctx.stream, total * sizeof(float),
                     &r->host));
     if (total == 0 || !window_all(r->host))

@@ -221,7 +221,7 @@ ranks 2 "${train[@]}" --out copied --steps 3 --replan 1 --placement copies.json
 complains "copies do not move" "--replan: this placement has copies"
 place twice.json 2 '[4, 2]' '[{"ranks": [0], "owner": [[0, 0, 0, 0]], "home": ["ssss"]}, {"ranks": [1], "owner": [[1, 1, 1, 1]]}]'
 ranks 2 "${train[@]}" --out no --placement twice.json
-complains "copies in host memory" "twice.json: experts in host memory go with one group"
+complains "copies in host memory" "lives in the host memory of a rank and has copies on others"
 ranks 2 "${train[@]}" --out no --early-update
 complains "early updates" "early updates are for one rank"
 

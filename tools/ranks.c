@@ -348,9 +348,6 @@ static int note_streamed(struct rank_plan *p, const char *name)
     }
     if (away == 0)
         return 0;
-    if (q->groups > 1)
-        return fail(ERR_INPUT, "%s: experts in host memory go with one group of ranks, this has %d",
-                    name, q->groups);
     if (at_host)
         say("note: %s: %d experts for the host's CPU are streamed to devices instead; for it to "
             "compute them, make it a rank (--device cuda:0,opencl:0) and plan with that\n",
