@@ -91,11 +91,3 @@ bool cache_write(const char *name, const void *data, size_t size)
         unlink(temporary);
     return good;
 }
-
-uint64_t cache_hash(uint64_t seed, const void *data, size_t size)
-{
-    const unsigned char *bytes = data;
-    for (size_t i = 0; i < size; i++)
-        seed = (seed ^ bytes[i]) * 0x100000001b3u;
-    return seed;
-}

@@ -17,9 +17,4 @@ unsigned char *cache_read(const char *name, size_t *size);
 // Stores a file; false when that is not possible.
 bool cache_write(const char *name, const void *data, size_t size);
 
-// FNV-1a, 64 bits, continued from `seed` (CACHE_HASH to begin). For names, not for security: files
-// hold the text they were named after, and it is compared.
-#define CACHE_HASH 0xcbf29ce484222325u
-uint64_t cache_hash(uint64_t seed, const void *data, size_t size);
-
 #endif

@@ -10,6 +10,7 @@
 #include "devices/opencl.h"
 
 #include "devices/cache.h"
+#include "devices/hash.h"
 #include "devices/kernels.h"
 
 #include <stdio.h>
@@ -23,14 +24,14 @@ enum { HEADER_SIZE = 1024 }; // a text, padded with 0: version, checksum, identi
 static void binary_name(const char *identity, char *out, size_t size)
 {
     snprintf(out, size, "program-%016llx.bin",
-             (unsigned long long)cache_hash(CACHE_HASH, identity, strlen(identity)));
+             (unsigned long long)hash_bytes(HASH_START, identity, strlen(identity)));
 }
 
 static void binary_header(const char *identity, const unsigned char *binary, size_t size, char *out)
 {
     memset(out, 0, HEADER_SIZE);
     snprintf(out, HEADER_SIZE, "ditmoe program 1\n%016llx\n%s\n",
-             (unsigned long long)cache_hash(CACHE_HASH, binary, size), identity);
+             (unsigned long long)hash_bytes(HASH_START, binary, size), identity);
 }
 
 bool opencl_binary_load(struct opencl_device *dev, const char *identity, const char *options)
@@ -88,7 +89,7 @@ static void binary_identity(const struct opencl_device *dev, const char *options
     clGetPlatformInfo(dev->platform, CL_PLATFORM_VERSION, sizeof version - 1, version, NULL);
     snprintf(out, size, "%s, %s, %s, %s, driver %s, source %016llx, options %s", info->platform,
              version, info->vendor, info->name, info->driver,
-             (unsigned long long)cache_hash(CACHE_HASH, kernels_cl, kernels_cl_size), options);
+             (unsigned long long)hash_bytes(HASH_START, kernels_cl, kernels_cl_size), options);
 }
 
 // ---- building ----------------------------------------------------------------------------------

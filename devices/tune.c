@@ -4,6 +4,7 @@
 #include "devices/tune.h"
 
 #include "devices/cache.h"
+#include "devices/hash.h"
 #include "devices/kernels.h"
 
 #include <jansson.h>
@@ -61,7 +62,7 @@ static uint64_t kernels_hash(void)
 {
     static uint64_t hash;
     if (!hash)
-        hash = cache_hash(CACHE_HASH, kernels_cl, kernels_cl_size);
+        hash = hash_bytes(HASH_START, kernels_cl, kernels_cl_size);
     return hash;
 }
 
@@ -79,7 +80,7 @@ static struct table *table_of(const struct device_info *info)
         return NULL;
     strcpy(t->identity, identity);
     snprintf(t->file, sizeof t->file, "tune-%016llx.json",
-             (unsigned long long)cache_hash(CACHE_HASH, identity, strlen(identity)));
+             (unsigned long long)hash_bytes(HASH_START, identity, strlen(identity)));
     t->choices = load_choices(t);
     if (!t->choices)
         t->choices = json_object();

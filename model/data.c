@@ -7,6 +7,7 @@
 #include <string.h>
 #include <sys/stat.h>
 
+#include "devices/hash.h"
 #include "model/data_kinds.h"
 #include "model/latents.h"
 #include "runtime/rng.h"
@@ -119,24 +120,16 @@ int data_sample(const struct dataset *d, int64_t i, bool flip, uint64_t seed, ui
     return code;
 }
 
-// FNV-1a
-static uint64_t mix(uint64_t hash, const void *data, size_t bytes)
-{
-    for (size_t i = 0; i < bytes; i++)
-        hash = (hash ^ ((const unsigned char *)data)[i]) * 0x100000001b3u;
-    return hash;
-}
-
 void data_identity(const struct dataset *d, char out[17])
 {
-    uint64_t hash = mix(0xcbf29ce484222325u, &d->count, sizeof d->count);
+    uint64_t hash = hash_bytes(HASH_START, &d->count, sizeof d->count);
     for (int c = 0; d->class_names && c < d->classes; c++)
-        hash = mix(hash, d->class_names[c], strlen(d->class_names[c]) + 1);
+        hash = hash_bytes(hash, d->class_names[c], strlen(d->class_names[c]) + 1);
     for (int64_t i = 0; i < d->count; i++) {
         const int label = data_label(d, i);
-        hash = mix(hash, &label, sizeof label);
+        hash = hash_bytes(hash, &label, sizeof label);
         if (d->files)
-            hash = mix(hash, d->files[i].name, strlen(d->files[i].name) + 1);
+            hash = hash_bytes(hash, d->files[i].name, strlen(d->files[i].name) + 1);
     }
     snprintf(out, 17, "%016llx", (unsigned long long)hash);
 }

@@ -8,6 +8,7 @@
 #include <string.h>
 #include <sys/stat.h>
 
+#include "devices/hash.h"
 #include "model/vae_net.h"
 #include "model/weights_file.h"
 
@@ -128,20 +129,17 @@ static int look_at_part(struct vae_file *f, enum vae_part part)
     return 0;
 }
 
-// FNV-1a over names, shapes and a thousand bytes or so of every tensor: enough to tell files apart.
+// Over names, shapes and a thousand bytes or so of every tensor: enough to tell files apart.
 static void identify(struct vae_file *f)
 {
-    uint64_t hash = 0xcbf29ce484222325u;
-#define MIX(bytes, size)                           \
-    for (size_t i_ = 0; i_ < (size_t)(size); i_++) \
-    hash = (hash ^ ((const unsigned char *)(bytes))[i_]) * 0x100000001b3u
+    uint64_t hash = HASH_START;
     for (int i = 0; i < safetensors_count(f->file); i++) {
         const struct st_tensor *t = safetensors_at(f->file, i);
-        MIX(t->name, strlen(t->name));
-        MIX(t->shape, (size_t)t->ndim * sizeof *t->shape);
-        MIX(t->data, t->strided || t->bytes < 1024 ? (t->strided ? 0 : t->bytes) : 1024);
+        const size_t bytes = t->strided ? 0 : t->bytes < 1024 ? (size_t)t->bytes : 1024;
+        hash = hash_bytes(hash, t->name, strlen(t->name));
+        hash = hash_bytes(hash, t->shape, (size_t)t->ndim * sizeof *t->shape);
+        hash = hash_bytes(hash, t->data, bytes);
     }
-#undef MIX
     snprintf(f->identity, sizeof f->identity, "%016llx", (unsigned long long)hash);
 }
 

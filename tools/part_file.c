@@ -10,6 +10,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "devices/hash.h"
+
 enum { PAGE = 4096 };
 
 static int io_error(const struct part_file *f, const char *what)
@@ -62,9 +64,7 @@ static int read_at(const struct part_file *f, off_t at, void *data, size_t bytes
 // The first page: what the items are. A hash stands for a description that is longer.
 static void make_page(const struct part_file *f, const char *description, char page[PAGE])
 {
-    uint64_t hash = 14695981039346656037u; // FNV-1a
-    for (const char *c = description; *c; c++)
-        hash = (hash ^ (unsigned char)*c) * 1099511628211u;
+    const uint64_t hash = hash_bytes(HASH_START, description, strlen(description));
     memset(page, 0, PAGE);
     snprintf(page, PAGE, "ditmoe part 1\n%016llx %lld x %zu bytes\n%.3900s\n",
              (unsigned long long)hash, (long long)f->count, f->item, description);

@@ -9,6 +9,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "devices/hash.h"
 #include "model/config.h"
 #include "runtime/topology.h"
 #include "tools/command.h"
@@ -272,23 +273,13 @@ int ranks_device(const char *devices, struct device_info *out)
 
 // ---- one run ------------------------------------------------------------------------------------
 
-// FNV-1a, 64 bits.
-static uint64_t hash(uint64_t h, const void *data, size_t bytes)
-{
-    const unsigned char *c = data;
-    for (size_t i = 0; i < bytes; i++)
-        h = (h ^ c[i]) * 0x100000001b3u;
-    return h;
-}
-static const uint64_t HASH_START = 0xcbf29ce484222325u;
-
 static uint64_t hash_of_program(void)
 {
     unsigned char buffer[65536];
     uint64_t h = HASH_START;
     FILE *f = fopen("/proc/self/exe", "rb");
     for (size_t n; f && (n = fread(buffer, 1, sizeof buffer, f)) > 0;)
-        h = hash(h, buffer, n);
+        h = hash_bytes(h, buffer, n);
     if (f)
         fclose(f);
     return h;
@@ -296,7 +287,7 @@ static uint64_t hash_of_program(void)
 
 int ranks_same(const void *data, size_t bytes, const char *what)
 {
-    return exchange_same(exchange, hash(HASH_START, data, bytes), what);
+    return exchange_same(exchange, hash_bytes(HASH_START, data, bytes), what);
 }
 
 int ranks_same_start(const struct command *command)
@@ -312,7 +303,8 @@ int ranks_same_start(const struct command *command)
     json_decref(options);
     if (!text)
         return fail(ERR_NOMEM, "out of memory");
-    uint64_t h = hash(hash(HASH_START, text, strlen(text)), command->name, strlen(command->name));
+    uint64_t h = hash_bytes(HASH_START, text, strlen(text));
+    h = hash_bytes(h, command->name, strlen(command->name));
     free(text);
     return exchange_same(exchange, h, "was started with other options");
 }
