@@ -85,8 +85,11 @@ static int plan_trainer(struct trainer *t)
     TRY(PLAN_TENSOR(d->plan, "images", PLAN_INPUT, F32, 0, PLAN_FOREVER, &t->images, N, c->channels, S, S));
     TRY(PLAN_TENSOR(d->plan, "noise", PLAN_INPUT, F32, 0, PLAN_FOREVER, &t->noise, N, c->channels, S, S));
     TRY(PLAN_TENSOR(d->plan, "at", PLAN_INPUT, F32, 0, PLAN_FOREVER, &t->at, N, TIME_COLUMNS));
-    if (c->diffusion == DIFFUSION_DDPM)
+    if (c->diffusion == DIFFUSION_DDPM) {
         TRY(PLAN_TENSOR(d->plan, "terms", PLAN_INPUT, F32, 0, PLAN_FOREVER, &t->terms, 2, N));
+        TRY(PLAN_TENSOR(d->plan, "step terms", PLAN_INPUT, F32, 0, PLAN_FOREVER, &t->step_terms,
+                        t->options.accumulate, 2, N));
+    }
     TRY(PLAN_TENSOR(d->plan, "loss", PLAN_INPUT, F32, 0, PLAN_FOREVER, &t->loss, N));
     TRY(PLAN_TENSOR(d->plan, "losses", PLAN_INPUT, F32, 0, PLAN_FOREVER, &t->losses,
                     N * t->options.accumulate));
@@ -252,10 +255,13 @@ static int loss_of_output(struct trainer *t)
     struct dit *d = t->dit;
     struct context *c = &d->ctx;
     const float scale = 1.0f / (float)((int64_t)t->all * t->options.accumulate);
-    if (d->config.diffusion == DIFFUSION_DDPM)
-        return op_ddpm_loss(c, &t->loss, &t->terms, &d->doutput, &d->output, &t->images, &t->noise,
-                            &t->at, scale);
-    return op_flow_loss(c, &t->loss, &d->doutput, &d->output, &t->images, &t->noise, scale);
+    const size_t bytes = tensor_bytes(&t->terms);
+    if (d->config.diffusion != DIFFUSION_DDPM)
+        return op_flow_loss(c, &t->loss, &d->doutput, &d->output, &t->images, &t->noise, scale);
+    TRY(op_ddpm_loss(c, &t->loss, &t->terms, &d->doutput, &d->output, &t->images, &t->noise, &t->at,
+                     scale));
+    return c->dev->api->copy(c->stream, t->step_terms.mem, (size_t)t->micro * bytes, t->terms.mem,
+                             0, bytes);
 }
 
 // x_t from what is on the device, and the loss.
@@ -369,6 +375,22 @@ static void load_statistics(const int32_t *load, int E, double *entropy, double 
     *largest = sum > 0 ? most * E / sum : 1;
 }
 
+// This rank's part of the means of mse and vb over the step's images.
+static int read_terms(struct trainer *t, double *mse, double *vb)
+{
+    const int64_t N = t->options.batch, A = t->options.accumulate;
+    if (t->dit->config.diffusion != DIFFUSION_DDPM || N == 0)
+        return 0;
+    float *host = malloc(tensor_bytes(&t->step_terms));
+    if (!host)
+        return fail(ERR_NOMEM, "no host memory for the parts of %lld losses", (long long)(A * N));
+    const int code = tensor_read(&t->dit->ctx, &t->step_terms, host);
+    for (int64_t i = 0; i < 2 * A * N; i++)
+        *(i / N % 2 ? vb : mse) += (double)host[i] / (double)(A * t->all);
+    free(host);
+    return code;
+}
+
 int trainer_report(struct trainer *t, struct train_report *out)
 {
     struct dit *d = t->dit;
@@ -395,7 +417,11 @@ int trainer_report(struct trainer *t, struct train_report *out)
         out->balance += balance * t->options.batch / t->all;
         out->load_max = largest > out->load_max ? largest : out->load_max;
     }
-    return reduction_sum(t, &out->balance, 1);
+    double sums[] = {out->balance, 0, 0};
+    TRY(read_terms(t, &sums[1], &sums[2]));
+    TRY(reduction_sum(t, sums, 3));
+    out->balance = sums[0], out->mse = sums[1], out->vb = sums[2];
+    return 0;
 }
 
 int trainer_counts(struct trainer *t, int32_t *applied, int32_t *skipped)

@@ -38,6 +38,7 @@ struct trainer {
     struct tensor images, noise, loss, losses, control, counts;
     struct tensor at;    // [N,TIME_COLUMNS] what the images' t mean
     struct tensor terms; // [2,N] DDPM: mse and the bound's term of the last micro-batch
+    struct tensor step_terms; // [A,2,N] and of all micro-batches of a step
     struct tensor rest[4]; // moments, EMA, gradients of the weights that stay f32 (half_weights)
     struct tensor mean; // [1] with ranks: the loss of all images of a step
     struct reduction *reduction; // with ranks (model/train_ranks.h), else NULL
@@ -52,6 +53,7 @@ struct trainer {
 // What a finished step tells.
 struct train_report {
     double loss;       // mean over the step's images
+    double mse, vb;    // DDPM: its two parts (vb 0 where no variance is learned), likewise
     double balance;    // sum of the layers' balance losses, last micro-batch
     double grad_norm;  // before clipping
     double rate;

@@ -533,10 +533,11 @@ works "one at a time" "${noisy[@]}" --steps 4 --latents b.safetensors --batch 1
 check "the same noise in every step" cmp a.safetensors b.safetensors
 works "respaced alike" "${noisy[@]}" --respacing 4 --latents b.safetensors
 check "is the same" cmp a.safetensors b.safetensors
-for way in "--respacing ddim4" "--respacing 1,3" "--sampler ddim" "--sampler ddim --eta 1" "--sampler heun" \
-    "--sampler dpm++" "--clip" "--cfg-channels 3" "--cfg-to 0.5" "--diffusion rf"; do
+for way in "--respacing ddim4" "--respacing 1,3" "--steps 4 --sampler ddim" "--steps 4 --sampler ddim --eta 1" \
+    "--steps 4 --sampler heun" "--steps 4 --sampler dpm++" "--steps 4 --clip" "--steps 4 --cfg-channels 3" \
+    "--steps 4 --cfg-to 0.5" "--steps 4 --diffusion rf"; do
     # shellcheck disable=SC2086 # options and their values
-    works "sample $way" "${noisy[@]}" --steps 4 $way --latents way.safetensors
+    works "sample $way" "${noisy[@]}" $way --latents way.safetensors
     check "differs from the plain one" bash -c '! cmp -s a.safetensors way.safetensors'
 done
 works "rectified flow with noise" "$ditmoe" sample --ckpt whole --classes 0 --sampler ddpm --steps 3 --latents way.safetensors
@@ -546,6 +547,21 @@ fails 1 "no such stride" "no whole stride makes 999" "${noisy[@]}" --respacing d
 fails 1 "more steps than there are" "must be 1 to 1000" "${noisy[@]}" --steps 1001 --latents no.safetensors
 fails 1 "rectified flow is not respaced" "only DDPM models" \
     "$ditmoe" sample --ckpt whole --classes 0 --respacing 5 --latents no.safetensors
+check "the log has both parts of the loss" bash -c "head -n 1 noisy/log.csv | grep -q ',skipped,mse,vb,entropy_0'"
+check "which add up" awk -F, 'NR > 1 { d = $2 - $10 - $11; if (d < 0) d = -d; if (d > 1e-5 * $2 || $11 <= 0) exit 1 }' noisy/log.csv
+fails 2 "eta without ddim" "--eta goes with --sampler ddim, not with auto" "${noisy[@]}" --eta 0.5 --latents no.safetensors
+fails 2 "steps said twice" "--steps and --respacing both" "${noisy[@]}" --steps 4 --respacing 4 --latents no.safetensors
+fails 2 "an interval of no guidance" "--cfg-to: with --cfg 1 nothing is guided" \
+    "$ditmoe" sample --ckpt noisy --cfg 1 --cfg-to 0.5 --latents no.safetensors
+fails 2 "tiles of no autoencoder" "--vae-tile goes with --vae" "${noisy[@]}" --vae-tile 8 --latents no.safetensors
+fails 2 "an autoencoder with nothing to decode" "--vae makes images" "${noisy[@]}" --vae v --latents no.safetensors
+fails 2 "names without a grid" "--names are for the grid" "${noisy[@]}" --names a,b --latents no.safetensors
+fails 2 "--balanced without an archive" "--balanced goes with --npz" "${noisy[@]}" --balanced --latents no.safetensors
+fails 2 "--per-class of an archive" "--per-class does not go with --npz" \
+    "$ditmoe" sample --ckpt noisy --npz no.npz --count 2 --per-class 2
+fails 2 "drawing what is drawn" "--cfg is for drawing" "$ditmoe" eval knn --data data --samples a.safetensors --cfg 2
+fails 2 "two models" "--model and --init both" "${ddpm[@]}" --init noisy --model S/2-8E2A --out no
+fails 1 "an autoencoder for images" "--vae shows samples of latents" "${train[@]}" --vae v --out no
 fails 2 "eta out of range" "eta" "${noisy[@]}" --sampler ddim --eta 2 --latents no.safetensors
 works "eval of a DDPM model" "$ditmoe" eval knn --data data --ckpt noisy --per-class 1 --steps 2
 latent=$root/tests/golden/ddpm_latent

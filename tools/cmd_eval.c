@@ -275,6 +275,12 @@ static int eval_knn(int argc, char **argv)
         return usage_error("eval", "--data PATH is needed");
     if (!o.draw.from.ckpt && !o.samples)
         return usage_error("eval", "--ckpt FILE or --samples FILE is needed");
+    static const char *const drawing[] = {
+        "ckpt", "weights", "heads", "topk", "diffusion", "per-class", "steps", "cfg", "seed",
+        "batch", "sampler", "respacing", "eta", "clip", "cfg-channels", "cfg-from", "cfg-to", NULL};
+    const char *extra = options_given_of(drawing);
+    if (o.samples && extra)
+        return usage_error("eval", "--%s is for drawing, and --samples are drawn already", extra);
     status = draw_check("eval", &o.draw);
     if (status)
         return status;

@@ -400,6 +400,7 @@ int cmd_sample(int argc, char **argv)
     if (!o.draw.from.ckpt)
         return usage_error("sample", "--ckpt FILE is needed");
     status = draw_check("sample", &o.draw);
+    status = status ? status : vae_check("sample", &o.vae);
     if (status)
         return status;
     if (!o.out && !o.images && !o.latents && !o.npz.npz)
@@ -408,6 +409,14 @@ int cmd_sample(int argc, char **argv)
         return usage_error("sample", "--npz does not go with --out, --images, --latents, --noise");
     if (!o.npz.npz != !o.npz.count)
         return usage_error("sample", "--count N and --npz FILE go together");
+    if (o.npz.npz && options_given("per-class"))
+        return usage_error("sample", "--per-class does not go with --npz: --count says how many");
+    if (!o.npz.npz && options_given("balanced"))
+        return usage_error("sample", "--balanced goes with --npz FILE");
+    if (o.names && !o.out)
+        return usage_error("sample", "--names are for the grid: give --out FILE.png");
+    if (o.vae.vae && !o.out && !o.images && !o.npz.npz)
+        return usage_error("sample", "--vae makes images: give --out, --images or --npz for them");
     struct checkpoint *file = NULL;
     status = ranks_launch(o.draw.device.device, "sample", argc, argv);
     if (status)

@@ -143,6 +143,12 @@ int cmd_train(int argc, char **argv)
         return status;
     if (!o.out && !o.dry_run)
         return usage_error("train", "--out RUN_DIR is needed");
+    const bool time = options_given("time"); // now, not of the run that is resumed
+    if (o.init && options_given("model"))
+        return usage_error("train", "--model and --init both say which model: give one");
+    status = vae_check("train", &o.vae);
+    if (status)
+        return status;
     if (o.resume && o.out && !restore_options(&o, &command))
         return 2;
     if (!o.data && !o.dry_run)
@@ -151,7 +157,7 @@ int cmd_train(int argc, char **argv)
         return usage_error("train", "--beta1 and --beta2 must be below 1");
     if (o.channels == 2)
         return usage_error("train", "--channels 2: must be 1 or 3");
-    if (o.diffusion == DIFFUSION_DDPM && options_given("time"))
+    if (o.diffusion == DIFFUSION_DDPM && time)
         return usage_error("train", "--time: with --diffusion ddpm t is uniform");
     status = ranks_launch(o.device.device, "train", argc, argv);
     if (status)

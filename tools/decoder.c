@@ -22,6 +22,13 @@ const struct option_spec vae_option_list[] = {
 };
 #undef AT
 
+int vae_check(const char *command, const struct vae_settings *o)
+{
+    static const char *const details[] = {"vae-batch", "vae-tile", NULL};
+    const char *extra = options_given_of(details);
+    return extra && !o->vae ? usage_error(command, "--%s goes with --vae FILE", extra) : 0;
+}
+
 int vae_batch(const struct vae_settings *o, const struct device *dev, int64_t pixels, int count)
 {
     enum { GPU_PIXELS = 16 * 256 * 256 };

@@ -10,7 +10,10 @@ struct vae_settings {
     int batch; // 0: chosen
     int tile;  // 0: none, unless memory does not do without
 };
-extern const struct option_spec vae_option_list[]; // --vae, --vae-batch, --vae-tile
+extern const struct option_spec vae_option_list[];
+
+// 0, or exit status 2 after saying that an option goes with --vae only.
+int vae_check(const char *command, const struct vae_settings *o); // --vae, --vae-batch, --vae-tile
 
 // Images at a time: as asked, else what keeps a device of this kind busy.
 int vae_batch(const struct vae_settings *o, const struct device *dev, int64_t pixels, int count);

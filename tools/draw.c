@@ -2,6 +2,7 @@
 
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "tools/progress.h"
 
@@ -85,6 +86,15 @@ void draw_way_text(const struct sample_options *s, char *out, size_t size)
 
 int draw_check(const char *command, struct draw_options *o)
 {
+    static const char *const guidance[] = {"cfg-channels", "cfg-from", "cfg-to", NULL};
+    const char *extra = options_given_of(guidance);
+    const char *sampler = draw_samplers[o->sampler];
+    if (options_given("eta") && strcmp(sampler, "ddim"))
+        return usage_error(command, "--eta goes with --sampler ddim, not with %s", sampler);
+    if (o->respacing && options_given("steps"))
+        return usage_error(command, "--steps and --respacing both say how many steps: give one");
+    if (extra && options_given("cfg") && o->cfg == 1)
+        return usage_error(command, "--%s: with --cfg 1 nothing is guided", extra);
     o->interval = options_given("cfg-from") || options_given("cfg-to");
     if (o->cfg_from > o->cfg_to)
         return usage_error(command, "--cfg-from %g is above --cfg-to %g", (double)o->cfg_from,

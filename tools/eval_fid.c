@@ -294,6 +294,8 @@ int eval_fid(int argc, char **argv)
         return usage_error("eval fid", "--reference PATH is needed");
     if (!o.samples && !o.save_stats)
         return usage_error("eval fid", "--samples PATH or --save-stats FILE is needed");
+    if (!o.samples && options_given("pr-images"))
+        return usage_error("eval fid", "--pr-images goes with --samples PATH");
     struct state s = {0};
     const int code = run(&o, &s);
     zip_abort(s.stats);

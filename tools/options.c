@@ -266,6 +266,13 @@ bool options_given(const char *name)
     return false;
 }
 
+const char *options_given_of(const char *const *names)
+{
+    while (*names && !options_given(*names))
+        names++;
+    return *names;
+}
+
 // ---- help ---------------------------------------------------------------------------------------
 
 // Prints text from column `column` on, wrapped at HELP_WIDTH; the cursor is at column `at`.

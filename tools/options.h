@@ -62,6 +62,10 @@ bool options_parse(const struct command *command, int argc, char **argv, const c
 // Was the option on the command line (or taken over by options_restore)?
 bool options_given(const char *name);
 
+// The first of `names` (ended by NULL) that was given; NULL: none was. For options that say nothing
+// without another one, so that they are not passed over in silence.
+const char *options_given_of(const char *const *names);
+
 // Every option's value as text, {"steps": "1000", ...}; options left unset are not in it.
 json_t *options_to_json(const struct command *command);
 // Sets the options that were not given on the command line to the values of an earlier run.

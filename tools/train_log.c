@@ -12,7 +12,8 @@ static void log_header(const struct config *c, char *out, size_t size)
 {
     int n = snprintf(out, size,
                      "step,loss,grad_norm,lr,balance,load_max,images_per_second,seconds,"
-                     "skipped");
+                     "skipped%s",
+                     c->diffusion == DIFFUSION_DDPM ? ",mse,vb" : "");
     for (int layer = 0; layer < c->layers && n < (int)size; layer++)
         if (config_is_moe(c, layer))
             n += snprintf(out + n, size - (size_t)n, ",entropy_%d", layer);
@@ -86,6 +87,7 @@ int train_log_open(const char *dir, const struct config *c, int64_t step, struct
         return fail(ERR_NOMEM, "out of memory");
     log_header(c, header, size);
     out->file = NULL;
+    out->terms = c->diffusion == DIFFUSION_DDPM;
     snprintf(out->path, sizeof out->path, "%s/log.csv", dir);
     int code = log_cut(out->path, header, step);
     free(header);
@@ -100,6 +102,8 @@ int train_log_row(struct train_log *log, int64_t step, const struct train_report
     fprintf(log->file, "%lld,%.9g,%.9g,%.9g,%.9g,%.6g,%.2f,%.6f,%d", (long long)step, r->loss,
             r->grad_norm, r->rate, r->balance, r->load_max, (double)images / seconds, seconds,
             r->skipped);
+    if (log->terms)
+        fprintf(log->file, ",%.9g,%.9g", r->mse, r->vb);
     for (int i = 0; i < r->layers; i++)
         fprintf(log->file, ",%.6f", r->entropy[i]);
     fprintf(log->file, "\n");
@@ -136,7 +140,7 @@ static int log_losses(const char *text, double *steps, double *losses)
     return count;
 }
 
-int train_log_chart(const char *dir, const char *title)
+int train_log_chart(const char *dir, const struct config *c, const char *title)
 {
     char path[4200];
     size_t bytes = 0, rows = 0;
@@ -154,7 +158,8 @@ int train_log_chart(const char *dir, const char *title)
     double *steps = values, *losses = values + rows + 1;
     int count = log_losses(text, steps, losses), code = 0;
     if (count >= 2) {
-        struct figure_curve curve = {.name = "loss (rectified flow)",
+        struct figure_curve curve = {.name = c->diffusion == DIFFUSION_DDPM ? "loss (DDPM, hybrid)"
+                                                                           : "loss (rectified flow)",
                                      .x = steps,
                                      .y = losses,
                                      .count = count,

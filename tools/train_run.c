@@ -46,6 +46,8 @@ static int open_data(struct run *r)
     overrides.diffusion = o->diffusion;
     if (o->data) {
         TRY(data_open(o->data, o->image_size, o->channels, &r->data));
+        if (o->vae.vae && !r->data->latents)
+            return fail(ERR_INPUT, "--vae shows samples of latents, and %s has images", o->data);
         overrides.size = r->data->size;
         overrides.channels = r->data->channels;
         overrides.classes = r->data->classes;
@@ -473,7 +475,7 @@ static int train(struct run *r)
     TRY(train_ranks_write_load(&r->together, &r->config, o->out));
     TRY(train_log_close(&r->log));
     if (ranks_first())
-        TRY(train_log_chart(o->out, model_title(o->model, &r->config, title)));
+        TRY(train_log_chart(o->out, &r->config, model_title(o->model, &r->config, title)));
     if (r->trainer->step == o->steps)
         TRY(save_model(r));
     else

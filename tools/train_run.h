@@ -41,6 +41,7 @@ struct train_settings {
 
 struct train_log {
     FILE *file;
+    bool terms; // DDPM: the columns mse and vb
     char path[4096];
 };
 
@@ -51,7 +52,7 @@ int train_log_row(struct train_log *log, int64_t step, const struct train_report
                   double seconds);
 int train_log_close(struct train_log *log); // also of a zeroed struct
 // Draws DIR/loss.png from DIR/log.csv.
-int train_log_chart(const char *dir, const char *title);
+int train_log_chart(const char *dir, const struct config *c, const char *title);
 
 // ---- the run's directory (train_files.c) --------------------------------------------------------
 
