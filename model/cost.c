@@ -38,7 +38,8 @@ static struct device paper_device(const struct cost_options *o)
 // line: for a line through several plans, which one device's own, leaner or not by the batch, is
 // not.
 static int training_memory(struct device *dev, const struct config *c, const struct cost_options *o,
-                           int batch, const struct dit_ranks *ranks, bool line, double *bytes)
+                           int batch, const struct dit_ranks *ranks, const bool *streamed,
+                           bool line, double *bytes)
 {
     struct train_options t = train_defaults();
     struct trainer *trainer = NULL;
@@ -46,6 +47,7 @@ static int training_memory(struct device *dev, const struct config *c, const str
     t.recompute = o->recompute;
     t.early = o->early;
     t.ranks = ranks;
+    t.offload.which = streamed;
     t.as_ranks = line;
     int code = trainer_new(dev, NULL, c, &t, &trainer);
     if (code >= 0)
@@ -56,13 +58,17 @@ static int training_memory(struct device *dev, const struct config *c, const str
 }
 
 static int memory_with(const struct config *c, const struct cost_options *o, int batch,
-                       const struct dit_ranks *ranks, bool line, double *bytes)
+                       const struct dit_ranks *ranks, const bool *streamed, bool line,
+                       double *bytes)
 {
     struct device dev = paper_device(o);
     struct dit *d = NULL;
     if (o->train)
-        return training_memory(&dev, c, o, batch, ranks, line, bytes);
-    TRY(dit_new(&dev, NULL, c, &(struct dit_options){.batch = batch, .ranks = ranks}, &d));
+        return training_memory(&dev, c, o, batch, ranks, streamed, line, bytes);
+    TRY(dit_new(&dev, NULL, c,
+                &(struct dit_options){
+                    .batch = batch, .ranks = ranks, .offload.which = streamed},
+                &d));
     int code = dit_layout(d);
     *bytes = (double)plan_total(d->plan);
     dit_free(d);
@@ -71,7 +77,7 @@ static int memory_with(const struct config *c, const struct cost_options *o, int
 
 int model_memory(const struct config *c, const struct cost_options *o, int batch, double *bytes)
 {
-    return memory_with(c, o, batch, NULL, true, bytes);
+    return memory_with(c, o, batch, NULL, NULL, true, bytes);
 }
 
 // Without an exchange a process is rank 0: so the rank in question changes places with it.
@@ -97,7 +103,13 @@ int model_memory_rank(const struct config *c, const struct cost_options *o,
                                     .headroom = o->alone          ? 0
                                                 : o->headroom > 0 ? o->headroom
                                                                   : 1.5};
-    int code = memory_with(c, o, p.share[0] * copies, p.ranks > 1 ? &ranks : NULL, false, bytes);
+    bool *streamed = calloc((size_t)p.layers, sizeof *streamed), any = false;
+    for (int l = 0; streamed && l < p.layers; l++)
+        any |= streamed[l] = placement_streams(place, rank, l);
+    int code = streamed ? memory_with(c, o, p.share[0] * copies, p.ranks > 1 ? &ranks : NULL,
+                                      any ? streamed : NULL, false, bytes)
+                        : fail(ERR_NOMEM, "no host memory for %d layers", p.layers);
+    free(streamed);
     placement_free(&p);
     return code;
 }

@@ -23,7 +23,7 @@ void model_cost_free(struct model_cost *m); // also of a zeroed struct
 // Bytes that the model's plan takes on one device of the kind, everything on it, planned as ranks
 // plan (a trainer of one rank may need less: plan_host(), enum lean).
 int model_memory(const struct config *c, const struct cost_options *o, int batch, double *bytes);
-// Bytes that it takes on a rank of a placement, all of whose experts live on devices.
+// Bytes of its device that it takes on a rank of a placement; experts in host memory are streamed.
 int model_memory_rank(const struct config *c, const struct cost_options *o,
                       const struct placement *place, int rank, double *bytes);
 

@@ -47,8 +47,8 @@ int streamed_new(struct dit *d)
     for (int l = 0, i = 0; l < d->config.layers; l++) {
         if (held(d, l) == 0)
             continue;
-        const int before = i * wanted / most, after = ++i * wanted / most;
-        s->blocks[l].here = o->which ? o->which[l] : after > before;
+        const bool chosen = placement_spread(i++, wanted, most);
+        s->blocks[l].here = o->which ? o->which[l] : chosen;
         s->count += s->blocks[l].here;
         if (s->blocks[l].here)
             params_stream(&d->params, l);

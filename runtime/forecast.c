@@ -21,8 +21,8 @@ void forecast_free(struct forecast *f)
     *f = (struct forecast){0};
 }
 
-// Bytes a second that one rank's experts in host memory are updated at, by the host.
-static const double HOST_UPDATE = 20e9;
+// Bytes of a parameter in host memory that come to the device to be updated: weight, gradient, moments, average.
+static const double STREAMED_UPDATE = 20;
 
 static double ratio(double work, double rate)
 {
@@ -324,8 +324,9 @@ double forecast_rest(const struct cluster *c, const struct model_cost *m, const 
             continue;
         const double optimiser =
             m->update_bytes *
-            (ratio(m->dense_params + (held[r] - away[r]) * m->expert_params, k->memory) +
-             ratio(away[r] * m->expert_params, fmin(HOST_UPDATE, k->memory)));
+                ratio(m->dense_params + (held[r] - away[r]) * m->expert_params, k->memory) +
+            away[r] * m->expert_params *
+                fmax(m->update_bytes / k->memory, STREAMED_UPDATE / k->to_device);
         const double sums =
             ring + copies_time(c, dense_bytes / c->ranks + 4 * held[r] * m->expert_params);
         const double seen = fmax(sums - m->overlap * backward, sums / fmax(1, m->layers));
@@ -343,8 +344,10 @@ double forecast_rest(const struct cluster *c, const struct model_cost *m, const 
 
 double forecast_memory(const struct model_cost *m, int share, int held, int streamed, double rows)
 {
+    // two buffers for the experts of a layer, and in training two for their gradients
+    const double layer = ceil((held + streamed) / fmax(1, m->layers));
     const double buffers =
-        streamed > 0 ? 2 * m->expert_params * m->weight_bytes * (m->train ? 2 : 1) : 0;
+        streamed > 0 ? 2 * layer * m->expert_params * (m->weight_bytes + (m->train ? 4 : 0)) : 0;
     return m->fixed_memory + share * m->passes * m->image_memory + held * m->expert_memory +
            m->headroom * rows * m->row_memory + buffers;
 }

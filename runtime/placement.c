@@ -134,6 +134,45 @@ bool placement_streams(const struct placement *p, int rank, int layer)
     return false;
 }
 
+static void set_homes(struct placement *p, int rank, int layer, enum expert_home home)
+{
+    for (int g = 0; g < p->groups; g++)
+        for (int e = 0; e < p->experts; e++)
+            if (*placement_owner(p, g, layer, e) == rank &&
+                *placement_home(p, g, layer, e) != HOME_HOST)
+                *placement_home(p, g, layer, e) = (uint8_t)home;
+}
+
+// Streams `count` of the `most` layers in which a rank has experts; returns how many experts that are.
+static int stream_layers(struct placement *p, int rank, int count, int most)
+{
+    int experts = 0, i = 0;
+    for (int l = 0; l < p->layers; l++) {
+        const int held = placement_list(p, rank, l, NULL);
+        if (held == 0)
+            continue;
+        const bool streamed = placement_spread(i++, count, most);
+        set_homes(p, rank, l, streamed ? HOME_STREAMED : HOME_DEVICE);
+        experts += streamed ? held : 0;
+    }
+    return experts;
+}
+
+void placement_stream_whole(struct placement *p)
+{
+    for (int r = 0; r < p->ranks; r++) {
+        int wanted = 0, most = 0, count = 1;
+        enum expert_home home;
+        for (int l = 0; l < p->layers; l++) {
+            most += placement_list(p, r, l, NULL) > 0;
+            for (int e = 0; e < p->experts; e++)
+                wanted += placement_holds(p, r, l, e, &home) && home == HOME_STREAMED;
+        }
+        while (wanted > 0 && stream_layers(p, r, count, most) < wanted && count < most)
+            count++;
+    }
+}
+
 int placement_list(const struct placement *p, int rank, int layer, int *list)
 {
     int count = 0;

@@ -66,6 +66,14 @@ bool placement_holds(const struct placement *p, int rank, int layer, int expert,
                      enum expert_home *home);
 // Whether experts of a layer that `rank` has are at home in host memory, of whichever kind.
 bool placement_streams(const struct placement *p, int rank, int layer);
+// Whether the i-th of `most` layers is one of `count` that are spread evenly among them.
+static inline bool placement_spread(int i, int count, int most)
+{
+    return (int64_t)(i + 1) * count / most > (int64_t)i * count / most;
+}
+// Each rank's experts in host memory become all those of some layers, evenly spread and at least as
+// many: a rank streams whole layers (model/streamed.h).
+void placement_stream_whole(struct placement *p);
 // The experts of a layer that `rank` has, ascending, in list[experts] (may be NULL); returns how
 // many.
 int placement_list(const struct placement *p, int rank, int layer, int *list);

@@ -68,6 +68,19 @@ static int memory_of_ranks(void)
             const double line = forecast_memory(&m, p.share[rank], held, 0, rows);
             CHECK(fabs(line / plan - 1) < 0.15,
                   "case %zu, rank %d: %.4g bytes, the plan takes %.4g", i, rank, line, plan);
+            double away;
+            int streamed = 0;
+            for (int l = 0; l < c.layers; l++)
+                for (int e = 0; e < c.experts; e++)
+                    if (*placement_owner(&p, 0, l, e) == rank) {
+                        *placement_home(&p, 0, l, e) = HOME_STREAMED;
+                        streamed++;
+                    }
+            OK(model_memory_rank(&c, &o, &p, rank, &away));
+            const double half = forecast_memory(&m, p.share[rank], held - streamed, streamed, rows);
+            CHECK(fabs(half / away - 1) < 0.2 && (streamed == 0 || away < plan),
+                  "case %zu, rank %d, %d streamed: %.4g bytes, the plan takes %.4g of %.4g", i, rank,
+                  streamed, half, away, plan);
         }
         placement_free(&p);
         model_cost_free(&m);

@@ -67,6 +67,42 @@ static int rescale(void)
     return PASSED;
 }
 
+// As many experts in host memory or a few more, in whole layers of a rank, evenly spread.
+static int whole_layers(void)
+{
+    enum { RANKS = 2, LAYERS = 7, EXPERTS = 4 };
+    struct placement p;
+    for (int wanted = 0; wanted <= LAYERS * EXPERTS / RANKS; wanted++) {
+        int left = wanted, streamed = 0, last = -1;
+        OK(placement_uniform(RANKS, LAYERS, EXPERTS, NULL, 4, &p));
+        for (int e = 0; e < EXPERTS; e++) // one of each layer in turn, of rank 1
+            for (int l = 0; l < LAYERS; l++)
+                if (*placement_owner(&p, 0, l, e) == 1 && left > 0) {
+                    *placement_home(&p, 0, l, e) = HOME_STREAMED;
+                    left--;
+                }
+        placement_stream_whole(&p);
+        OK(placement_check(&p));
+        for (int l = 0; l < LAYERS; l++) {
+            int here = 0;
+            enum expert_home home;
+            for (int e = 0; e < EXPERTS; e++)
+                here += placement_holds(&p, 1, l, e, &home) && home == HOME_STREAMED;
+            CHECK(here == 0 || here == placement_list(&p, 1, l, NULL), "%d: layer %d in parts",
+                  wanted, l);
+            CHECK(!placement_streams(&p, 0, l), "%d: rank 0 streams", wanted);
+            CHECK(placement_streams(&p, 1, l) == (here > 0), "%d: layer %d", wanted, l);
+            streamed += here;
+            last = here ? l : last;
+        }
+        CHECK(streamed >= wanted && streamed < wanted + EXPERTS / RANKS, "%d for %d", streamed,
+              wanted);
+        CHECK(wanted == 0 || last == LAYERS - 1, "%d: the last is layer %d", wanted, last);
+        placement_free(&p);
+    }
+    return PASSED;
+}
+
 static int there_and_back(void)
 {
     struct placement p, q;
@@ -174,5 +210,6 @@ const struct test placement_tests[] = {
     {"there_and_back", there_and_back},
     {"short_form", short_form},
     {"hostile", hostile},
+    {"whole_layers", whole_layers},
     {0},
 };

@@ -181,6 +181,7 @@ static int place(const struct plan_settings *o, bool compare, struct plan_result
             code = forecast_step(&r->cluster, &r->cost, r->load, &p, &f);
         r->policies[policy] = f.missing > 0 ? INFINITY : f.step;
         if (code >= 0 && policy == o->policy && !o->placement) {
+            placement_stream_whole(&p); // at the same pace: copies go on from layer to layer
             r->one = p;
             r->forecast = f;
         } else {
@@ -205,17 +206,37 @@ static bool like_before(const struct placement *p, int rank)
     if (rank == 0 || p->share[rank] != p->share[rank - 1])
         return false;
     for (int l = 0; l < p->layers; l++)
-        if (placement_list(p, rank, l, NULL) != placement_list(p, rank - 1, l, NULL))
+        if (placement_list(p, rank, l, NULL) != placement_list(p, rank - 1, l, NULL) ||
+            placement_streams(p, rank, l) != placement_streams(p, rank - 1, l))
             return false;
     return true;
 }
 
-static bool all_on_devices(const struct placement *p)
+static bool at_host(const struct placement *p)
 {
     for (int i = 0; i < p->groups * p->layers * p->experts; i++)
-        if (p->home[i] != HOME_DEVICE)
-            return false;
-    return true;
+        if (p->home[i] == HOME_HOST)
+            return true;
+    return false;
+}
+
+// Bytes of hosts' memory that are missing: for experts, and for CPU devices.
+static int missing_at_hosts(const struct plan_result *r, double *missing)
+{
+    const struct cluster *c = &r->cluster;
+    double *need = calloc((size_t)c->nodes, sizeof *need);
+    if (!need)
+        return fail(ERR_NOMEM, "no host memory for %d machines", c->nodes);
+    for (int i = 0; i < c->ranks; i++) {
+        const struct rank_forecast *f = &r->forecast.rank[i];
+        need[c->rank[i].node] +=
+            f->host_memory + (c->rank[i].kind == DEVICE_CPU ? f->memory : 0);
+    }
+    *missing = 0;
+    for (int n = 0; n < c->nodes; n++)
+        *missing += fmax(0, need[n] - (double)c->host_memory[n]);
+    free(need);
+    return 0;
 }
 
 // The plan of the model itself in the place of the line through some of its plans; *over: by how
@@ -225,7 +246,7 @@ static int plan_each_rank(struct plan_result *r, double *over)
     struct forecast *f = &r->forecast;
     double bytes = 0;
     *over = 0;
-    if (!all_on_devices(&r->one))
+    if (at_host(&r->one))
         return 0;
     f->missing = 0;
     f->missing_rank = -1;
@@ -242,6 +263,8 @@ static int plan_each_rank(struct plan_result *r, double *over)
         f->missing_rank = i;
         *over = line <= limit && bytes - line > *over ? bytes - line : *over;
     }
+    TRY(missing_at_hosts(r, &bytes));
+    f->missing += bytes;
     return 0;
 }
 

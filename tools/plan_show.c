@@ -118,7 +118,7 @@ void plan_show(const struct plan_settings *o, const struct machines *m, const st
     fprintf(out, "; exchange %.1f%%, sums of gradients %.1f%% of it\n", 100 * f->exchange_share,
             100 * f->reduce_share);
     if (host > 0)
-        fprintf(out, "%.1f GiB of experts live in host memory (planned; not run by this version)\n",
+        fprintf(out, "%.1f GiB of experts live in host memory, streamed to devices\n",
                 host / (1 << 30));
     for (int i = 0; i < r->cluster.ranks; i++)
         if (f->rank[i].memory <= 0)
@@ -126,7 +126,7 @@ void plan_show(const struct plan_settings *o, const struct machines *m, const st
     print_policies(o, r, out);
     if (f->missing > 0)
         print_missing(r, out);
-    else if (o->here && r->cluster.ranks > 1 && host <= 0)
+    else if (o->here && (r->cluster.ranks > 1 || host > 0))
         print_command(o, r, out);
 }
 

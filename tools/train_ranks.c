@@ -250,6 +250,9 @@ int train_ranks_move(struct train_ranks *r, const struct rank_plan *now, uint64_
         return fail(ERR_INPUT,
                     "--replan: this placement has copies of experts; it is for placements "
                     "of one group");
+    if (now->streamed)
+        return fail(ERR_INPUT, "--replan: this placement has experts in host memory; with --offload N "
+                               "they may move");
     TRY(ranks_replan(now, p->batch, now->ranks.copies, next));
     if (at_random(&next->placement, seed, step)) {
         *moved = true;
