@@ -1,16 +1,13 @@
 """Times FID's Inception v3 in PyTorch on a GPU, for `ditmoe bench inception --compare OUT.json`.
 
-    peer_inception.py OUT.json [BATCH ...] [--f32]        default: 32 128, bf16
+    peer_inception.py OUT.json [--eager] [--f32] [BATCH ...]        default: bf16, 32 128
 
 The fastest of: torchvision's module where it is installed (eager), the same layers with normalisation folded into the
 convolutions (eager, in PyTorch's usual memory order and in channels_last), and that compiled (torch.compile,
-max-autotune-no-cudagraphs). Random weights; input of 299 x 299 on the device. Each time is the median of 5 rounds of as many
-calls as take 0.3 s. TF32 is off. `--check` compares the folded network with pytorch-fid's formulas on the CPU.
+max-autotune-no-cudagraphs; not with `--eager`). Random weights; input of 299 x 299 on the device. timing.py says how. `--check` compares the folded network with pytorch-fid's formulas on the CPU.
 """
-import json
 import os
 import sys
-import time
 
 import torch
 from torch import nn
@@ -18,6 +15,7 @@ from torch.nn import functional as F
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "eval"))
 import inception_reference  # noqa: E402
+import timing  # noqa: E402
 
 
 class Folded(nn.Module):
@@ -76,25 +74,8 @@ def check():
     print("largest difference", abs(want - got).max(), "of", abs(want).max())
 
 
-def median_call(call):
-    for _ in range(3):
-        call()
-    torch.cuda.synchronize()
-    start = time.time()
-    call()
-    torch.cuda.synchronize()
-    calls, times = max(1, int(0.3 / (time.time() - start))), []
-    for _ in range(5):
-        start = time.time()
-        for _ in range(calls):
-            call()
-        torch.cuda.synchronize()
-        times.append((time.time() - start) / calls)
-    return sorted(times)[2]
-
-
-def ways(dtype):
-    """(name, model, memory order), the slow one to make last."""
+def ways(dtype, compiled):
+    """For timing.py; the slow one to make last."""
     try:
         import torchvision
         model = torchvision.models.inception_v3(weights=None, init_weights=False, aux_logits=False)
@@ -106,31 +87,20 @@ def ways(dtype):
     yield "plain torch, folded, eager", model, torch.contiguous_format
     model = model.to(memory_format=torch.channels_last)
     yield "plain torch, folded, eager, channels_last", model, torch.channels_last
-    yield ("plain torch, folded, compiled, channels_last", torch.compile(model, mode="max-autotune-no-cudagraphs"),
-           torch.channels_last)
+    if compiled:
+        yield ("plain torch, folded, compiled, channels_last", torch.compile(model, mode="max-autotune-no-cudagraphs"),
+               torch.channels_last)
 
 
-@torch.no_grad()
 def main():
-    torch.backends.cudnn.benchmark = True
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     f32 = "--f32" in sys.argv
-    out, *batches = [a for a in sys.argv[1:] if a != "--f32"]
-    rows, dtype = {}, torch.float32 if f32 else torch.bfloat16
-    for name, model, order in ways(dtype):
-        for batch in map(int, batches or ("32", "128")):
-            x = torch.randn(batch, 3, 299, 299, device="cuda", dtype=dtype).contiguous(memory_format=order)
-            try:
-                seconds = median_call(lambda: model(x))
-            except Exception as error:  # out of memory, say: the other rows still count
-                print(f"{name} {batch}: {error!r:.200}", flush=True)
-                continue
-            print(f"{name} {batch}: {1e3 * seconds:.2f} ms, {batch / seconds:.1f} images/s", flush=True)
-            if batch not in rows or seconds < rows[batch]["seconds"]:
-                rows[batch] = {"bench": "inception", "name": "Inception v3, FID's", "type": "f32" if f32 else "bf16",
-                               "batch": batch, "seconds": seconds, "mode": name}
-            with open(out, "w") as f:
-                json.dump(list(rows.values()), f, indent=1)
+    out, *batches = [a for a in sys.argv[1:] if not a.startswith("--")]
+    dtype = torch.float32 if f32 else torch.bfloat16
+    cases = {}
+    for batch in map(int, batches or ("32", "128")):
+        cases[batch] = (torch.randn(batch, 3, 299, 299, device="cuda", dtype=dtype),
+                        {"bench": "inception", "name": "Inception v3, FID's", "type": "f32" if f32 else "bf16", "batch": batch})
+    timing.time_ways(out, ways(dtype, "--eager" not in sys.argv), cases)
 
 
 if __name__ == "__main__":

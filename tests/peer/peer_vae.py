@@ -1,19 +1,19 @@
 """Times the decoder of Stable Diffusion's autoencoder in PyTorch on a GPU, for `ditmoe bench vae --compare OUT.json`.
 
-    peer_vae.py OUT.json [SIZE:BATCH ...]        default: 256:1 256:16 512:1 512:4
+    peer_vae.py OUT.json [--eager] [SIZE:BATCH ...]        default: 256:1 256:16 512:1 512:4
 
 With diffusers, where it is installed, its AutoencoderKL; else the same layers as plain modules. bf16, random weights, the
 fastest of: eager in PyTorch's usual memory order, eager in channels_last, compiled (torch.compile, max-autotune-no-cudagraphs)
-in channels_last. Each time is the median of 5 rounds of as many calls as take 0.3 s; without transfers, as in the benchmark.
+in channels_last (not with `--eager`: compiling takes minutes). timing.py says how; without transfers, as in the benchmark.
 `--check` compares the plain modules with diffusers' in float32 on the CPU instead of timing.
 """
-import json
 import sys
-import time
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+import timing
 
 WIDTHS, LAYERS, LATENTS = (128, 256, 512, 512), 2, 4
 
@@ -121,25 +121,8 @@ def check():
         print("largest difference", (theirs.forward(z) - ours(z)).abs().max().item())
 
 
-def median_call(call):
-    for _ in range(3):
-        call()
-    torch.cuda.synchronize()
-    start = time.time()
-    call()
-    torch.cuda.synchronize()
-    calls, times = max(1, int(0.3 / (time.time() - start))), []
-    for _ in range(5):
-        start = time.time()
-        for _ in range(calls):
-            call()
-        torch.cuda.synchronize()
-        times.append((time.time() - start) / calls)
-    return sorted(times)[2]
-
-
-def ways():
-    """(name, model, memory order), the slow ones to make last."""
+def ways(compiled):
+    """For timing.py; the slow one to make last."""
     try:
         model = of_diffusers()
         name = "diffusers"
@@ -150,31 +133,20 @@ def ways():
     yield f"{name}, eager", model.forward, torch.contiguous_format
     model = model.to(memory_format=torch.channels_last)
     yield f"{name}, eager, channels_last", model.forward, torch.channels_last
-    plain = Plain().cuda().bfloat16().eval().to(memory_format=torch.channels_last)
-    yield "plain torch, compiled, channels_last", torch.compile(plain, mode="max-autotune-no-cudagraphs"), torch.channels_last
+    if compiled:
+        plain = Plain().cuda().bfloat16().eval().to(memory_format=torch.channels_last)
+        yield ("plain torch, compiled, channels_last", torch.compile(plain, mode="max-autotune-no-cudagraphs"),
+               torch.channels_last)
 
 
-@torch.no_grad()
 def main():
-    torch.backends.cudnn.benchmark = True
-    out, specs = sys.argv[1], sys.argv[2:] or ["256:1", "256:16", "512:1", "512:4"]
-    rows = {}
-    for name, forward, order in ways():
-        for spec in specs:
-            size, batch = map(int, spec.split(":"))
-            z = torch.randn(batch, LATENTS, size // 8, size // 8, device="cuda", dtype=torch.bfloat16)
-            z = z.contiguous(memory_format=order)
-            try:
-                seconds = median_call(lambda: forward(z))
-            except Exception as error:  # out of memory, say: the other rows still count
-                print(f"{name} {spec}: {error!r:.200}", flush=True)
-                continue
-            print(f"{name} {spec}: {1e3 * seconds:.2f} ms, {batch / seconds:.1f} images/s", flush=True)
-            if spec not in rows or seconds < rows[spec]["seconds"]:
-                rows[spec] = {"bench": "vae", "name": f"AutoencoderKL {size}", "what": "decode", "type": "bf16",
-                              "batch": batch, "seconds": seconds, "mode": name}
-            with open(out, "w") as f:
-                json.dump(list(rows.values()), f, indent=1)
+    out, *specs = [a for a in sys.argv[1:] if a != "--eager"]
+    cases = {}
+    for spec in specs or ["256:1", "256:16", "512:1", "512:4"]:
+        size, batch = map(int, spec.split(":"))
+        z = torch.randn(batch, LATENTS, size // 8, size // 8, device="cuda", dtype=torch.bfloat16)
+        cases[spec] = z, {"bench": "vae", "name": f"AutoencoderKL {size}", "what": "decode", "type": "bf16", "batch": batch}
+    timing.time_ways(out, ways("--eager" not in sys.argv), cases)
 
 
 if __name__ == "__main__":
