@@ -18,6 +18,7 @@ enum {
     SUM_PARTS = 256,   // the most partial sums of a column that column_sums and router_dw make
     ROUTE_ROWS = 256,  // rows a partial of `route` counts, or fewer
     QK_PART = 8,       // rows a partial of `qk_norm` sums over, or more
+    GROUP_ROWS = 32,   // pixels a partial of `group_norm_forward` sums over, or more
     NORM2_PARTS = 4096 // the most partial sums of norm2
 };
 
@@ -97,6 +98,25 @@ struct adamw_step {
     accelerate_mem w, m, v, ema, g, control, low;
     unsigned long long count;
     float beta1, rest1, beta2, rest2, eps, decay;
+};
+
+// op_conv2d with bf16 weights; bias may be NULL. y: bf16, or f32 (to_f32) of its own columns alone
+// and without ReLU, from row `first` on. space: CONV_SPACE bytes of scratch, and 32 * channels *
+// out where doubled.
+struct convolution {
+    accelerate_mem y, x, w, bias, space;
+    int images, height, width, channels, out, columns, column, first;
+    int kernel_h, kernel_w, stride, top, bottom, left, right, out_height, out_width;
+    int doubled, relu, add, to_f32;
+};
+enum { CONV_SPACE = 16 << 20 };
+
+// op_group_norm. partial: scratch of 2 * images * groups floats for every GROUP_ROWS pixels of an
+// image, or fewer; total: of 2 * images * channels.
+struct group_norm_forward {
+    accelerate_mem y, x, weight, bias, partial, total;
+    int images, pixels, channels, groups, silu;
+    float eps;
 };
 
 #endif

@@ -150,6 +150,10 @@ enum {
     F(tensor_map, cuTensorMapEncodeTiled, "cuTensorMapEncodeTiled", /* for Hopper and later */    \
       (cuda_tensor_map *, unsigned, unsigned, void *, const uint64_t *, const uint64_t *,         \
        const uint32_t *, const uint32_t *, unsigned, unsigned, unsigned, unsigned))               \
+    F(pixel_map, cuTensorMapEncodeIm2col, "cuTensorMapEncodeIm2col",                              \
+      (cuda_tensor_map *, unsigned, unsigned, void *, const uint64_t *, const uint64_t *,         \
+       const int *, const int *, uint32_t, uint32_t, const uint32_t *, unsigned, unsigned,        \
+       unsigned, unsigned))                                                                       \
     F(can_access_peer, cuDeviceCanAccessPeer, "cuDeviceCanAccessPeer",                            \
       (int *, cuda_device_id, cuda_device_id))                                                    \
     F(p2p_attribute, cuDeviceGetP2PAttribute, "cuDeviceGetP2PAttribute",                          \

@@ -297,6 +297,43 @@ static int qk_norm_backward(struct stream *s, const void *args)
     return launch(s, sums, cover(4 * a.head, WARP), 1, WARP * STRIPES, (void *[]){&a, &parts});
 }
 
+// ---- GroupNorm ----------------------------------------------------------------------------------
+
+static cuda_function group_sums_kernel(struct stream *s, int per)
+{
+    if (per % VECTOR == 0)
+        return KERNEL_OF(s, "group_norm_sums_1");
+    return per == 4   ? KERNEL_OF(s, "group_norm_sums_2")
+           : per == 2 ? KERNEL_OF(s, "group_norm_sums_4")
+                      : NULL;
+}
+
+// Pixels of an image that a block takes: of all, some eight blocks for every multiprocessor; at
+// least `least`, and as many as its threads take at a time.
+static int group_chunk(const struct stream *s, const struct group_norm_forward *a, int least)
+{
+    const int64_t blocks = 8 * (int64_t)s->dev->base.info.compute_units;
+    const int at_a_time = THREADS * VECTOR / a->channels;
+    const int chunk = cover((int64_t)a->images * a->pixels, blocks);
+    const int rounds = cover(chunk > least ? chunk : least, at_a_time);
+    return rounds * at_a_time;
+}
+
+static int group_norm(struct stream *s, const void *args)
+{
+    TAKE(group_norm_forward, a, images);
+    cuda_function totals = KERNEL_OF(s, "group_norm_totals"), map = KERNEL_OF(s, "group_norm_map");
+    cuda_function sums = group_sums_kernel(s, a.channels / a.groups);
+    if (!sums || !totals || !map || a.channels % VECTOR || a.channels > THREADS * VECTOR ||
+        a.images > IMAGES_MAX)
+        return NOT_MINE;
+    int chunk = group_chunk(s, &a, GROUP_ROWS), part = group_chunk(s, &a, 1);
+    int chunks = cover(a.pixels, chunk);
+    TRY(launch(s, sums, chunks, a.images, THREADS, (void *[]){&a, &chunk}));
+    TRY(launch(s, totals, cover(a.groups, 4), a.images, 4 * WARP, (void *[]){&a, &chunk, &chunks}));
+    return launch(s, map, cover(a.pixels, part), a.images, THREADS, (void *[]){&a, &part});
+}
+
 // ---- sums and the optimiser ---------------------------------------------------------------------
 
 static int at_most(int value, int most)
@@ -375,6 +412,8 @@ int cuda_fused(struct stream *s, enum accelerated op, const void *args)
         return norm2(s, args);
     case ACCELERATE_ADAMW:
         return adamw(s, args);
+    case ACCELERATE_GROUP_NORM:
+        return group_norm(s, args);
     default:
         return NOT_MINE;
     }

@@ -1,6 +1,6 @@
-// The host's side of gemm_sm90.cu: which products it takes, with tiles of which width, and how A
-// and B are described to the copy engine. Everything a launch needs goes by value, so that a
-// captured graph keeps it.
+// The host's side of gemm_sm90.cu and conv_sm90.cu: which products it takes, with tiles of which
+// width, and how A and B are described to the copy engine. Everything a launch needs goes by value,
+// so that a captured graph keeps it.
 #include "devices/cuda_gemm_sm90.h"
 
 #include <math.h>
@@ -9,31 +9,52 @@
 #include "devices/gemm_gpu.h"
 #include "devices/gemm_sm90.h"
 
-enum { WIDTHS = 3 };
+enum { WIDTHS = 5 };
 
-enum kind { NT_BF16, NT_F32, NT_SWIGLU, NN_BF16, NN_SWIGLU, TN_F32, KINDS };
+enum kind {
+    NT_BF16,
+    NT_F32,
+    NT_SWIGLU,
+    NN_BF16,
+    NN_SWIGLU,
+    TN_F32,
+    CONV_BF16,
+    CONV_NARROW,
+    CONV_F32,
+    KINDS
+};
 
-static const int widths[WIDTHS] = {64, 128, 192};
+static const int widths[WIDTHS] = {32, 64, 96, 128, 192};
 
 // Kernels by what they compute and the width of their tiles (columns of B); and those that finish
 // what they divided along k.
-#define NAMES(name, end)                                 \
-    {                                                    \
-        name "_64" end, name "_128" end, name "_192" end \
+#define NAMES(name, end)                                             \
+    {                                                                \
+        NULL, name "_64" end, NULL, name "_128" end, name "_192" end \
+    }
+#define ALL_NAMES(name, end)                                                             \
+    {                                                                                    \
+        name "_32" end, name "_64" end, name "_96" end, name "_128" end, name "_192" end \
     }
 static const char *const names[KINDS][WIDTHS] = {
     [NT_BF16] = NAMES("gemm_nt_bf16", ""),
     [NT_F32] = NAMES("gemm_nt_f32", ""),
     [NT_SWIGLU] = NAMES("gemm_nt_swiglu", ""),
     [NN_BF16] = NAMES("gemm_nn_bf16", ""),
-    [NN_SWIGLU] = {"gemm_nn_swiglu_64", "gemm_nn_swiglu_128", NULL},
+    [NN_SWIGLU] = {NULL, "gemm_nn_swiglu_64", NULL, "gemm_nn_swiglu_128", NULL},
     [TN_F32] = NAMES("gemm_tn_f32", ""),
+    [CONV_BF16] = ALL_NAMES("conv_bf16", ""),
+    [CONV_NARROW] = ALL_NAMES("conv_narrow", ""),
+    [CONV_F32] = {NULL, "conv_f32_64", NULL, NULL, NULL},
 };
 static const char *const rests[KINDS][WIDTHS] = {
     [NT_BF16] = NAMES("gemm_nt_bf16", "_rest"),
     [NT_F32] = NAMES("gemm_nt_f32", "_rest"),
     [NN_BF16] = NAMES("gemm_nn_bf16", "_rest"),
     [TN_F32] = NAMES("gemm_tn_f32", "_rest"),
+    [CONV_BF16] = ALL_NAMES("conv_bf16", "_rest"),
+    [CONV_NARROW] = ALL_NAMES("conv_narrow", "_rest"),
+    [CONV_F32] = {NULL, "conv_f32_64_rest", NULL, NULL, NULL},
 };
 
 // ---- what is taken ------------------------------------------------------------------------------
@@ -53,16 +74,29 @@ static unsigned shared_of(enum kind kind, int width)
     return (unsigned)GEMM_SM90_BYTES(width, strips);
 }
 
-bool cuda_gemm_sm90_here(struct cuda_device *dev)
+// The kernel that does the whole tiles, and the one for the rest; NULL where there is none.
+static cuda_function kernel(struct cuda_device *dev, enum kind kind, int w, bool rest)
+{
+    const enum cuda_image image = kind >= CONV_BF16 ? IMAGE_conv_sm90 : IMAGE_gemm_sm90;
+    const char *name = rest ? rests[kind][w] : names[kind][w];
+    return name ? cuda_tuned(dev, image, name, rest ? 0 : shared_of(kind, widths[w])) : NULL;
+}
+
+// Whether the kinds from `from` up to but not `to` are here.
+static bool has_kernels(struct cuda_device *dev, int from, int to)
 {
     bool all = dev->api->tensor_map && dev->api->launch_with && dev->base.act == BF16;
-    for (int i = 0; all && i < KINDS * WIDTHS; i++) {
+    for (int i = from * WIDTHS; all && i < to * WIDTHS; i++) {
         const int kind = i / WIDTHS, w = i % WIDTHS;
-        const unsigned shared = shared_of((enum kind)kind, widths[w]);
-        all = (!names[kind][w] || cuda_tuned(dev, IMAGE_gemm_sm90, names[kind][w], shared)) &&
-              (!rests[kind][w] || cuda_tuned(dev, IMAGE_gemm_sm90, rests[kind][w], 0));
+        all = (!names[kind][w] || kernel(dev, (enum kind)kind, w, false)) &&
+              (!rests[kind][w] || kernel(dev, (enum kind)kind, w, true));
     }
     return all;
+}
+
+bool cuda_gemm_sm90_here(struct cuda_device *dev)
+{
+    return has_kernels(dev, NT_BF16, CONV_BF16);
 }
 
 int cuda_gemm_sm90_groups(struct cuda_device *dev)
@@ -121,11 +155,12 @@ static int parts_of(const struct gemm *g, int rest, int blocks)
     return parts > 1 ? parts : 1;
 }
 
-// Microseconds of g by tiles of width number w, as measured on an H100 and an H200: of a stage; 0.3
-// of a tile besides; 4 of finishing what was divided, and its way through memory.
+// Microseconds of g by tiles of width number w, as measured on an H100 and an H200 (but those of 32
+// and 96): of a stage; 0.3 of a tile besides; 4 of finishing what was divided, and its way through
+// memory.
 static double time_of(const struct cuda_device *dev, const struct gemm *g, int w, bool divide)
 {
-    static const double stage[WIDTHS] = {0.35, 0.42, 0.63};
+    static const double stage[WIDTHS] = {0.32, 0.35, 0.39, 0.42, 0.63};
     const int tiles = tiles_of(g, widths[w]), blocks = dev->base.info.compute_units;
     const int rest = tiles % blocks, parts = parts_of(g, rest, blocks);
     const double tile = stages_of(g) * stage[w] + 0.3;
@@ -150,12 +185,13 @@ struct way {
 };
 
 // The best way for g; by width number `only` if that is one.
-static struct way choose(const struct cuda_device *dev, const struct gemm *g, int only)
+static struct way choose(const struct cuda_device *dev, const struct gemm *g, enum kind kind,
+                         int only)
 {
     struct way best = {0, false, INFINITY};
     for (int i = 0; i < 2 * WIDTHS; i++) {
         const int w = i / 2;
-        const bool divide = i % 2, there = divide ? rests[kind_of(g)][w] : names[kind_of(g)][w];
+        const bool divide = i % 2, there = divide ? rests[kind][w] : names[kind][w];
         if (!there || (only >= 0 && w != only) || (divide && !few_tiles(dev, g, w)))
             continue;
         const double time = time_of(dev, g, w, divide);
@@ -170,7 +206,7 @@ bool cuda_gemm_sm90_wins(const struct cuda_device *dev, const struct gemm *g)
     const double ideal = 2.0 * g->m * g->n * g->k / 700e6;
     if (g->ragged != GEMM_PLAIN || g->swiglu || g->bias)
         return true;
-    return !g->trans_a && (ideal < 10 || choose(dev, g, -1).time < 1.25 * ideal);
+    return !g->trans_a && (ideal < 10 || choose(dev, g, kind_of(g), -1).time < 1.25 * ideal);
 }
 
 // ---- maps ---------------------------------------------------------------------------------------
@@ -245,14 +281,14 @@ static struct gemm_sm90 arguments(const struct cuda_device *dev, const struct ge
 
 size_t cuda_gemm_sm90_space(const struct cuda_device *dev, const struct gemm *g)
 {
-    const struct way way = choose(dev, g, -1);
+    const struct way way = choose(dev, g, kind_of(g), -1);
     const size_t tile = sizeof(float) * GEMM_SM90_ROWS * (size_t)widths[way.w];
     return way.divide ? tile * (size_t)dev->base.info.compute_units : 0;
 }
 
 int cuda_gemm_sm90_norms(const struct cuda_device *dev, const struct gemm *g)
 {
-    const struct way way = choose(dev, g, -1);
+    const struct way way = choose(dev, g, kind_of(g), -1);
     return g->trans_a ? tiles_of(g, widths[way.w]) * (GEMM_SM90_ROWS / 16) : 0;
 }
 
@@ -274,31 +310,35 @@ static int launch_early(struct stream *s, cuda_function function, int blocks, un
     return 0;
 }
 
-static int launch(struct stream *s, const struct gemm *g, const struct way *way)
+// Launches the kernels for what is described; `tiles`: how many there are at most.
+static int launch(struct stream *s, enum kind kind, const struct way *way, struct cuda_map map[4],
+                  struct gemm_sm90 *p, int64_t tiles)
 {
-    const enum kind kind = kind_of(g);
+    const int blocks = p->space || tiles > p->workers ? p->workers : (int)tiles;
+    void *values[] = {&map[0], &map[1], &map[2], &map[3], p}, *rest[] = {p};
+    TRY(launch_early(s, kernel(s->dev, kind, way->w, false), blocks, GEMM_SM90_THREADS,
+                     shared_of(kind, widths[way->w]), values));
+    if (!p->space)
+        return 0;
+    // at most half of the blocks had a divided tile: 8 strips of rows each, 4 to a block
+    return launch_early(s, kernel(s->dev, kind, way->w, true), blocks, 128, 0, rest);
+}
+
+static int multiply(struct stream *s, const struct gemm *g, const struct way *way)
+{
     const int width = widths[way->w];
-    const unsigned shared = shared_of(kind, width);
-    struct cuda_map a, b, c = {{0}}, h = {{0}};
+    struct cuda_map map[4] = {{{0}}};
     struct gemm_sm90 p = arguments(s->dev, g, way);
-    TRY(describe_a(s->dev, &a, g));
-    TRY(describe_b(s->dev, &b, g, width));
+    TRY(describe_a(s->dev, &map[0], g));
+    TRY(describe_b(s->dev, &map[1], g, width));
     if (g->swiglu)
-        TRY(describe_swiglu(s->dev, &c, &h, g));
+        TRY(describe_swiglu(s->dev, &map[2], &map[3], g));
     int rows = gemm_cover(g->m, GEMM_SM90_ROWS);
     if (g->ragged == GEMM_RAGGED_M)
         rows += g->groups;
-    const int64_t tiles =
-        (int64_t)rows * (g->trans_a ? p.groups : 1) * gemm_cover(p.n, tile_columns(g, width));
-    const int blocks = p.space || tiles > p.workers ? p.workers : (int)tiles;
-    void *values[] = {&a, &b, &c, &h, &p}, *rest[] = {&p};
-    TRY(launch_early(s, cuda_tuned(s->dev, IMAGE_gemm_sm90, names[kind][way->w], shared), blocks,
-                     GEMM_SM90_THREADS, shared, values));
-    if (!p.space)
-        return 0;
-    // at most half of the blocks had a divided tile: 8 strips of rows each, 4 to a block
-    return launch_early(s, cuda_tuned(s->dev, IMAGE_gemm_sm90, rests[kind][way->w], 0), blocks, 128,
-                        0, rest);
+    return launch(s, kind_of(g), way, map, &p,
+                  (int64_t)rows * (g->trans_a ? p.groups : 1) *
+                      gemm_cover(p.n, tile_columns(g, width)));
 }
 
 int cuda_gemm_sm90(struct stream *s, const struct gemm *g, int width)
@@ -308,6 +348,35 @@ int cuda_gemm_sm90(struct stream *s, const struct gemm *g, int width)
         only--;
     if (width && (only < 0 || !names[kind_of(g)][only]))
         return NOT_MINE;
-    const struct way way = choose(s->dev, g, only);
-    return launch(s, g, &way);
+    const struct way way = choose(s->dev, g, kind_of(g), only);
+    return multiply(s, g, &way);
+}
+
+// ---- convolutions -------------------------------------------------------------------------------
+
+bool cuda_conv_sm90_here(struct cuda_device *dev)
+{
+    return dev->api->pixel_map && has_kernels(dev, CONV_BF16, KINDS);
+}
+
+int cuda_conv_sm90(struct stream *s, const struct gemm *g, const struct gemm_sm90_pixels *x,
+                   const struct cuda_map *pixels, int channels)
+{
+    const enum kind kind = g->type_c == F32 ? CONV_F32 : x->narrow ? CONV_NARROW : CONV_BF16;
+    const struct way way = choose(s->dev, g, kind, -1);
+    const int width = widths[way.w], groups = x->doubled ? 4 : 1, taps = groups * x->taps;
+    const size_t parts =
+        sizeof(float) * GEMM_SM90_ROWS * (size_t)width * (size_t)s->dev->base.info.compute_units;
+    struct cuda_map map[4] = {*pixels};
+    struct gemm_sm90 p = arguments(s->dev, g, &way);
+    p.groups = groups;
+    p.pixels = *x;
+    if (p.space && parts > g->space->bytes)
+        p.space = NULL;
+    TRY(describe(s->dev, &map[1], g->b, 3, (int[]){channels, taps, g->n},
+                 (int64_t[]){channels, (int64_t)channels * taps},
+                 (int[]){x->narrow ? 32 : 64, 1, width}));
+    return launch(s, kind, &way, map, &p,
+                  (int64_t)groups * gemm_cover(g->m / groups, GEMM_SM90_ROWS) *
+                      gemm_cover(g->n, width));
 }

@@ -6,7 +6,7 @@
 
 enum { FUNCTIONS_MAX = 512 };
 
-#define DECLARE(name)                              \
+#define DECLARE(name)                               \
     extern const unsigned char cuda_image_##name[]; \
     extern const size_t cuda_image_##name##_size;
 CUDA_IMAGES(DECLARE)
@@ -53,8 +53,8 @@ void cuda_tuned_text(int capability, char *out, size_t size)
     out[0] = 0;
     for (int i = 0; i < IMAGE_COUNT; i++)
         if (image_bytes((enum cuda_image)i) && has_code_for(names[i], capability) && length < size)
-            length += (size_t)snprintf(out + length, size - length, "%s%s", length ? ", " : "",
-                                       names[i]);
+            length +=
+                (size_t)snprintf(out + length, size - length, "%s%s", length ? ", " : "", names[i]);
 }
 
 static cuda_module module(struct cuda_device *dev, enum cuda_image image)
@@ -75,8 +75,8 @@ static cuda_function find(struct cuda_device *dev, enum cuda_image image, const 
     cuda_module from = module(dev, image);
     if (!from || dev->api->module_function(&function, from, name) != CUDA_OK)
         return NULL;
-    if (shared > 0 && dev->api->function_attribute(function, CUDA_FUNCTION_MAX_SHARED,
-                                                   (int)shared) != CUDA_OK)
+    if (shared > 0 &&
+        dev->api->function_attribute(function, CUDA_FUNCTION_MAX_SHARED, (int)shared) != CUDA_OK)
         return NULL;
     return function;
 }
@@ -134,10 +134,34 @@ int cuda_tuned_map(const struct cuda_device *dev, struct cuda_map *map, cuda_add
     CU(dev->api,
        dev->api->tensor_map((cuda_tensor_map *)(void *)map, CUDA_MAP_BF16, (unsigned)rank,
                             (void *)(uintptr_t)address, size, bytes, boxes, steps, 0,
-                            swizzled ? swizzle : CUDA_MAP_SWIZZLE_NONE,
-                            CUDA_MAP_PROMOTE_256, 0),
+                            swizzled ? swizzle : CUDA_MAP_SWIZZLE_NONE, CUDA_MAP_PROMOTE_256, 0),
        "cuTensorMapEncodeTiled");
     return 0;
+}
+
+bool cuda_tuned_pixel_map(const struct cuda_device *dev, struct cuda_map *map, cuda_address address,
+                          const int sizes[4], const int before[2], const int after[2], int stride,
+                          int channels, int count)
+{
+    enum { STRIDE_MAX = 8, CORNER_MAX = 127 };
+    uint64_t size[4], bytes[3], pitch = 2;
+    const int lower[2] = {-before[0], -before[1]};
+    const uint32_t steps[4] = {1, (uint32_t)stride, (uint32_t)stride, 1};
+    for (int i = 0; i < 2; i++)
+        if (abs(before[i]) > CORNER_MAX || abs(after[i]) > CORNER_MAX)
+            return false;
+    for (int i = 0; i < 4; i++) {
+        size[i] = (uint64_t)sizes[i];
+        pitch *= size[i];
+        if (i < 3)
+            bytes[i] = pitch;
+    }
+    return stride <= STRIDE_MAX &&
+           dev->api->pixel_map((cuda_tensor_map *)(void *)map, CUDA_MAP_BF16, 4,
+                               (void *)(uintptr_t)address, size, bytes, lower, after,
+                               (uint32_t)channels, (uint32_t)count, steps, 0,
+                               channels == 64 ? CUDA_MAP_SWIZZLE_128 : CUDA_MAP_SWIZZLE_64,
+                               CUDA_MAP_PROMOTE_256, 0) == CUDA_OK;
 }
 
 void cuda_tuned_close(struct cuda_device *dev)

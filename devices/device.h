@@ -177,6 +177,8 @@ enum accelerated {
     ACCELERATE_ROUTE,       // struct route
     ACCELERATE_NORM2,       // struct norm2
     ACCELERATE_ADAMW,       // struct adamw_step
+    ACCELERATE_CONV2D,      // struct convolution
+    ACCELERATE_GROUP_NORM,  // struct group_norm_forward
     ACCELERATE_COUNT
 };
 enum { NOT_MINE = 1 }; // accelerate()'s polite refusal: the portable kernel runs instead

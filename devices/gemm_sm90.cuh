@@ -117,6 +117,19 @@ __device__ __forceinline__ void load_box(uint32_t to, const tensor_map *map, uin
                  : "memory");
 }
 
+// A map of pixels (cuTensorMapEncodeIm2col): the channels of a box from c on, of as many pixels as
+// a box has, from (x, y) of image n on, line by line and image by image, each moved by (kx, ky).
+// Outside of an image are zeros.
+__device__ __forceinline__ void load_pixel_box(uint32_t to, const tensor_map *map, uint32_t barrier,
+                                               int c, int x, int y, int n, int kx, int ky)
+{
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes "
+        "[%0], [%1, {%3, %4, %5, %6}], [%2], {%7, %8};" ::"r"(to),
+        "l"(map), "r"(barrier), "r"(c), "r"(x), "r"(y), "r"(n), "h"((uint16_t)kx), "h"((uint16_t)ky)
+        : "memory");
+}
+
 // The other way, for a box that lies inside; asynchronously, in a group of its thread's copies.
 __device__ __forceinline__ void store_box(const tensor_map *map, uint32_t from, int x, int y, int z)
 {
@@ -204,6 +217,14 @@ template <bool ACROSS> __device__ __forceinline__ uint64_t descriptor(uint32_t a
 // What a descriptor grows by for the next 16 of k.
 template <bool ACROSS> constexpr int DESCRIPTOR_STEP = (ACROSS ? 16 * 128 : 16 * 2) >> 4;
 
+// The same for rows of 64 bytes (32 elements of a row), with the 64-byte swizzle: eight rows to
+// 512.
+__device__ __forceinline__ uint64_t narrow_descriptor(uint32_t address)
+{
+    return (uint64_t)((address & 0x3ffff) >> 4) | (uint64_t)1 << 16 | (uint64_t)(512 >> 4) << 32 |
+           (uint64_t)2 << 62;
+}
+
 __device__ __forceinline__ void wgmma_begin()
 {
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
@@ -230,9 +251,13 @@ template <int WARPGROUPS_REGISTERS> __device__ __forceinline__ void registers_le
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(WARPGROUPS_REGISTERS));
 }
 
+#define REGISTERS_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define REGISTERS_32                                                                   \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, " \
     "%18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define REGISTERS_48 \
+    REGISTERS_32     \
+    ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
 #define REGISTERS_64                                                                   \
     REGISTERS_32                                                                       \
     ", "                                                                               \
@@ -253,7 +278,9 @@ template <int WARPGROUPS_REGISTERS> __device__ __forceinline__ void registers_le
 #define IN_OUT_8(d, i)                                                                          \
     "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
         "+f"(d[i + 6]), "+f"(d[i + 7])
+#define IN_OUT_16(d, i) IN_OUT_8(d, i), IN_OUT_8(d, i + 8)
 #define IN_OUT_32(d, i) IN_OUT_8(d, i), IN_OUT_8(d, i + 8), IN_OUT_8(d, i + 16), IN_OUT_8(d, i + 24)
+#define IN_OUT_48(d) IN_OUT_32(d, 0), IN_OUT_16(d, 32)
 #define IN_OUT_64(d) IN_OUT_32(d, 0), IN_OUT_32(d, 32)
 #define IN_OUT_96(d) IN_OUT_64(d), IN_OUT_32(d, 64)
 #define IN_OUT_128(d) IN_OUT_96(d), IN_OUT_32(d, 96)
@@ -276,7 +303,9 @@ template <int N, bool ACROSS_A, bool ACROSS_B> struct wgmma;
                          : "l"(da), "l"(db), "r"(add), "n"((int)ACROSS_A), "n"((int)ACROSS_B));   \
         }                                                                                         \
     };
+WGMMA(32, 16, REGISTERS_16, IN_OUT_16(d, 0), "%16", "%17", "%18", "%19", "%20")
 WGMMA(64, 32, REGISTERS_32, IN_OUT_32(d, 0), "%32", "%33", "%34", "%35", "%36")
+WGMMA(96, 48, REGISTERS_48, IN_OUT_48(d), "%48", "%49", "%50", "%51", "%52")
 WGMMA(128, 64, REGISTERS_64, IN_OUT_64(d), "%64", "%65", "%66", "%67", "%68")
 WGMMA(192, 96, REGISTERS_96, IN_OUT_96(d), "%96", "%97", "%98", "%99", "%100")
 WGMMA(256, 128, REGISTERS_128, IN_OUT_128(d), "%128", "%129", "%130", "%131", "%132")
@@ -285,12 +314,16 @@ WGMMA(256, 128, REGISTERS_128, IN_OUT_128(d), "%128", "%129", "%130", "%131", "%
 #undef IN_OUT_128
 #undef IN_OUT_96
 #undef IN_OUT_64
+#undef IN_OUT_48
 #undef IN_OUT_32
+#undef IN_OUT_16
 #undef IN_OUT_8
 #undef REGISTERS_128
 #undef REGISTERS_96
 #undef REGISTERS_64
+#undef REGISTERS_48
 #undef REGISTERS_32
+#undef REGISTERS_16
 
 } // namespace sm90
 

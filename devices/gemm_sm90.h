@@ -13,6 +13,21 @@ enum {
     GEMM_SM90_SHARED = 232448, // bytes of shared memory that a block may have
 };
 
+// What A of a product is that is a convolution: a row of it holds what the kernel meets of x at one
+// pixel of y, tap by tap (ky, kx), 64 channels (narrow: 32) `chunks` times for each, zeros behind
+// the last, up to a multiple of 64. B is [n, taps, channels].
+//
+// Doubled (a kernel of 3 x 3 on pixels that count four times): the four pixels of y at one pixel of
+// x meet 2 x 2 pixels of x each, with weights that are sums of the kernel's. They are four groups
+// of rows, number 2 (y odd) + (x odd), with taps of their own in B.
+struct gemm_sm90_pixels {
+    int width, height;     // pixels of y in a line and lines of an image; doubled: of x
+    int stride, left, top; // the first pixel of y meets x from (-left, -top)
+    int taps, kernel_w, chunks;
+    int pitch; // elements from one row of C to the next, where that is bf16
+    int relu, doubled, narrow;
+};
+
 // A product C[m,n] = op(A) op(B) as a kernel sees it; see struct gemm. The matrices A and B, and
 // for SwiGLU C and h, come as tensor maps too. Addresses are the device's.
 struct gemm_sm90 {
@@ -23,11 +38,12 @@ struct gemm_sm90 {
     const float *bias;
     const int *offsets; // NULL: one group of all rows
     void *space;        // sums of parts of tiles; NULL: no tile is divided
-    int groups;
+    int groups; // without offsets: of as many rows each
     int m, n, k; // n: columns of h for SWIGLU_FORWARD, of dh for SWIGLU_BACKWARD
     int accumulate;
     int band;    // tiles of rows that are swept column by column
     int workers; // blocks that take tiles
+    struct gemm_sm90_pixels pixels;
 };
 
 // Bytes: of a stage; of what one of the eight warps hands around on its way out (16 rows of 32

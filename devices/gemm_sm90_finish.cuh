@@ -216,11 +216,17 @@ __device__ __forceinline__ void finish_swiglu(const float (&sum)[WIDTH / 2], con
     }
 }
 
+template <int WIDTH>
+__device__ __forceinline__ void finish_pixels(float (&sum)[WIDTH / 2], const gemm_sm90 &p,
+                                              const place_in_c &at); // gemm_sm90_pixels.cuh
+
 template <class K, finish FINISH, int WIDTH>
 __device__ __forceinline__ void finish_rows(float (&sum)[WIDTH / 2], const gemm_sm90 &p,
                                             const place_in_c &at)
 {
-    if constexpr (FINISH == TO_BF16)
+    if constexpr (FINISH == TO_BF16 && K::PIXELS)
+        finish_pixels<WIDTH>(sum, p, at);
+    else if constexpr (FINISH == TO_BF16)
         finish_bf16<WIDTH, CHUNK<K>>(sum, p, at);
     else if constexpr (FINISH == TO_F32)
         finish_f32<WIDTH>(sum, p, at);

@@ -17,12 +17,16 @@ typedef __nv_bfloat16 bf16;
 constexpr int ROWS = GEMM_SM90_ROWS, DEPTH = GEMM_SM90_DEPTH;
 constexpr int BLOCKS = ROWS / 64;     // of the rows that one wgmma takes
 constexpr int BLOCK = 64 * DEPTH * 2; // bytes of 64 columns of a matrix that runs across
-enum form { NT, NN, TN };             // which of A and B run along k: both, A, none
+// Which of A and B run along k: both, A, none; CONV: both, and A is pixels (gemm_sm90_pixels.cuh),
+// with 64 channels of one tap in a stage, or NARROW, 32 channels of each of two.
+enum form { NT, NN, TN, CONV, CONV_NARROW };
 enum finish { TO_BF16, TO_F32, SWIGLU_FWD, SWIGLU_BWD };
 
 // How a kernel is made up.
 template <form FORM, finish FINISH, int WIDTH> struct kernel {
-    static constexpr bool ACROSS_A = FORM == TN, ACROSS_B = FORM != NT, RAGGED_K = FORM == TN;
+    static constexpr bool ACROSS_A = FORM == TN, ACROSS_B = FORM == NN || FORM == TN;
+    static constexpr bool RAGGED_K = FORM == TN, PIXELS = FORM == CONV || FORM == CONV_NARROW;
+    static constexpr int CHANNELS = FORM == CONV_NARROW ? 32 : 64; // of a tap, in a stage
     static constexpr int STRIPS = FINISH == SWIGLU_BWD ? GEMM_SM90_STRIPS : 0; // of g | u a warp
     static constexpr int STAGES = GEMM_SM90_STAGES(WIDTH, STRIPS);
     static constexpr bool DIVIDES = FINISH == TO_BF16 || FINISH == TO_F32; // tiles along k
@@ -36,6 +40,24 @@ template <class K> constexpr int CHUNK = K::COLUMNS % 64 == 0 ? 64 : 32;
 struct shared {
     uint32_t stages, strips, staging, full, empty, turn, strip_full; // addresses
     int *start, *first; // [groups + 1]: a group's first tile of rows; first row
+};
+
+// The place in the ring of stages.
+template <int STAGES> struct ring {
+    int stage = 0, phase = 0;
+    __device__ __forceinline__ void next()
+    {
+        if (++stage == STAGES) {
+            stage = 0;
+            phase ^= 1;
+        }
+    }
+    __device__ __forceinline__ void skip(int count)
+    {
+        int sum = stage + count;
+        stage = sum % STAGES;
+        phase ^= sum / STAGES & 1;
+    }
 };
 
 struct tile {
@@ -78,12 +100,13 @@ __device__ __forceinline__ int cover(int count, int size)
 __device__ __forceinline__ void find_groups(const shared &s, const gemm_sm90 &p, int lane,
                                             bool across)
 {
+    const int each = (across ? p.k : p.m) / p.groups; // without offsets
     int tiles = 0;
     for (int e0 = 0; e0 < p.groups; e0 += 32) {
         int e = e0 + lane, from = 0, to = 0;
         if (e < p.groups) {
-            from = p.offsets ? p.offsets[e] : 0;
-            to = p.offsets ? p.offsets[e + 1] : across ? p.k : p.m;
+            from = p.offsets ? p.offsets[e] : e * each;
+            to = p.offsets ? p.offsets[e + 1] : from + each;
         }
         int sum = cover(to - from, ROWS);
         for (int step = 1; step < 32; step *= 2) {

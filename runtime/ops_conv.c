@@ -139,6 +139,61 @@ static int place(struct context *c, struct tensor *y, int64_t column, const stru
                   UINT(count));
 }
 
+// By the device's own convolution from row `first` of y on, or NOT_MINE.
+static int conv_accelerated(struct context *c, struct tensor *y, int64_t first, int64_t column,
+                            const struct tensor *x, const struct tensor *w,
+                            const struct tensor *bias, const struct conv *g)
+{
+    const int64_t channels = x->shape[1], out = w->shape[0];
+    if (c->dev->cpu_forms || w->dtype != BF16 || c->dev->act != BF16)
+        return NOT_MINE;
+    op_want_space(c, CONV_SPACE + (g->doubled ? (size_t)(32 * channels * out) : 0));
+    const struct convolution a = {.y = y->mem,
+                                  .x = x->mem,
+                                  .w = w->mem,
+                                  .bias = MEM(bias),
+                                  .space = c->space.mem,
+                                  .images = g->images,
+                                  .height = g->height,
+                                  .width = g->width,
+                                  .channels = arg_int(channels),
+                                  .out = arg_int(out),
+                                  .columns = arg_int(y->shape[1]),
+                                  .column = arg_int(column),
+                                  .first = arg_int(first),
+                                  .kernel_h = g->kernel_h,
+                                  .kernel_w = g->kernel_w,
+                                  .stride = g->stride,
+                                  .top = g->top,
+                                  .bottom = g->bottom,
+                                  .left = g->left,
+                                  .right = g->right,
+                                  .out_height = arg_int(conv_height(g)),
+                                  .out_width = arg_int(conv_width(g)),
+                                  .doubled = g->doubled,
+                                  .relu = g->relu,
+                                  .add = g->add,
+                                  .to_f32 = y->dtype == F32};
+    return ACCELERATE(c, ACCELERATE_CONV2D, &a, y, x, w, bias);
+}
+
+// The product of a block of gathered pixels to rows of y by the device's own convolution, of 1 x 1;
+// or NOT_MINE.
+static int product_in_place(struct context *c, struct tensor *y, int64_t first, int64_t column,
+                            const struct tensor *a, const struct tensor *w,
+                            const struct tensor *bias, const struct conv *g)
+{
+    const struct conv one = {.images = 1,
+                             .height = 1,
+                             .width = (int)a->shape[0],
+                             .kernel_h = 1,
+                             .kernel_w = 1,
+                             .stride = 1,
+                             .relu = g->relu,
+                             .add = g->add};
+    return conv_accelerated(c, y, first, column, a, w, bias, &one);
+}
+
 // Rows [first, first + rows) of y; c: the context of the product.
 static int conv_rows(struct context *outer, struct context *c, struct tensor *y, int64_t column,
                      const struct tensor *x, const struct tensor *w, const struct tensor *bias,
@@ -159,10 +214,14 @@ static int conv_rows(struct context *outer, struct context *c, struct tensor *y,
                        rows, p->out);
     if (code == 0 && p->gather)
         code = gather(c, &a, x, g, p, first);
-    if (code == 0)
+    const int own =
+        code == 0 && p->place ? product_in_place(c, y, first, column, &a, w, bias, g) : NOT_MINE;
+    if (own != NOT_MINE)
+        code = own;
+    if (code == 0 && own == NOT_MINE)
         code =
             g->add && !p->place ? op_linear_add(c, &b, &a, w, bias) : op_linear(c, &b, &a, w, bias);
-    if (code == 0 && p->place)
+    if (code == 0 && own == NOT_MINE && p->place)
         code = place(c, y, column, &b, g, first);
     op_view_end(c, &a);
     op_view_end(c, &b);
@@ -174,7 +233,10 @@ int op_conv2d(struct context *c, struct tensor *y, int64_t column, const struct 
 {
     const struct conv_plan p = conv_plan(c, y, column, x, w, g);
     struct context inner;
-    int code = op_inner_begin(c, p.gathered + p.placed, &inner);
+    int code = conv_accelerated(c, y, 0, column, x, w, bias, g);
+    if (code != NOT_MINE)
+        return code;
+    code = op_inner_begin(c, p.gathered + p.placed, &inner);
     for (int64_t first = 0; code == 0 && first < p.rows; first += p.block)
         code = conv_rows(c, &inner, y, column, x, w, bias, g, &p, first);
     op_inner_end(c, p.gathered + p.placed, &inner);
@@ -194,7 +256,7 @@ static struct group_norm group_norm_plan(const struct context *c, const struct t
     struct group_norm p = {.images = images, .channels = x->shape[1]};
     BUG_IF(images < 1 || x->ndim != 2 || x->shape[0] % images);
     p.pixels = x->shape[0] / images;
-    p.rows = c->dev->cpu_forms ? op_chunk(c, x->shape[0], 16, 256) : p.pixels < 64 ? 8 : 32;
+    p.rows = c->dev->cpu_forms ? op_chunk(c, x->shape[0], 16, 256) : p.pixels < 64 ? 8 : GROUP_ROWS;
     p.parts = cover(p.pixels, p.rows);
     p.part_bytes = op_aligned(c, (size_t)(images * p.parts * 2 * p.channels) * sizeof(float));
     p.total_bytes = op_aligned(c, (size_t)(images * 2 * p.channels) * sizeof(float));
@@ -231,6 +293,19 @@ static int group_norm_apply(struct context *c, struct tensor *y, const struct te
                   BUF(bias), INT(p->channels), INT(p->pixels), INT(silu), UINT(items));
 }
 
+// By the portable kernels.
+static int group_norm_steps(struct context *c, struct tensor *y, const struct tensor *x,
+                            const struct tensor *weight, const struct tensor *bias,
+                            struct tensor *part, struct tensor *total, int groups, float eps,
+                            bool silu, const struct group_norm *p)
+{
+    TRY(group_norm_sums(c, part, x, p));
+    TRY(LAUNCH(c, KERNEL_group_norm_total, groups, p->images, 1, BUF(total), BUF(part), BUF(weight),
+               INT(p->channels), INT(p->channels / groups), INT(p->pixels), INT(p->rows),
+               INT(p->parts), FLOAT(eps)));
+    return group_norm_apply(c, y, x, total, bias, silu, p);
+}
+
 int op_group_norm(struct context *c, struct tensor *y, const struct tensor *x,
                   const struct tensor *weight, const struct tensor *bias, int images, int groups,
                   float eps, bool silu)
@@ -244,14 +319,22 @@ int op_group_norm(struct context *c, struct tensor *y, const struct tensor *x,
     int code = op_view(c, &part, c->space.mem, 0, F32, images * p.parts, 2 * p.channels);
     if (code == 0)
         code = op_view(c, &total, c->space.mem, p.part_bytes, F32, images, 2 * p.channels);
+    const struct group_norm_forward a = {.y = y->mem,
+                                         .x = x->mem,
+                                         .weight = weight->mem,
+                                         .bias = bias->mem,
+                                         .partial = part.mem,
+                                         .total = total.mem,
+                                         .images = images,
+                                         .pixels = arg_int(p.pixels),
+                                         .channels = arg_int(p.channels),
+                                         .groups = groups,
+                                         .silu = silu,
+                                         .eps = eps};
     if (code == 0)
-        code = group_norm_sums(c, &part, x, &p);
-    if (code == 0)
-        code = LAUNCH(c, KERNEL_group_norm_total, groups, images, 1, BUF(&total), BUF(&part),
-                      BUF(weight), INT(p.channels), INT(p.channels / groups), INT(p.pixels),
-                      INT(p.rows), INT(p.parts), FLOAT(eps));
-    if (code == 0)
-        code = group_norm_apply(c, y, x, &total, bias, silu, &p);
+        code = ACCELERATE(c, ACCELERATE_GROUP_NORM, &a, y, x);
+    if (code == NOT_MINE)
+        code = group_norm_steps(c, y, x, weight, bias, &part, &total, groups, eps, silu, &p);
     op_view_end(c, &part);
     op_view_end(c, &total);
     return code;

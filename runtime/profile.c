@@ -208,6 +208,18 @@ int profile_end_gemm(struct profile *p, const struct gemm *g)
     return 0;
 }
 
+// Of a convolution as published, doubled or not; and its name, by which the like are told apart.
+static double conv_flops(const struct convolution *a, char *name, size_t size)
+{
+    const double pixels = (double)a->images * a->out_height * a->out_width;
+    snprintf(name, size, "conv %dx%d%s %.0fx%dx%d", a->kernel_h, a->kernel_w,
+             a->doubled      ? " doubled"
+             : a->stride > 1 ? " strided"
+                             : "",
+             pixels, a->out, a->channels);
+    return 2 * pixels * a->out * a->kernel_h * a->kernel_w * a->channels;
+}
+
 const char *accelerated_name(enum accelerated op)
 {
     static const char *const names[ACCELERATE_COUNT] = {
@@ -225,6 +237,8 @@ const char *accelerated_name(enum accelerated op)
         [ACCELERATE_ROUTE] = "route",
         [ACCELERATE_NORM2] = "norm2",
         [ACCELERATE_ADAMW] = "adamw",
+        [ACCELERATE_CONV2D] = "conv2d",
+        [ACCELERATE_GROUP_NORM] = "group_norm",
     };
     return names[op];
 }
@@ -249,6 +263,8 @@ int profile_end_accelerated(struct profile *p, enum accelerated op, const void *
         flops =
             attention_flops(KERNEL_attention_bwd_cpu, (double)tensor_count(operands[0]), list[8].i);
     snprintf(name, sizeof name, "%s (tuned)", accelerated_name(op) ? accelerated_name(op) : "?");
+    if (op == ACCELERATE_CONV2D)
+        flops = conv_flops(args, name, sizeof name);
     TRY(profile_end(p, name, mems, used, flops));
     if (op == ACCELERATE_ADAMW) // all but g and control are written too
         p->list[p->count - 1].bytes = 2 * p->list[p->count - 1].bytes -

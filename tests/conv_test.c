@@ -39,14 +39,16 @@ struct conv_case {
     bool bias, y_f32;
 };
 
+enum { WEIGHTS_MAX = 60000 };
+
 // The weight as op_conv2d takes it, of the device's type for weights, and as published in
 // *published.
 static struct operand *conv_weights(struct op_run *r, const struct conv_case *t, double **published)
 {
     const int taps = t->g.kernel_h * t->g.kernel_w, count = t->out * t->channels * taps;
     const int64_t pitch = conv_columns(&t->g, t->channels);
-    float from[20000], to[20000];
-    BUG_IF(count > 20000 || t->out * pitch > 20000);
+    static float from[WEIGHTS_MAX], to[WEIGHTS_MAX];
+    BUG_IF(count > WEIGHTS_MAX || t->out * pitch > WEIGHTS_MAX);
     double *laid = op_doubles(r, t->out * pitch);
     *published = op_doubles(r, count);
     for (int i = 0; i < count; i++)
@@ -151,6 +153,35 @@ static int test_conv(void)
     return OP_FOR_ALL(conv_case, conv_shapes);
 }
 
+// What devices do without gathering: channels in units of eight, more of them than fit at a time,
+// more rows than a tile, and sums long enough to be divided. Also into columns of a wider y.
+static int wide_case(struct op_run *r, const int *s)
+{
+    const struct conv g = geometry(s);
+    const int channels = s[3], out = s[4];
+    struct conv relu = g, add = g;
+    relu.relu = relu.add = add.add = true;
+    const struct conv_case cases[] = {{g, channels, out, 0, out, true, false},
+                                      {relu, channels, out, 8, out + 16, true, false},
+                                      {add, channels, out, 0, out, false, false},
+                                      {g, channels, out, 0, out, true, true}};
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++)
+        if (check_conv(r, &cases[i]) != PASSED)
+            return FAILED;
+    return PASSED;
+}
+
+static int test_conv_wide(void)
+{
+    static const int shapes[][6] = {
+        {1, 1, 1, 8, 8, 0},     {2, 9, 13, 40, 24, 0},  {1, 12, 13, 128, 40, 0},
+        {3, 9, 8, 72, 80, 0},   {1, 3, 5, 160, 16, 0},  {2, 7, 9, 72, 136, 6},
+        {2, 7, 6, 40, 48, 2},   {2, 7, 9, 136, 8, 3},   {2, 10, 7, 40, 200, 4},
+        {2, 6, 7, 72, 24, 5},   {1, 11, 13, 24, 72, 5}, {1, 4, 3, 136, 40, 5},
+        {2, 11, 12, 72, 24, 8}, {2, 8, 11, 32, 40, 1},  {2, 4, 3, 24, 16, 7}};
+    return OP_FOR_ALL(wide_case, shapes);
+}
+
 // More rows than a block: the blocks' seams lie within lines, and the last is shorter.
 static int blocks_case(struct op_run *r, const int *s)
 {
@@ -222,9 +253,10 @@ static int group_norm_case(struct op_run *r, const int *s)
 
 static int test_group_norm(void)
 {
-    static const int shapes[][6] = {{1, 2, 1, 1},     {2, 9, 32, 32},      {1, 65, 64, 32},
-                                    {3, 257, 12, 4},  {2, 31, 6, 2},       {1, 300, 37, 1},
-                                    {1, 81, 128, 32}, {2, 513, 8, 4, 50}};
+    static const int shapes[][6] = {{1, 2, 1, 1},      {2, 9, 32, 32},     {1, 65, 64, 32},
+                                    {3, 257, 12, 4},   {2, 31, 6, 2},      {1, 300, 37, 1},
+                                    {1, 81, 128, 32},  {2, 513, 8, 4, 50}, {2, 301, 512, 32, 3},
+                                    {3, 1100, 256, 32}};
     return OP_FOR_ALL(group_norm_case, shapes);
 }
 
@@ -315,6 +347,7 @@ static int test_rows_to_images(void)
 
 const struct test conv_tests[] = {
     {"conv", test_conv},
+    {"conv_wide", test_conv_wide},
     {"conv_blocks", test_conv_blocks},
     {"group_norm", test_group_norm},
     {"softmax", test_softmax},
