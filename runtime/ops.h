@@ -91,8 +91,9 @@ int op_linear_add(struct context *c, struct tensor *y, const struct tensor *x,
 // to a multiple of 8: conv_weight() brings a published [Co,C,kh,kw] into it. Rows of Co that are
 // zero make columns that are zero; products are fastest where Co is a multiple of 8 too.
 //
-// Done as products of blocks of gathered pixels. Without relu, and where y has no other columns,
-// sums are rounded once.
+// Done as products of blocks of gathered pixels, or by the device in place (devices/conv_sm90.cu:
+// bf16, channels in units of eight; doubled, weights are then added up and rounded first). Without
+// relu, where y has no other columns, and in place, sums are rounded once.
 struct conv {
     int images, height, width;      // of x[N*H*W, C]
     int kernel_h, kernel_w, stride;

@@ -352,12 +352,13 @@ int op_softmax(struct context *c, struct tensor *p, const struct tensor *s, floa
     return LAUNCH(c, KERNEL_softmax_rows, rows, 1, 1, BUF(p), BUF(s), INT(columns), FLOAT(scale));
 }
 
-// Scratch of op_attention_single, in this order: keys and values of one image, a block of queries
-// and of outputs, their scores and probabilities. Copies, because rows of an image need not begin
-// where a view may.
+// What op_attention_single works on: keys and values of one image, a block of queries and of outputs,
+// their scores and probabilities. Scores and probabilities are scratch; so are the others, as copies,
+// where rows of an image do not begin where a view may.
 enum { AT_KEYS, AT_VALUES, AT_QUERIES, AT_OUTPUTS, AT_SCORES, AT_SHARES, AT_COUNT };
 struct attention_blocks {
     int64_t tokens, width, block;
+    bool in_place;
     size_t offset[AT_COUNT + 1];
 };
 
@@ -369,11 +370,14 @@ static struct attention_blocks attention_blocks(const struct context *c, const s
     b.tokens = q->shape[0] / images;
     b.block = cover(b.tokens, cover(b.tokens, SCORES_ROWS));
     const size_t size = dtype_size(c->dev->act), row = (size_t)b.width * size;
+    const int64_t multiple = aligned_rows(c, q);
+    b.in_place = b.tokens % multiple == 0 && b.block % multiple == 0;
+    const size_t copied = b.in_place ? 0 : row;
     const size_t bytes[AT_COUNT] = {
-        [AT_KEYS] = (size_t)b.tokens * row,
-        [AT_VALUES] = (size_t)b.tokens * row,
-        [AT_QUERIES] = (size_t)b.block * row,
-        [AT_OUTPUTS] = (size_t)b.block * row,
+        [AT_KEYS] = (size_t)b.tokens * copied,
+        [AT_VALUES] = (size_t)b.tokens * copied,
+        [AT_QUERIES] = (size_t)b.block * copied,
+        [AT_OUTPUTS] = (size_t)b.block * copied,
         [AT_SCORES] = (size_t)(b.block * b.tokens) * sizeof(float),
         [AT_SHARES] = (size_t)(b.block * b.tokens) * size,
     };
@@ -393,46 +397,61 @@ static int copy_rows(struct context *c, struct tensor *to, int64_t to_row,
                              (size_t)from_row * row, (size_t)rows * row);
 }
 
-// Queries [first, first + rows) of all, of the image whose keys and values are in scratch.
-static int attend(struct context *outer, struct context *c, struct tensor *o,
-                  const struct tensor *q, const struct attention_blocks *b, int64_t first,
-                  int64_t rows)
+// out: rows [first, first + rows) of t, in place; else room number `at` of scratch for them, filled
+// with them where `read`.
+static int block_of(struct context *c, struct tensor *out, const struct tensor *t,
+                    const struct attention_blocks *b, int at, int64_t first, int64_t rows,
+                    bool read)
 {
-    struct tensor t[AT_COUNT] = {0};
-    int code = 0;
-    for (int i = 0; code == 0 && i < AT_COUNT; i++)
-        code = op_view(c, &t[i], outer->space.mem, b->offset[i], i == AT_SCORES ? F32 : c->dev->act,
-                       i < AT_QUERIES ? b->tokens : rows, i < AT_SCORES ? b->width : b->tokens);
+    const size_t row = (size_t)b->width * dtype_size(t->dtype);
+    if (b->in_place)
+        return op_view(c, out, t->mem, (size_t)first * row, t->dtype, rows, b->width);
+    TRY(op_view(c, out, c->space.mem, b->offset[at], t->dtype, rows, b->width));
+    return read ? copy_rows(c, out, 0, t, first, rows) : 0;
+}
+
+// Queries [first, first + rows) of all, of the image whose keys and values t[] holds.
+static int attend(struct context *outer, struct context *c, struct tensor *o,
+                  const struct tensor *q, struct tensor t[AT_COUNT],
+                  const struct attention_blocks *b, int64_t first, int64_t rows)
+{
+    struct tensor *scores = &t[AT_SCORES], *shares = &t[AT_SHARES], *out = &t[AT_OUTPUTS];
+    int code = block_of(outer, &t[AT_QUERIES], q, b, AT_QUERIES, first, rows, true);
     if (code == 0)
-        code = copy_rows(c, &t[AT_QUERIES], 0, q, first, rows);
+        code = block_of(outer, out, o, b, AT_OUTPUTS, first, rows, false);
     if (code == 0)
-        code = op_linear(c, &t[AT_SCORES], &t[AT_QUERIES], &t[AT_KEYS], NULL);
+        code = op_view(c, scores, outer->space.mem, b->offset[AT_SCORES], F32, rows, b->tokens);
     if (code == 0)
-        code = op_softmax(c, &t[AT_SHARES], &t[AT_SCORES], 1.0f / sqrtf((float)b->width));
+        code = op_view(c, shares, outer->space.mem, b->offset[AT_SHARES], c->dev->act, rows,
+                       b->tokens);
     if (code == 0)
-        code = op_linear_dx(c, &t[AT_OUTPUTS], &t[AT_SHARES], &t[AT_VALUES], false);
+        code = op_linear(c, scores, &t[AT_QUERIES], &t[AT_KEYS], NULL);
     if (code == 0)
-        code = copy_rows(c, o, first, &t[AT_OUTPUTS], 0, rows);
-    for (int i = 0; i < AT_COUNT; i++)
+        code = op_softmax(c, shares, scores, 1.0f / sqrtf((float)b->width));
+    if (code == 0)
+        code = op_linear_dx(c, out, shares, &t[AT_VALUES], false);
+    if (code == 0 && !b->in_place)
+        code = copy_rows(c, o, first, out, 0, rows);
+    for (int i = AT_QUERIES; i < AT_COUNT; i++)
         op_view_end(c, &t[i]);
     return code;
 }
 
-// Keys and values of image n into scratch.
-static int bring_image(struct context *c, const struct tensor *k, const struct tensor *v,
-                       const struct attention_blocks *b, int64_t n)
+// Image n of all.
+static int attend_image(struct context *outer, struct context *c, struct tensor *o,
+                        const struct tensor *q, const struct tensor *k, const struct tensor *v,
+                        const struct attention_blocks *b, int64_t n)
 {
-    struct tensor keys, values = {0};
-    int code = op_view(c, &keys, c->space.mem, b->offset[AT_KEYS], k->dtype, b->tokens, b->width);
+    struct tensor t[AT_COUNT] = {0};
+    const int64_t first = n * b->tokens;
+    int code = block_of(outer, &t[AT_KEYS], k, b, AT_KEYS, first, b->tokens, true);
     if (code == 0)
-        code =
-            op_view(c, &values, c->space.mem, b->offset[AT_VALUES], v->dtype, b->tokens, b->width);
-    if (code == 0)
-        code = copy_rows(c, &keys, 0, k, n * b->tokens, b->tokens);
-    if (code == 0)
-        code = copy_rows(c, &values, 0, v, n * b->tokens, b->tokens);
-    op_view_end(c, &keys);
-    op_view_end(c, &values);
+        code = block_of(outer, &t[AT_VALUES], v, b, AT_VALUES, first, b->tokens, true);
+    for (int64_t i = 0; code == 0 && i < b->tokens; i += b->block)
+        code = attend(outer, c, o, q, t, b, first + i,
+                      b->tokens - i < b->block ? b->tokens - i : b->block);
+    op_view_end(c, &t[AT_KEYS]);
+    op_view_end(c, &t[AT_VALUES]);
     return code;
 }
 
@@ -446,12 +465,8 @@ int op_attention_single(struct context *c, struct tensor *o, const struct tensor
     BUG_IF(!has_shape2(o, rows, b.width) || !has_shape2(q, rows, b.width) ||
            !has_shape2(k, rows, b.width) || !has_shape2(v, rows, b.width));
     int code = op_inner_begin(c, b.offset[AT_COUNT], &inner);
-    for (int64_t n = 0; code == 0 && n < images; n++) {
-        code = bring_image(c, k, v, &b, n);
-        for (int64_t i = 0; code == 0 && i < b.tokens; i += b.block)
-            code = attend(c, &inner, o, q, &b, n * b.tokens + i,
-                          b.tokens - i < b.block ? b.tokens - i : b.block);
-    }
+    for (int64_t n = 0; code == 0 && n < images; n++)
+        code = attend_image(c, &inner, o, q, k, v, &b, n);
     op_inner_end(c, b.offset[AT_COUNT], &inner);
     return code;
 }
