@@ -179,26 +179,36 @@ static double parameters_of_expert(const struct config *c)
     return layers ? more / layers / c->experts - c->hidden : 0;
 }
 
+static void fill_kind(const struct config *c, const struct cost_options *o, bool fused,
+                      struct kind_cost *k)
+{
+    const double T = config_tokens(c), D = c->hidden, F = MLP_RATIO * D;
+    const double act = o->bf16 ? 2 : 4, shared = c->shared * D;
+    const bool half = o->bf16 && fused;
+    // LayerNorm, attention's operands, two residual sums, combination; SwiGLU where products leave it
+    k->bytes = T * act * (14 * D + (fused ? 0 : 3 * shared));
+    k->expert_bytes = act * (3 * D + (fused ? 0 : 3 * F));
+    k->launches = fused ? 12 : 20;
+    k->expert_launches = fused ? 3 : 6;
+    k->weight_bytes = half ? 2 : 4;
+    k->update_bytes = half ? 36 : 40;
+}
+
 static void fill_work(const struct config *c, const struct cost_options *o, struct model_cost *m)
 {
     const double T = config_tokens(c), D = c->hidden, E = c->experts, F = MLP_RATIO * D;
-    const double act = o->bf16 ? 2 : 4, shared = c->shared * D;
+    const double act = o->bf16 ? 2 : 4;
     const double patch = (double)c->patch * c->patch;
-    const bool fused = o->kind != DEVICE_CPU;
     m->tokens = T;
     m->rows = T * c->topk;
     m->row_bytes = D * act;
     m->flops = T * (8 * D * D + 2 * D * E);
-    m->shared_flops = 6 * T * D * shared;
+    m->shared_flops = 6 * T * D * c->shared * D;
     m->plain_flops = 4 * T * D * F;
     m->attention_flops = 4 * T * T * D;
-    // LayerNorm, attention's operands, two residual sums, combination; SwiGLU where products leave
-    // it
-    m->bytes = T * act * (14 * D + (fused ? 0 : 3 * shared));
     m->expert_flops = flops_of_expert(c);
-    m->expert_bytes = act * (3 * D + (fused ? 0 : 3 * F));
-    m->launches = fused ? 12 : 20;
-    m->expert_launches = fused ? 3 : 6;
+    fill_kind(c, o, true, &m->gpu);
+    fill_kind(c, o, false, &m->cpu);
     m->image_flops = 2 * config_modulations(c) * D + 2 * D * (TIMESTEP_FEATURES + D) +
                      2 * T * D * patch * (c->channels + config_out_channels(c));
     m->image_bytes = act * 8 * T * D;
@@ -210,12 +220,11 @@ static void fill_parameters(const struct config *c, const struct cost_options *o
                             struct model_cost *m)
 {
     const double total = (double)config_count(c).total;
-    const bool half = o->bf16 && o->kind != DEVICE_CPU;
     m->expert_params = parameters_of_expert(c);
     m->dense_params = total - m->expert_params * c->experts * moe_layers(c);
-    m->weight_bytes = half ? 2 : 4;
-    m->update_bytes = half ? 36 : 40;
-    m->host_expert = m->expert_params * (o->train ? 20 : m->weight_bytes);
+    m->host_expert =
+        m->expert_params *
+        (o->train ? 20 : o->kind == DEVICE_CPU ? m->cpu.weight_bytes : m->gpu.weight_bytes);
 }
 
 int model_cost_new(const struct config *c, const struct cost_options *o, struct model_cost *out)

@@ -35,15 +35,23 @@ static double correction(const struct model_cost *m, const struct device_rates *
     return m->train ? r->train : r->sample;
 }
 
+// What a device's kind makes of the model.
+static const struct kind_cost *on(const struct model_cost *m, enum device_kind kind)
+{
+    return kind == DEVICE_CPU ? &m->cpu : &m->gpu;
+}
+
 // ---- one rank, one layer, one forward pass ------------------------------------------------------
 
 struct dense_time {
     double before, shared; // the exchange; the shared expert, which can hide it
 };
 
-static struct dense_time dense_time(const struct model_cost *m, const struct device_rates *r,
+static struct dense_time dense_time(const struct model_cost *m, const struct cluster_rank *c,
                                     int share, bool moe)
 {
+    const struct device_rates *r = &c->rates;
+    const struct kind_cost *k = on(m, c->kind);
     const double images = (double)share * m->passes, rows = images * m->tokens;
     const double rate = rate_at(r->dense, rows);
     struct dense_time t = {0};
@@ -51,7 +59,7 @@ static struct dense_time dense_time(const struct model_cost *m, const struct dev
         return t;
     t.before = ratio(images * (m->flops + (moe ? 0 : m->plain_flops)), rate) +
                ratio(images * m->attention_flops, r->attention) +
-               ratio(images * m->bytes, r->memory) + m->launches * r->launch;
+               ratio(images * k->bytes, r->memory) + k->launches * r->launch;
     t.shared = moe ? ratio(images * m->shared_flops, rate) : 0;
     t.before *= correction(m, r);
     t.shared *= correction(m, r);
@@ -59,25 +67,33 @@ static struct dense_time dense_time(const struct model_cost *m, const struct dev
 }
 
 // Experts with these rows in all; an expert's products run at the rate of its own rows.
-static double expert_time(const struct model_cost *m, const struct device_rates *r, double rows,
-                          int experts)
+static double expert_time(const struct model_cost *m, const struct device_rates *r,
+                          enum device_kind kind, double rows, int experts)
 {
+    const struct kind_cost *k = on(m, kind);
     if (experts == 0 || rows <= 0)
         return 0;
     return correction(m, r) *
            (ratio(rows * m->expert_flops, rate_at(r->ragged, rows / experts)) +
-            ratio(rows * m->expert_bytes, r->memory) + m->expert_launches * r->launch);
+            ratio(rows * k->expert_bytes, r->memory) + k->expert_launches * r->launch);
 }
 
 // ---- roads --------------------------------------------------------------------------------------
 
-// Seconds in which `rank` sends its rows to experts' owners and gets those of others. A direct road
-// carries both ways at once and all peers share its port; by the host's memory they take turns.
-// owned [groups, ranks]: the share of a group's rows that goes to each rank.
-static double exchange_time(const struct cluster *c, const struct model_cost *m,
-                            const struct placement *p, const double *owned, int rank)
+// What a rank's rows cost on their way to experts and back. By the host's memory: `out`, its own to there; `in`,
+// those of others from there; and `back_out`, `back_in` on the way back. A straight road carries both ways
+// at once, and all peers share its port.
+struct road_time {
+    double out, in, back_out, back_in, straight;
+};
+
+// owned [groups, ranks]: the share of a group's rows that goes to each rank. Of a road by the host's memory
+// the sender's half is what copies to there take, the rest is the receiver's.
+static struct road_time road_time(const struct cluster *c, const struct model_cost *m,
+                                  const struct placement *p, const double *owned, int rank)
 {
-    double out = 0, in = 0, staged = 0, start = 0;
+    struct road_time t = {0};
+    double away = 0, here = 0, start = 0, meet = 0;
     const double row_bytes = m->rows * m->passes * m->row_bytes;
     for (int s = 0; s < c->ranks; s++) {
         const struct link_rate *there = cluster_link(c, rank, s), *back = cluster_link(c, s, rank);
@@ -85,16 +101,25 @@ static double exchange_time(const struct cluster *c, const struct model_cost *m,
         const double receive = p->share[s] * owned[p->group[s] * c->ranks + rank] * row_bytes;
         if (s == rank || send + receive <= 0)
             continue;
-        if (there->staged) {
-            staged +=
-                there->latency + ratio(send, there->bandwidth) + ratio(receive, back->bandwidth);
-        } else {
-            out += ratio(send, there->bandwidth);
-            in += ratio(receive, back->bandwidth);
+        if (!there->staged) {
+            away += ratio(send, there->bandwidth);
+            here += ratio(receive, back->bandwidth);
             start = fmax(start, there->latency);
+            continue;
         }
+        const double out = fmin(0.9 / there->bandwidth, 1 / c->rank[rank].rates.to_host);
+        const double in = 1 / back->bandwidth -
+                          fmin(0.9 / back->bandwidth, 1 / c->rank[s].rates.to_host);
+        t.out += send * out;
+        t.in += receive * in;
+        t.back_out += receive * out;
+        t.back_in += send * in;
+        meet = fmax(meet, there->latency);
     }
-    return staged + start + fmax(out, in);
+    t.out += meet;
+    t.back_out += meet;
+    t.straight = start + fmax(away, here);
+    return t;
 }
 
 // ---- a layer ------------------------------------------------------------------------------------
@@ -157,85 +182,131 @@ static double host_time(const struct cluster *c, const struct model_cost *m, int
         return 0;
     if (host->memory <= 0)
         return INFINITY;
-    return expert_time(m, host, rows, experts) + ratio(rows * m->row_bytes, k->rates.to_host) +
+    return expert_time(m, host, DEVICE_CPU, rows, experts) + ratio(rows * m->row_bytes, k->rates.to_host) +
            ratio(rows * m->row_bytes, k->rates.to_device);
 }
 
+// One pass of a rank over a layer, seconds. Ranks meet when all have told their counts of rows, when all rows
+// to experts are in the host's memory, and when all results are.
 struct phases {
-    double first, second, stream; // seconds of a rank; of its streamed experts on their way
-    double exchange;              // of these, rows on their way that nothing hides
+    double before;        // results of the layer before come in; attention, router
+    double out;           // rows to the host's memory
+    double shared;        // beside that
+    double work;          // rows come in, experts, results to the host's memory
+    double straight;      // beside the shared expert; and back
+    double stream;        // its streamed experts on their way
+    double exchange;      // of these, rows on their way that nothing hides
     double dense, expert;
 };
 
-// One pass over a layer: `work` is its work in forward passes.
+// `work` is the pass's work in forward passes.
 static struct phases rank_phases(const struct cluster *c, const struct model_cost *m,
                                  const struct placement *place, const struct load_of *l,
                                  const double *owned, int rank, double work, bool back)
 {
-    const struct device_rates *r = &c->rank[rank].rates;
+    const struct cluster_rank *k = &c->rank[rank];
     const double rows = m->passes * m->rows; // of an image
-    const struct dense_time d = dense_time(m, r, place->share[rank], true);
-    const double road = exchange_time(c, m, place, owned, rank);
-    const double hidden = m->overlap * fmin(road, work * d.shared);
-    const double device = expert_time(m, r, rows * (l->images - l->at_host), l->experts);
+    const struct dense_time d = dense_time(m, k, place->share[rank], true);
+    const struct road_time road = road_time(c, m, place, owned, rank);
+    const double device =
+        expert_time(m, &k->rates, k->kind, rows * (l->images - l->at_host), l->experts);
     const double host = host_time(c, m, rank, rows * l->at_host, l->hosted);
     struct phases p = {.dense = work * (d.before + d.shared), .expert = work * fmax(device, host)};
-    p.first = p.dense + road - hidden;
-    p.second = p.expert + road;
-    p.exchange = 2 * road - hidden;
-    p.stream = ratio(l->streamed * m->expert_params * m->weight_bytes, r->to_device);
+    p.before = road.back_in + road.straight + work * d.before;
+    p.out = road.out;
+    p.shared = work * d.shared;
+    p.straight = road.straight;
+    p.work = road.in + p.expert + road.back_out;
+    p.exchange = road.out + road.in + road.back_out + road.back_in + 2 * road.straight -
+                 m->overlap * fmin(p.shared, fmax(road.out, road.straight));
+    p.stream = ratio(l->streamed * m->expert_params * on(m, k->kind)->weight_bytes,
+                     k->rates.to_device);
     if (back) // gradients go the other way
-        p.stream = fmax(p.stream, ratio(l->streamed * m->expert_params * 4, r->to_host));
+        p.stream = fmax(p.stream, ratio(l->streamed * m->expert_params * 4, k->rates.to_host));
     return p;
 }
 
-// A pass takes as long as its slowest ranks, which meet between its phases if rows travel at all;
-// streamed experts come during the layer before.
+// How long until all are done: as long as the slowest takes; ranks that share cores, whose rates are those of
+// all at work, leave them to each other. own [ranks].
+static double all_done(const struct cluster *c, const double *own)
+{
+    double most = 0;
+    for (int r = 0; r < c->ranks; r++) {
+        double sum = 0;
+        for (int q = 0; q < c->ranks && c->rank[r].cores; q++)
+            sum += c->rank[q].cores == c->rank[r].cores ? own[q] / c->rank[q].rates.sharing : 0;
+        most = fmax(most, c->rank[r].cores ? sum : own[r]);
+    }
+    return most;
+}
+
+// What a rank does after `met`, the time until all rows are in the host's memory: the rest of the shared
+// expert's work, or waiting for rows on a straight road, then the experts'.
+static double after(const struct model_cost *m, const struct phases *p, double met)
+{
+    if (m->overlap <= 0)
+        return p->shared + p->straight + p->work;
+    return fmax(fmax(0, p->shared - m->overlap * met), p->straight) + p->work;
+}
+
+// A pass takes as long as its slowest ranks, which meet between its phases if rows travel at all; streamed
+// experts come during the layer before.
 static double pass_time(const struct cluster *c, const struct model_cost *m,
                         const struct placement *place, const struct load_of *load,
-                        const double *owned, double work, bool back, struct phases *p,
+                        const double *owned, double work, bool back, struct phases *p, double *own,
                         struct rank_forecast *parts, double *sum)
 {
-    double first = 0, second = 0, both = 0, roads = 0, stream = 0;
+    double roads = 0, stream = 0, met;
     for (int r = 0; r < c->ranks; r++) {
         p[r] = rank_phases(c, m, place, &load[r], owned, r, work, back);
-        first = fmax(first, p[r].first);
-        second = fmax(second, p[r].second);
-        both = fmax(both, p[r].first + p[r].second);
         roads = fmax(roads, p[r].exchange);
         stream = fmax(stream, p[r].stream);
+        own[r] = p[r].dense + p[r].expert;
         if (sum)
-            *sum += p[r].first + p[r].second + p[r].stream;
+            *sum += own[r] + p[r].exchange + p[r].stream;
     }
-    const double met = roads > 0 ? first + second : both, total = fmax(met, stream);
+    if (roads > 0) {
+        double out = 0;
+        for (int r = 0; r < c->ranks; r++) {
+            own[r] = p[r].before + (back ? p[r].out : 0);
+            out = fmax(out, p[r].out);
+        }
+        met = all_done(c, own) + (back ? 0 : out);
+        for (int r = 0; r < c->ranks; r++) // in the backward pass nobody waits for counts
+            own[r] = after(m, &p[r], back ? met - p[r].before : out);
+    } else {
+        met = 0;
+    }
+    met += all_done(c, own);
+    const double total = fmax(met, stream);
     for (int r = 0; parts && r < c->ranks; r++) {
         const double late = fmax(0, p[r].stream - met);
-        parts[r].dense += p[r].dense;
-        parts[r].expert += p[r].expert;
-        parts[r].exchange += p[r].exchange;
+        const double busy = p[r].dense + p[r].expert + p[r].exchange;
+        const double scale = busy > met ? met / busy : 1; // of cores that others leave to it
+        parts[r].dense += scale * p[r].dense;
+        parts[r].expert += scale * p[r].expert;
+        parts[r].exchange += scale * p[r].exchange;
         parts[r].stream += late;
-        parts[r].wait += total - p[r].first - p[r].second - late;
+        parts[r].wait += total - scale * busy - late;
     }
     return total;
 }
 
 // A layer without experts: no rank waits for another.
 static double plain_time(const struct cluster *c, const struct model_cost *m, const int *share,
-                         struct rank_forecast *parts, double *sum)
+                         double *own, struct rank_forecast *parts, double *sum)
 {
-    double most = 0;
-    for (int r = 0; r < c->ranks; r++)
-        most = fmax(most, dense_time(m, &c->rank[r].rates, share[r], false).before);
     for (int r = 0; r < c->ranks; r++) {
-        const double own = dense_time(m, &c->rank[r].rates, share[r], false).before;
+        own[r] = dense_time(m, &c->rank[r], share[r], false).before * (1 + m->backward);
         if (sum)
-            *sum += own * (1 + m->backward);
-        if (!parts)
-            continue;
-        parts[r].dense += own * (1 + m->backward);
-        parts[r].wait += (most - own) * (1 + m->backward);
+            *sum += own[r];
     }
-    return most * (1 + m->backward);
+    const double most = all_done(c, own);
+    for (int r = 0; parts && r < c->ranks; r++) {
+        parts[r].dense += fmin(own[r], most);
+        parts[r].wait += most - fmin(own[r], most);
+    }
+    return most;
 }
 
 double forecast_layer(const struct cluster *c, const struct model_cost *m, const double *load,
@@ -245,24 +316,29 @@ double forecast_layer(const struct cluster *c, const struct model_cost *m, const
     enum { FEW = 16 };
     struct load_of few_loads[FEW], *loads = few_loads;
     struct phases few_phases[FEW], *phases = few_phases;
-    double few_owned[FEW], *owned = few_owned;
+    double few_owned[2 * FEW], *owned = few_owned, *own;
     const size_t n = (size_t)c->ranks, g = (size_t)place->groups;
+    const bool many = n * g > FEW;
     if (work)
         *work = 0;
-    if (!m->moe[layer])
-        return plain_time(c, m, place->share, parts, work);
-    const bool many = n * g > FEW;
     if (many) {
-        loads = malloc(n * (sizeof *loads + sizeof *phases + g * sizeof *owned));
+        loads = malloc(n * (sizeof *loads + sizeof *phases + (g + 1) * sizeof *owned));
         if (!loads)
             return INFINITY;
         phases = (struct phases *)(loads + n);
         owned = (double *)(phases + n);
     }
-    sum_loads(m, load, place, layer, loads, owned);
-    double seconds = pass_time(c, m, place, loads, owned, 1, false, phases, parts, work);
-    if (m->backward > 0)
-        seconds += pass_time(c, m, place, loads, owned, m->backward, true, phases, parts, work);
+    own = owned + n * g;
+    double seconds;
+    if (m->moe[layer]) {
+        sum_loads(m, load, place, layer, loads, owned);
+        seconds = pass_time(c, m, place, loads, owned, 1, false, phases, own, parts, work);
+        if (m->backward > 0)
+            seconds += pass_time(c, m, place, loads, owned, m->backward, true, phases, own, parts,
+                                 work);
+    } else {
+        seconds = plain_time(c, m, place->share, own, parts, work);
+    }
     if (many)
         free(loads);
     return seconds;
@@ -276,19 +352,31 @@ static bool is_idle(const int *share, const int *held, int rank)
     return share[rank] == 0 && held[rank] == 0;
 }
 
-// A ring over the slowest road between ranks: every byte goes there twice.
-static double ring_time(const struct cluster *c, const int *share, const int *held, double bytes)
+// Sums of `bytes` over the ranks that have something to do. By the memory of one machine every rank copies
+// those of the others to its device and adds them up; else a ring over the slowest road, where every byte
+// goes twice. *hidden: whether it goes beside the backward pass, as straight roads do.
+static double sum_time(const struct cluster *c, const int *share, const int *held, int rank,
+                       double bytes, bool *hidden)
 {
-    double slowest = INFINITY, latency = 0, n = 0;
+    double slowest = INFINITY, latency = 0, n = 0, copies = 0;
+    bool near = true;
+    *hidden = true;
     for (int r = 0; r < c->ranks; r++) {
         n += !is_idle(share, held, r);
+        near = near && c->rank[r].node == c->rank[rank].node;
         for (int s = 0; s < c->ranks; s++) {
             const struct link_rate *l = cluster_link(c, r, s);
             if (r == s || is_idle(share, held, r) || is_idle(share, held, s))
                 continue;
             slowest = fmin(slowest, l->staged ? l->bandwidth / 2 : l->bandwidth);
             latency = fmax(latency, l->latency);
+            *hidden = *hidden && !l->staged;
         }
+    }
+    const struct device_rates *k = &c->rank[rank].rates;
+    if (n > 1 && near && !*hidden) {
+        copies = ratio(bytes * (n - 1), k->to_device) + ratio(bytes * (3 * n - 1), k->memory);
+        return latency + copies;
     }
     return n > 1 ? 2 * (n - 1) * latency + ratio(2 * bytes * (n - 1) / n, slowest) : 0;
 }
@@ -302,34 +390,46 @@ static double copies_time(const struct cluster *c, double bytes)
            ratio(2 * bytes * (c->copies - 1) / c->copies, c->between.bandwidth);
 }
 
+// Operations outside of layers.
+static double outside_time(const struct model_cost *m, const struct device_rates *k, int share)
+{
+    const double images = (double)share * m->passes;
+    return correction(m, k) * (1 + m->backward) *
+           (ratio(images * m->image_flops, rate_at(k->dense, images)) +
+            ratio(images * m->image_bytes, k->memory));
+}
+
+static double update_time(const struct model_cost *m, const struct cluster_rank *k, int held,
+                          int away)
+{
+    const double bytes = on(m, k->kind)->update_bytes;
+    return bytes * ratio(m->dense_params + (held - away) * m->expert_params, k->rates.memory) +
+           away * m->expert_params *
+               fmax(bytes / k->rates.memory, STREAMED_UPDATE / k->rates.to_device);
+}
+
 double forecast_rest(const struct cluster *c, const struct model_cost *m, const int *share,
                      const int *held, const int *away, int twice, double layers_seconds,
                      struct rank_forecast *parts)
 {
     const double dense_bytes = 4 * m->dense_params;
     const double backward = layers_seconds * m->backward / (1 + m->backward);
-    const double ring =
-        m->train ? ring_time(c, share, held, dense_bytes + 4 * twice * m->expert_params) : 0;
     double outside = 0, reduce = 0, update = 0;
     for (int r = 0; r < c->ranks; r++) {
-        const struct device_rates *k = &c->rank[r].rates;
-        const double images = (double)share[r] * m->passes;
-        const double own = correction(m, k) * (1 + m->backward) *
-                           (ratio(images * m->image_flops, rate_at(k->dense, images)) +
-                            ratio(images * m->image_bytes, k->memory));
+        const struct cluster_rank *k = &c->rank[r];
+        const double own = outside_time(m, &k->rates, share[r]);
+        bool hidden;
         outside = fmax(outside, own);
         if (parts)
             parts[r].dense += own;
         if (!m->train || is_idle(share, held, r))
             continue;
-        const double optimiser =
-            m->update_bytes *
-                ratio(m->dense_params + (held[r] - away[r]) * m->expert_params, k->memory) +
-            away[r] * m->expert_params *
-                fmax(m->update_bytes / k->memory, STREAMED_UPDATE / k->to_device);
+        const double optimiser = update_time(m, k, held[r], away[r]);
+        const double among = copies_time(c, dense_bytes / c->ranks + 4 * held[r] * m->expert_params);
         const double sums =
-            ring + copies_time(c, dense_bytes / c->ranks + 4 * held[r] * m->expert_params);
-        const double seen = fmax(sums - m->overlap * backward, sums / fmax(1, m->layers));
+            among + sum_time(c, share, held, r, dense_bytes + 4 * twice * m->expert_params, &hidden);
+        const double seen =
+            hidden ? fmax(sums - m->overlap * backward, sums / fmax(1, m->layers)) : sums;
         update = fmax(update, optimiser);
         reduce = fmax(reduce, seen);
         if (parts) {
@@ -347,7 +447,7 @@ double forecast_memory(const struct model_cost *m, int share, int held, int stre
     // two buffers for the experts of a layer, and in training two for their gradients
     const double layer = ceil((held + streamed) / fmax(1, m->layers));
     const double buffers =
-        streamed > 0 ? 2 * layer * m->expert_params * (m->weight_bytes + (m->train ? 4 : 0)) : 0;
+        streamed > 0 ? 2 * layer * m->expert_params * (m->gpu.weight_bytes + (m->train ? 4 : 0)) : 0;
     return m->fixed_memory + share * m->passes * m->image_memory + held * m->expert_memory +
            m->headroom * rows * m->row_memory + buffers;
 }

@@ -19,6 +19,7 @@ struct cluster_rank {
     enum device_kind kind;
     struct device_rates rates;
     uint64_t memory; // bytes of the device to plan with
+    int cores;       // ranks of the same number share cores; 0: these are its own
 };
 
 // The ranks that share one set of experts, and how many such sets work side by side.
@@ -41,8 +42,16 @@ static inline const struct link_rate *cluster_link(const struct cluster *c, int 
 
 // ---- the model ----------------------------------------------------------------------------------
 
-// Sizes and costs of a model and what is done with it; model/cost.h fills it. Costs are of one
-// forward pass, of one image and one layer unless said otherwise.
+// What depends on the kind of a device: GPUs fuse more operations than CPUs.
+struct kind_cost {
+    double bytes, expert_bytes; // moved by what is not a product: of an image, of a routed row
+    int launches, expert_launches; // operations
+    double weight_bytes;           // of one parameter as products read it
+    double update_bytes;           // moved by the optimiser, a parameter
+};
+
+// Sizes and costs of a model and what is done with it; model/cost.h fills it. Costs are of one forward
+// pass, of one image and one layer unless said otherwise.
 struct model_cost {
     char name[96];
     int layers, experts, topk;
@@ -56,16 +65,13 @@ struct model_cost {
         plain_flops; // of products: before the exchange; of the shared expert; the MLP
                      // of a layer without experts
     double attention_flops;
-    double bytes;                      // moved by what is not a product
-    double expert_flops, expert_bytes; // of one routed row
-    int launches, expert_launches;     // operations
+    double expert_flops; // of one routed row
+    struct kind_cost gpu, cpu;
     double image_flops, image_bytes;   // outside of layers, the whole pass
     double
         backward; // work of a backward pass in forward passes: 2, or 3 with recompute; 0 in sampling
     double dense_params;  // that every rank holds
     double expert_params; // of one expert
-    double weight_bytes;  // of one parameter as products read it
-    double update_bytes;  // moved by the optimiser, a parameter
     // Bytes of device memory (the model's own plan, in a straight line): fixed + images * image
     // + experts held * expert + received rows of all layers * row.
     double fixed_memory, image_memory, expert_memory, row_memory;

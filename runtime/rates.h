@@ -93,5 +93,10 @@ const struct device_rates *rates_like(const struct rates *r, const char *name, b
 int rates_put(struct rates *r, const struct device_rates *d);
 int rates_put_link(struct rates *r, const char *from, const char *to, struct link_rate rate);
 const struct link_rate *rates_link(const struct rates *r, const char *from, const char *to);
+// A road that was not measured: by the host's memory, with what is known of the ends and of copies
+// between processes; or straight between devices of this name, by its published NVLink, else PCIe.
+struct link_rate rates_staged_road(const struct rates *r, const struct device_rates *a,
+                                   const struct device_rates *b);
+struct link_rate rates_straight_road(const char *name);
 
 #endif

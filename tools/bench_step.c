@@ -7,6 +7,7 @@
 #include "model/sampler.h"
 #include "model/train.h"
 #include "tools/bench_profile.h"
+#include "tools/bench_ranks.h"
 #include "tools/progress.h"
 
 #define LONG_RUN 0.5 // seconds
@@ -26,6 +27,7 @@ struct subject {
     int32_t *labels;
     double times[3 * ROUNDS_MAX]; // seconds a step
     int count;
+    const char *placement; // one of o->ranks.placement's
     struct rank_plan ranks;
     double seconds, waited; // all rounds; of them, for other ranks
     double copying;         // of the last pass or step, waiting for experts from host memory
@@ -92,11 +94,24 @@ static struct dit *subject_dit(const struct subject *s)
     return s->trainer ? s->trainer->dit : s->sampler->dit;
 }
 
+static int plan_ranks(struct subject *s, bool train, const struct step_settings *o)
+{
+    struct rank_options options = o->ranks;
+    const struct rank_work work = {.train = train,
+                                   .recompute = o->recompute != 0,
+                                   .early = o->early != 0,
+                                   .batch = s->batch,
+                                   .copies = 1,
+                                   .memory = o->memory.memory};
+    options.placement = s->placement;
+    return ranks_plan(&options, s->config, &work, &s->ranks);
+}
+
 static int subject_open(struct subject *s, bool train, const struct step_settings *o)
 {
     TRY(make_inputs(s));
     if (!o->alone)
-        TRY(ranks_plan(&o->ranks, s->config, s->batch, 1, &s->ranks));
+        TRY(plan_ranks(s, train, o));
     struct offload offload;
     TRY(offload_choose(&o->memory, s->dev, &s->ranks, &offload));
     if (train) {
@@ -264,9 +279,7 @@ static void print_row(FILE *table, const json_t *row)
             format_rate(1e9 * number(row, "gflops"), "FLOP", rate), 100 * number(row, "of_product"),
             format_bytes(number(row, "memory"), planned),
             format_bytes(number(row, "allocated"), allocated));
-    if (number(row, "ranks") > 1)
-        fprintf(table, "%-12s on %.0f ranks; rank 0 waits %.1f%% of the time for others\n", "",
-                number(row, "ranks"), 100 * number(row, "waited"));
+    bench_ranks_print(row, table);
     if (number(row, "offload") > 0)
         fprintf(table, "%-12s experts of %.0f of %.0f blocks from host memory: %s in, %s out; %.1f ms "
                 "wait for them\n", "", number(row, "offload"), number(row, "offload_of"),
@@ -280,8 +293,8 @@ static void print_row(FILE *table, const json_t *row)
     fflush(table);
 }
 
-static void add_row(struct subject *s, const struct ceilings *ceilings, json_t *peers, json_t *rows,
-                    FILE *table)
+static int add_row(struct subject *s, const struct ceilings *ceilings, json_t *peers, json_t *rows,
+                   FILE *table)
 {
     const bool train = s->trainer != NULL;
     const double seconds = median_of(s->times, s->count);
@@ -294,20 +307,21 @@ static void add_row(struct subject *s, const struct ceilings *ceilings, json_t *
         json_object_set_new(peer, "ratio", json_real(number(peer, "ms") / (1e3 * seconds)));
     }
     json_t *row =
-        json_pack("{s:s, s:s, s:s, s:s, s:i, s:f, s:f, s:f, s:f, s:I, s:I, s:i, s:f, s:O}", "bench", "step",
+        json_pack("{s:s, s:s, s:s, s:s, s:i, s:f, s:f, s:f, s:f, s:I, s:I, s:i, s:O}", "bench", "step",
                   "name", s->name, "what", train ? "train" : "sample", "type",
                   dtype_name(s->dev->act), "batch", s->batch, "ms", 1e3 * seconds, "images_per_s",
                   s->batch / seconds, "gflops", 1e-9 * flops, "of_product", flops / ceilings->flops / ranks_count(),
                   "memory", (json_int_t)plan_total(subject_dit(s)->plan), "allocated",
-                  (json_int_t)s->dev->allocated, "ranks", ranks_count(), "waited",
-                  s->waited / s->seconds, "peers", peers);
+                  (json_int_t)s->dev->allocated, "ranks", ranks_count(), "peers", peers);
     const struct streamed_figures f = streamed_figures(subject_dit(s));
     json_object_update_new(row, json_pack("{s:i, s:i, s:I, s:I, s:f}", "offload", f.blocks,
                                           "offload_of", f.of, "offload_in", (json_int_t)f.in,
                                           "offload_out", (json_int_t)f.out, "offload_wait",
                                           s->copying));
-    print_row(table, row);
     json_array_append_new(rows, row);
+    TRY(bench_ranks_add(row, s->placement, &s->ranks, seconds, s->waited / s->seconds));
+    print_row(table, row);
+    return 0;
 }
 
 // ---- a profile ----------------------------------------------------------------------------------
@@ -334,16 +348,26 @@ static int profile_round(struct subject *s, struct bench_profile *out)
 
 // ---- all rows -----------------------------------------------------------------------------------
 
+// Where one rank has not the memory, none goes on.
+static int agree(int code)
+{
+    bool failed;
+    if (code < 0 && code != ERR_NOMEM)
+        return code;
+    TRY(exchange_any(ranks_exchange(), code < 0, &failed));
+    return failed && code >= 0 ? fail(ERR_NOMEM, "another rank has not the memory") : code;
+}
+
 static int bench_one(struct subject *s, const struct step_settings *o, bool train,
                      const struct ceilings *ceilings, struct bench_profile *profile, json_t *rows,
                      FILE *table)
 {
     json_t *peers = json_array();
-    int code = subject_open(s, train, o);
+    int code = agree(subject_open(s, train, o));
     if (code >= 0)
         code = measure_beside_peer(s, o, train, peers);
     if (code >= 0)
-        add_row(s, ceilings, peers, rows, table);
+        code = add_row(s, ceilings, peers, rows, table);
     if (code >= 0 && profile)
         code = profile_round(s, profile);
     json_decref(peers);
@@ -351,12 +375,12 @@ static int bench_one(struct subject *s, const struct step_settings *o, bool trai
 }
 
 // The next item of a list, copied to `item`: where to go on, or NULL at its end.
-static const char *next_item(const char *list, char item[64])
+static const char *next_item(const char *list, char *item, size_t size)
 {
     const size_t length = strcspn(list, ",");
     if (!*list)
         return NULL;
-    snprintf(item, 64, "%.*s", (int)length, list);
+    snprintf(item, size, "%.*s", (int)length, list);
     return list[length] ? list + length + 1 : list + length;
 }
 
@@ -374,8 +398,8 @@ int bench_each(const struct step_settings *o, bench_visit *visit, void *user)
 {
     char model[64], size[64], title[160];
     int batch = 0;
-    for (const char *m = o->models; (m = next_item(m, model)) != NULL;)
-        for (const char *b = o->batches; (b = next_item(b, size)) != NULL;) {
+    for (const char *m = o->models; (m = next_item(m, model, sizeof model)) != NULL;)
+        for (const char *b = o->batches; (b = next_item(b, size, sizeof size)) != NULL;) {
             struct config c;
             TRY(model_config(model, &o->overrides, &c));
             TRY(parse_batch(size, &batch));
@@ -401,35 +425,48 @@ static void add_failure(const struct bench *b, const struct subject *s, bool tra
 {
     fprintf(b->table, "%-12s %-6s %5d  %s\n", s->name, train ? "train" : "sample", s->batch,
             error_message());
-    json_array_append_new(b->rows, json_pack("{s:s, s:s, s:s, s:s, s:i, s:s}", "bench", "step",
-                                             "name", s->name, "what", train ? "train" : "sample",
-                                             "type", dtype_name(s->dev->act), "batch", s->batch,
-                                             "error", error_message()));
+    json_t *row = json_pack("{s:s, s:s, s:s, s:s, s:i, s:s}", "bench", "step", "name", s->name,
+                            "what", train ? "train" : "sample", "type", dtype_name(s->dev->act),
+                            "batch", s->batch, "error", error_message());
+    if (ranks_exchange())
+        json_object_set_new(row, "placement", json_string(s->placement));
+    json_array_append_new(b->rows, row);
+}
+
+static int bench_placed(struct bench *b, const char *title, const struct config *c, int batch,
+                        bool train, const char *placement)
+{
+    const struct step_settings *o = b->settings;
+    bool cpu; // is there one?
+    TRY(exchange_any(o->alone ? NULL : ranks_exchange(), b->dev->info.kind == DEVICE_CPU, &cpu));
+    struct subject *s = calloc(1, sizeof *s);
+    if (!s)
+        return fail(ERR_NOMEM, "out of memory");
+    s->dev = b->dev, s->stream = b->stream;
+    s->config = c;
+    s->batch = batch;
+    s->steps = o->steps ? o->steps : cpu ? STEPS_CPU : STEPS_GPU;
+    s->placement = placement;
+    snprintf(s->name, sizeof s->name, "%s", title);
+    int code = bench_one(s, o, train, b->ceilings, b->profile, b->rows, b->table);
+    if (code == ERR_NOMEM)
+        add_failure(b, s, train);
+    b->measured += code >= 0;
+    subject_free(s);
+    return code == ERR_NOMEM ? 0 : code;
 }
 
 static int bench_model(void *user, const char *title, const struct config *c, int batch)
 {
     struct bench *b = user;
     const struct step_settings *o = b->settings;
-    const bool cpu = b->dev->info.kind == DEVICE_CPU;
+    char placement[256] = "";
     for (int train = 1; train >= 0; train--) {
         if ((o->what == 1 && !train) || (o->what == 2 && train))
             continue;
-        struct subject *s = calloc(1, sizeof *s);
-        if (!s)
-            return fail(ERR_NOMEM, "out of memory");
-        s->dev = b->dev, s->stream = b->stream;
-        s->config = c;
-        s->batch = batch;
-        s->steps = o->steps ? o->steps : cpu ? STEPS_CPU : STEPS_GPU;
-        snprintf(s->name, sizeof s->name, "%s", title);
-        int code = bench_one(s, o, train, b->ceilings, b->profile, b->rows, b->table);
-        if (code == ERR_NOMEM)
-            add_failure(b, s, train);
-        b->measured += code >= 0;
-        subject_free(s);
-        if (code != ERR_NOMEM)
-            TRY(code);
+        const char *next = o->alone || !o->ranks.placement ? "uniform" : o->ranks.placement;
+        while ((next = next_item(next, placement, sizeof placement)) != NULL)
+            TRY(bench_placed(b, title, c, batch, train, placement));
     }
     return 0;
 }
@@ -445,6 +482,8 @@ int bench_step(struct device *dev, struct stream *stream, const struct step_sett
     int code = bench_each(o, bench_model, &b);
     if (code >= 0 && b.measured == 0)
         code = ERR_NOMEM; // of the last one
+    if (ranks_first())
+        bench_ranks_table(rows, table);
     if (code >= 0 && o->profile)
         bench_profile_print(&profile, stderr);
     if (code >= 0 && o->trace)

@@ -13,7 +13,7 @@ struct step_settings {
     struct model_options overrides;
     int rounds, steps, what; // what: 0 both, 1 train, 2 sample; steps 0: by the device
     int recompute, early, profile;
-    struct rank_options ranks;
+    struct rank_options ranks; // placement: a list too
     struct memory_options memory;
     bool alone; // this rank measures by itself, whatever the others do
 };
@@ -23,10 +23,9 @@ struct step_settings {
 // number. On ranks `batch` is all ranks' together, and `ranks` says how the model lies on them.
 // Appends one object a row: {"bench": "step", "name", "what", "type", "batch", "ms",
 // "images_per_s", "gflops" (2 a multiply-accumulate of active parameters and attention; three
-// forwards in training), "of_product" (share of the ceiling of one device, of each with ranks),
-// "ranks" and "waited" (share of the time that rank 0 stood still for other ranks), "memory"
-// (planned bytes), "allocated" (by the device), "peers": [{"mode", "ms", "ratio"}]}. ratio: the
-// peer's time over ours.
+// forwards in training), "of_product" (share of the ceiling of one device, of each with ranks), "ranks",
+// "memory" (planned bytes), "allocated" (by the device), "peers": [{"mode", "ms", "ratio"}]}. ratio: the peer's time
+// over ours. On ranks every placement has a row, with what tools/bench_ranks.h adds.
 int bench_step(struct device *dev, struct stream *stream, const struct step_settings *o,
                const struct ceilings *ceilings, json_t *rows, FILE *table);
 

@@ -5,6 +5,7 @@
 
 #include "runtime/exchange.h"
 #include "runtime/rates.h"
+#include "runtime/roads.h"
 #include "tools/command.h"
 
 struct calibrate_settings {
@@ -18,9 +19,10 @@ struct calibrate_settings {
 int calibrate_device(struct device *dev, struct stream *stream, const struct calibrate_settings *o,
                      const struct config *c, struct device_rates *out);
 
-// Every pair of ranks in turn: bytes from the memory of one's device to the other's and back, and
-// from host to host. Collective; rank 0 gets the roads put into `rates`.
-int calibrate_pairs(struct exchange *x, struct device *dev, struct stream *stream,
-                    struct rates *rates);
+// Every pair of ranks in turn: bytes from the memory of one's device to the other's and back, on the road that
+// rows of experts take (NCCL, windows, messages), and from host to host. Collective; rank 0 gets the roads
+// put into `rates`.
+int calibrate_pairs(struct exchange *x, struct roads *roads, struct device *dev,
+                    struct stream *stream, struct rates *rates);
 
 #endif

@@ -118,7 +118,7 @@ static int run_part(const struct bench_settings *o, const char *part, json_t *ro
     struct bench b = {.settings = o, .part = part, .rows = rows, .table = table};
     TRY(session_open(&o->device, &b.session));
     const struct device *dev = b.session.dev;
-    TRY(ranks_connect(&o->step.ranks, b.session.dev, b.session.stream, NULL));
+    TRY(ranks_connect(&o->step.ranks, b.session.dev, b.session.stream));
     say("%s: %s, %s\n", dev->info.key, dev->info.name, dtype_name(dev->act));
     int code = run_session(&b);
     session_close(&b.session);
@@ -173,7 +173,8 @@ int cmd_bench(int argc, char **argv)
         .about =
             "gemm: matrix products at the model's shapes beside OpenBLAS and CLBlast. "
             "ops: the operations of a model, as shares of a large matrix product or of a copy. "
-            "step: whole training and sampling steps on random weights. vae: decoding and "
+            "step: whole training and sampling steps on random weights; on several devices also with "
+            "several placements, predicted beside measured (--placement uniform,cost,48:16/6:2). vae: decoding and "
             "encoding of images. inception: the network of 'ditmoe eval fid'. Medians of several "
             "rounds.",
         .example = "ditmoe bench step --model S/2-8E2A --batch 16,128 --precision bf16 --profile",

@@ -3,7 +3,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 #include "tools/calibrate.h"
 #include "tools/measure.h"
@@ -72,8 +71,10 @@ static void print_links(const struct rates *r)
 // ---- measuring ----------------------------------------------------------------------------------
 
 // Opens the device, measures it where it is not known, and, with other ranks, the roads to theirs.
+// Devices are measured one after the other, for they may share cores; those that do, CPUs of one machine,
+// together, as they will work (`my_turn`: the first of these).
 static int measure(const struct calibrate_settings *o, const char *key,
-                   const struct device_info *info, bool known, struct rates *rates,
+                   const struct device_info *info, int my_turn, bool known, struct rates *rates,
                    struct device_rates *out)
 {
     const struct device_options device = {key, o->precision, 0};
@@ -83,16 +84,15 @@ static int measure(const struct calibrate_settings *o, const char *key,
     s.batch = o->batch ? o->batch : info->kind == DEVICE_CPU ? 4 : 64;
     TRY(model_config(o->model, &o->overrides, &c));
     TRY(session_open(&device, &session));
-    int code = 0;
-    for (int turn = 0; turn < ranks_count() && code >= 0;
-         turn++) { // devices may share cores: one at a time
-        if (turn == ranks_number() && !known)
+    int code = ranks_connect(&(struct rank_options){0}, session.dev, session.stream);
+    for (int turn = 0; turn < ranks_count() && code >= 0; turn++) {
+        if (turn == my_turn && !known)
             code = calibrate_device(session.dev, session.stream, &s, &c, out);
         if (code >= 0 && ranks_exchange())
             code = exchange_barrier(ranks_exchange());
     }
     if (code >= 0 && ranks_exchange())
-        code = calibrate_pairs(ranks_exchange(), session.dev, session.stream, rates);
+        code = calibrate_pairs(ranks_exchange(), ranks_roads(), session.dev, session.stream, rates);
     session_close(&session);
     return code;
 }
@@ -139,7 +139,7 @@ static int each_device(const struct calibrate_settings *o, struct rates *rates)
         if (known)
             rate = *old;
         else
-            TRY(measure(o, list[i].key, &list[i], false, rates, &rate));
+            TRY(measure(o, list[i].key, &list[i], 0, false, rates, &rate));
         TRY(rates_put(rates, &rate));
         tell(o, &rate, known);
         found++;
@@ -150,21 +150,21 @@ static int each_device(const struct calibrate_settings *o, struct rates *rates)
     return 0;
 }
 
-// How many ranks of this machine are on CPUs, if this one is: they share the cores.
-static int count_sharing(const struct device_info *info, int *out)
+// How many ranks of this machine are on CPUs, if this one is, for they share the cores; and the first of them,
+// else this rank.
+static int count_sharing(const struct device_info *info, int *sharing, int *first)
 {
-    const int nodes = exchange_ranks(ranks_exchange());
-    struct sharer {
-        char host[64];
-        int cpu;
-    } mine = {.cpu = info->kind == DEVICE_CPU}, *all = calloc((size_t)nodes, sizeof *all);
-    gethostname(mine.host, sizeof mine.host - 1);
+    const int ranks = ranks_count();
+    const int mine = info->kind == DEVICE_CPU ? exchange_machine(ranks_exchange()) : -1;
+    int *all = calloc((size_t)ranks, sizeof *all);
     int code = all ? exchange_gather(ranks_exchange(), &mine, all, sizeof mine)
-                   : fail(ERR_NOMEM, "no host memory for %d ranks", nodes);
-    *out = 0;
-    for (int r = 0; code >= 0 && r < nodes; r++)
-        *out += mine.cpu && all[r].cpu && !strcmp(all[r].host, mine.host);
-    *out = *out > 1 ? *out : 1;
+                   : fail(ERR_NOMEM, "no host memory for %d ranks", ranks);
+    *sharing = 0;
+    *first = ranks_number();
+    for (int r = ranks - 1; code >= 0 && r >= 0; r--)
+        if (mine >= 0 && all[r] == mine)
+            ++*sharing, *first = r;
+    *sharing = *sharing > 1 ? *sharing : 1;
     free(all);
     return code;
 }
@@ -177,14 +177,14 @@ static int this_rank(const struct calibrate_settings *o, struct rates *rates)
     const char *devices = strcmp(o->devices, "all") ? o->devices : "auto";
     if (!all)
         return fail(ERR_NOMEM, "no host memory for %d ranks", ranks_count());
-    int code = ranks_device(devices, &info), sharing = 1;
+    int code = ranks_device(devices, &info), sharing = 1, turn = 0;
     if (code >= 0)
-        code = count_sharing(&info, &sharing);
+        code = count_sharing(&info, &sharing, &turn);
     const struct device_rates *old =
         code >= 0 ? rates_find(rates, &info, o->precision, sharing) : NULL;
     const bool known = old && !o->force;
     if (code >= 0)
-        code = measure(o, devices, &info, known, rates, &mine);
+        code = measure(o, devices, &info, turn, known, rates, &mine);
     if (known)
         mine = *old;
     mine.sharing = sharing;

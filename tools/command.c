@@ -254,6 +254,7 @@ void stop_on_signals(void)
     sigemptyset(&action.sa_mask);
     sigaction(SIGINT, &action, NULL);
     sigaction(SIGTERM, &action, NULL);
+    sigaction(SIGUSR1, &action, NULL); // what batch systems and mpirun send before they make an end
 }
 
 // ---- files --------------------------------------------------------------------------------------

@@ -67,7 +67,7 @@ extern const char *const weights_choices[]; // auto, ema, model: in the order of
 
 // ---- stopping -----------------------------------------------------------------------------------
 
-// SIGINT and SIGTERM set stop_wanted; a second one ends the program at once.
+// SIGINT, SIGTERM and SIGUSR1 set stop_wanted; a second one ends the program at once.
 extern volatile sig_atomic_t stop_wanted;
 void stop_on_signals(void);
 

@@ -1,5 +1,6 @@
 #include "tools/draw.h"
 
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -121,10 +122,21 @@ struct sample_options draw_sampling(const struct draw_options *o, const struct c
     };
 }
 
+// Progress, and when the first step was done and the last: a device's first step prepares much.
+struct watch {
+    struct progress progress;
+    double first, last;
+    int first_step, last_step;
+};
+
 static int show(void *user, int done, int total)
 {
+    struct watch *w = user;
     (void)total;
-    progress_update(user, done, "sampling");
+    progress_update(&w->progress, done, "sampling");
+    w->last = now_seconds(), w->last_step = done;
+    if (!w->first_step)
+        w->first = w->last, w->first_step = done;
     bool stop;
     TRY(ranks_stop(&stop));
     return stop ? fail(ERR_STOPPED, "stopped; nothing was written") : 0;
@@ -136,15 +148,17 @@ int drawing_open(const struct draw_options *o, const struct checkpoint *file, in
     const int batch = o->batch < count ? o->batch : count;
     struct sample_options options = draw_sampling(o, &file->config);
     *out = (struct drawing){0};
-    TRY(ranks_plan(&o->ranks, &file->config, batch, options.cfg != 1 ? 2 : 1, &out->ranks));
-    options.ranks = ranks_of(&out->ranks);
+    const struct rank_work work = {.batch = batch, .copies = options.cfg != 1 ? 2 : 1, .memory = o->memory.memory};
     int code = session_open(&o->device, &out->session);
     stop_on_signals();
     options.limit = o->memory.memory;
     if (code >= 0)
-        code = offload_choose(&o->memory, out->session.dev, &out->ranks, &options.offload);
+        code = ranks_connect(&o->ranks, out->session.dev, out->session.stream);
     if (code >= 0)
-        code = ranks_connect(&o->ranks, out->session.dev, out->session.stream, &out->ranks);
+        code = ranks_plan(&o->ranks, &file->config, &work, &out->ranks);
+    options.ranks = ranks_of(&out->ranks);
+    if (code >= 0)
+        code = offload_choose(&o->memory, out->session.dev, &out->ranks, &options.offload);
     if (code >= 0)
         code = sampler_new(out->session.dev, out->session.stream, &file->config, batch, &options,
                            &out->sampler);
@@ -166,16 +180,29 @@ void drawing_close(struct drawing *d)
     *d = (struct drawing){0};
 }
 
+// On ranks: what a pass took beside what was predicted.
+static void say_pace(const struct drawing *d, const struct watch *w)
+{
+    const double steps = w->last_step - w->first_step;
+    const double passes = steps * d->sampler->passes / fmax(1, d->sampler->schedule.steps);
+    const double predicted = d->ranks.predicted, measured = (w->last - w->first) / passes;
+    if (ranks_exchange() && isfinite(predicted) && passes > 0)
+        say("predicted %.1f ms a pass, measured %.1f: %+.0f%%\n", 1e3 * predicted, 1e3 * measured,
+            100 * (predicted / measured - 1));
+}
+
 int draw_samples(const struct draw_options *o, const struct checkpoint *file, int count,
                  const int32_t *classes, const struct sample_noise *noise, float *latents)
 {
     struct drawing d;
-    struct progress progress;
+    struct watch w = {0};
     TRY(drawing_open(o, file, count, &d));
     const int64_t batches = (count + d.sampler->all - 1) / d.sampler->all;
-    progress_start(&progress, "step", 0, batches * d.sampler->schedule.steps, 0);
-    int code = sampler_run(d.sampler, count, classes, noise, latents, show, &progress);
-    progress_clear(&progress);
+    progress_start(&w.progress, "step", 0, batches * d.sampler->schedule.steps, 0);
+    int code = sampler_run(d.sampler, count, classes, noise, latents, show, &w);
+    progress_clear(&w.progress);
+    if (code >= 0)
+        say_pace(&d, &w);
     drawing_close(&d);
     return code;
 }

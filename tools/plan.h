@@ -9,6 +9,8 @@
 #include "tools/command.h"
 
 enum { MACHINES_MOST = 64 };
+// Of a device's memory for a plan; drivers and contexts keep the rest.
+#define DEVICE_USABLE 0.95
 enum plan_road { ROAD_NCCL, ROAD_HOST }; // between CUDA ranks
 
 struct plan_settings {

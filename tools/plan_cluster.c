@@ -11,10 +11,9 @@
 // Shares of nominal rates that transfers get, and what starting one costs, where nothing was
 // measured.
 static const double NVLINK_SHARE = 0.75, PCIE_SHARE = 0.8, NETWORK_SHARE = 0.8, FAR_SHARE = 0.8;
-static const double NCCL_START = 12e-6, STAGED_START = 40e-6, NETWORK_START = 20e-6;
-static const double HOST_COPY = 10e9, ETHERNET = 1.25e9, NO_NETWORK = 12.5e9;
-// Of a device's memory for the plan; drivers and contexts keep the rest.
-static const double DEVICE_USABLE = 0.95, HOST_USABLE = 0.9;
+static const double NCCL_START = 12e-6, NETWORK_START = 20e-6;
+static const double ETHERNET = 1.25e9, NO_NETWORK = 12.5e9;
+static const double HOST_USABLE = 0.9;
 
 // ---- which accelerators are ranks ---------------------------------------------------------------
 
@@ -237,6 +236,7 @@ static int fill_rank(struct machines *m, const struct plan_settings *o, const st
     snprintf(out->name, sizeof out->name, "%s%s%.120s", k->key, k->key[0] ? " " : "", k->name);
     TRY(fill_rates(m, o, t, k, &out->rates));
     out->memory = usable_memory(k, o);
+    out->cores = out->rates.sharing > 1 ? node + 1 : 0;
     return out->memory ? 0
                        : fail(ERR_INPUT, "%s: the memory of %s is not known", t->source, k->name);
 }
@@ -266,11 +266,9 @@ static bool by_cuda(const struct topology_object *k)
 static struct link_rate staged_road(const struct machines *m, const struct device_rates *a,
                                     const struct device_rates *b, bool far)
 {
-    const struct link_rate *known = &m->rates.staged;
-    const double copy = known->bandwidth > 0 ? known->bandwidth : HOST_COPY;
-    const double start = known->bandwidth > 0 ? known->latency : STAGED_START;
-    const double rate = 1 / (1 / a->to_host + 1 / copy + 1 / b->to_device);
-    return (struct link_rate){start, far ? FAR_SHARE * rate : rate, true};
+    struct link_rate road = rates_staged_road(&m->rates, a, b);
+    road.bandwidth *= far ? FAR_SHARE : 1;
+    return road;
 }
 
 static struct link_rate road_within(const struct machines *m, const struct plan_settings *o,

@@ -1,18 +1,23 @@
 #include "tools/ranks.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <math.h>
 #include <sched.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/prctl.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include "devices/hash.h"
 #include "model/config.h"
 #include "runtime/topology.h"
 #include "tools/command.h"
+#include "tools/ranks_policy.h"
 
 enum { MOST_DEVICES = 64 };
 
@@ -21,9 +26,14 @@ static const char *const fabric_choices[] = {"auto", "mpi", "nccl", NULL}; // as
 #define AT(member) offsetof(struct rank_options, member)
 const struct option_spec rank_option_list[] = {
     {"placement", 0, OPTION_STRING, "WHICH", "uniform",
-     "which rank has which experts and how many images: uniform (experts shared out), replicated (all on "
-     "every rank), or a file of 'ditmoe plan'",
+     "which rank has which experts and how many images: cost (what the forecast says is fastest, from "
+     "what 'ditmoe calibrate' measured), memory, frequency or uniform (docs/placement.md), replicated "
+     "(all experts on every rank), 48:16/6:2 (images of each rank / experts of a layer), or a file of "
+     "'ditmoe plan'",
      AT(placement), 0, 0, NULL},
+    {"load", 0, OPTION_STRING, "FILE", NULL,
+     "load of experts for cost and frequency: RUN_DIR/load.json of a run on ranks; otherwise even",
+     AT(load), 0, 0, NULL},
     {"headroom", 0, OPTION_FLOAT, "X", "0",
      "memory for tokens that come from other ranks, as a multiple of an even load; 0: for any load",
      AT(headroom), 0, 1e6, NULL},
@@ -39,7 +49,7 @@ const struct option_spec rank_option_list[] = {
 
 static struct exchange *exchange;
 static struct roads *roads;
-static const struct device *connected; // the device that they begin at
+static struct device *connected; // the device that they begin at
 static bool told; // this rank has said what went wrong
 
 // mpirun binds a rank to one core unless told otherwise, and a CPU device's threads, which start
@@ -153,9 +163,10 @@ static void item_of(const char *list, int index, char *out, size_t size)
     snprintf(out, size, "%.*s", (int)strcspn(list, ","), list);
 }
 
-// Open MPI refuses to run as root, and more ranks than cores, unless told that this is meant; it
-// binds each rank to a core, which a CPU device would then have alone; ranks that are asked to stop
-// finish their step first; of a failure our own line says all. Other MPIs do not read these.
+// Open MPI refuses to run as root, and more ranks than cores, unless told that this is meant; it binds each
+// rank to a core, which a CPU device would then have alone; when a rank has failed it waits so many seconds
+// for the others, twice, also when they are gone; of a failure our own line says all. Other MPIs do not
+// read these.
 static void set_environment(void)
 {
     if (geteuid() == 0) {
@@ -166,10 +177,52 @@ static void set_environment(void)
     }
     setenv("OMPI_MCA_rmaps_base_oversubscribe", "1", 0);
     setenv("OMPI_MCA_hwloc_base_binding_policy", "none", 0);
-    setenv("OMPI_MCA_odls_base_sigkill_timeout", "60", 0);
+    setenv("OMPI_MCA_odls_base_sigkill_timeout", "1", 0);
     setenv("OMPI_MCA_orte_execute_quiet", "1", 0);
     setenv("PRTE_MCA_rmaps_default_mapping_policy", ":oversubscribe", 0);
     setenv("PRTE_MCA_hwloc_default_binding_policy", "none", 0);
+}
+
+static pid_t launcher; // mpirun
+
+// Asks all ranks to stop after their step: mpirun passes SIGUSR1 on, while of SIGTERM and SIGINT it makes an end.
+static void pass_on(int signal)
+{
+    static volatile sig_atomic_t asked;
+    (void)signal;
+    kill(launcher, asked ? SIGTERM : SIGUSR1);
+    asked = 1;
+}
+
+// Runs mpirun out of reach of the terminal's Ctrl-C; does not return unless it cannot be started (errno).
+static void run_launcher(char **words)
+{
+    int failure[2], why = 0, status = 0;
+    const struct sigaction action = {.sa_handler = pass_on};
+    if (pipe2(failure, O_CLOEXEC) != 0 || (launcher = fork()) < 0)
+        return;
+    if (launcher == 0) {
+        const int nothing = open("/dev/null", O_RDONLY);
+        setpgid(0, 0);
+        prctl(PR_SET_PDEATHSIG, SIGTERM);
+        if (nothing >= 0)
+            dup2(nothing, STDIN_FILENO);
+        execvp(words[0], words);
+        why = errno;
+        if (write(failure[1], &why, sizeof why) < 0)
+            why = 0;
+        _exit(127);
+    }
+    close(failure[1]);
+    sigaction(SIGINT, &action, NULL);
+    sigaction(SIGTERM, &action, NULL);
+    sigaction(SIGUSR1, &action, NULL);
+    const bool failed = read(failure[0], &why, sizeof why) == (ssize_t)sizeof why;
+    while (waitpid(launcher, &status, 0) < 0 && errno == EINTR)
+        continue;
+    if (!failed)
+        exit(WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status));
+    errno = why;
 }
 
 int ranks_launch(const char *devices, const char *command, int argc, char **argv)
@@ -190,7 +243,7 @@ int ranks_launch(const char *devices, const char *command, int argc, char **argv
     for (int i = 1; i < argc; i++)
         words[4 + i] = argv[i];
     set_environment();
-    execvp("mpirun", words);
+    run_launcher(words);
     int why = errno;
     free(words);
     return usage_error(command,
@@ -309,24 +362,6 @@ int ranks_same_start(const struct command *command)
     return exchange_same(exchange, h, "was started with other options");
 }
 
-static int read_placement(const struct rank_options *o, const struct config *c, const bool *moe,
-                          int batch, struct placement *out)
-{
-    const int ranks = ranks_count();
-    if (!o->placement || !strcmp(o->placement, "uniform"))
-        return placement_uniform(ranks, c->layers, c->experts, moe, batch, out);
-    if (!strcmp(o->placement, "replicated"))
-        return placement_replicated(ranks, c->layers, c->experts, moe, batch, out);
-    TRY(placement_read(o->placement, out));
-    int code = placement_matches(out, ranks, c->layers, c->experts, moe);
-    if (code < 0) {
-        placement_free(out);
-        return fail_in(code, "%s", o->placement);
-    }
-    placement_rescale(out, batch);
-    return 0;
-}
-
 // Notes the blocks whose experts of this rank live in host memory. Blocks are streamed whole, and what a plan
 // wants computed by the host's own CPU is streamed too: for that, the CPU is made a rank.
 static int note_streamed(struct rank_plan *p, const char *name)
@@ -352,26 +387,24 @@ static int note_streamed(struct rank_plan *p, const char *name)
     return 0;
 }
 
-int ranks_plan(const struct rank_options *o, const struct config *c, int batch, int copies,
+int ranks_plan(const struct rank_options *o, const struct config *c, const struct rank_work *w,
                struct rank_plan *out)
 {
-    *out = (struct rank_plan){0};
-    const bool file =
-        o->placement && strcmp(o->placement, "uniform") && strcmp(o->placement, "replicated");
-    if (!exchange && !file)
+    const char *name = o->placement ? o->placement : "uniform";
+    struct rank_place place;
+    *out = (struct rank_plan){.predicted = NAN};
+    if (!exchange && (!strcmp(name, "uniform") || !strcmp(name, "replicated")))
         return 0;
-    bool *moe = calloc((size_t)c->layers, sizeof *moe);
-    if (!moe)
-        return fail(ERR_NOMEM, "out of memory");
-    for (int l = 0; l < c->layers; l++)
-        moe[l] = config_is_moe(c, l);
-    int code = read_placement(o, c, moe, batch, &out->placement);
-    free(moe);
+    const int code = ranks_place(exchange, connected, roads, o, c, w, &place);
+    out->placement = place.placement;
+    out->forecast = place.forecast;
+    out->predicted = place.predicted;
     TRY(code);
-    TRY(note_streamed(out, o->placement));
+    ranks_place_say(o, w, &place);
+    TRY(note_streamed(out, name));
     if (exchange)
         out->ranks =
-            (struct dit_ranks){exchange, &out->placement, copies, roads, (double)o->headroom};
+            (struct dit_ranks){exchange, &out->placement, w->copies, roads, (double)o->headroom};
     return 0;
 }
 
@@ -379,7 +412,7 @@ int ranks_replan(const struct rank_plan *from, int batch, int copies, struct ran
 {
     const struct placement *p = &from->placement;
     const size_t places = (size_t)p->groups * (size_t)p->layers * (size_t)p->experts;
-    *out = (struct rank_plan){0};
+    *out = (struct rank_plan){.predicted = NAN};
     if (from->streamed) {
         out->streamed = calloc((size_t)p->layers, sizeof *out->streamed);
         if (!out->streamed)
@@ -400,15 +433,12 @@ int ranks_replan(const struct rank_plan *from, int batch, int copies, struct ran
     return 0;
 }
 
-int ranks_connect(const struct rank_options *o, struct device *dev, struct stream *stream,
-                  struct rank_plan *p)
+int ranks_connect(const struct rank_options *o, struct device *dev, struct stream *stream)
 {
+    connected = dev;
     if (!exchange)
         return 0;
     TRY(roads_open(exchange, dev, stream, (enum road_choice)o->fabric, &roads));
-    connected = dev;
-    if (p)
-        p->ranks.roads = roads;
     double members = roads_members(roads);
     TRY(exchange_sum(exchange, &members, 1)); // each member says how many: n squared
     const int straight = (int)(sqrt(members) + 0.5), all = ranks_count();
@@ -420,6 +450,11 @@ int ranks_connect(const struct rank_options *o, struct device *dev, struct strea
     else
         say("ranks: %d, all pairs through the host and MPI\n", all);
     return 0;
+}
+
+struct roads *ranks_roads(void)
+{
+    return roads;
 }
 
 void ranks_disconnect(const struct device *dev)
@@ -435,6 +470,7 @@ void ranks_plan_free(struct rank_plan *p)
 {
     placement_free(&p->placement);
     free(p->streamed);
+    forecast_free(&p->forecast);
     *p = (struct rank_plan){0};
 }
 

@@ -5,13 +5,15 @@
 #define DITMOE_RANKS_H
 
 #include "model/moe_exchange.h"
+#include "runtime/forecast.h"
 #include "tools/options.h"
 
 struct device_info;
 struct config;
 
 struct rank_options {
-    const char *placement; // "uniform" or a file
+    const char *placement; // a policy, "replicated", "48:16/6:2", or a file
+    const char *load;      // of experts, measured, or NULL
     float headroom;
     int fabric; // enum road_choice
 };
@@ -57,21 +59,32 @@ int ranks_same_start(const struct command *command);
 // ERR_INPUT when ranks would go on from different files; `what` as in exchange_same().
 int ranks_same(const void *data, size_t bytes, const char *what);
 
-// The placement that the options name, for `batch` images at a time; *out is nothing
-// (ranks.exchange NULL) with one rank. `copies` as in struct dit_ranks.
+// Looks for straight roads between the ranks' devices and says which there are. A collective call, after the
+// session's device is open; ranks_disconnect() before it closes.
+int ranks_connect(const struct rank_options *o, struct device *dev, struct stream *stream);
+void ranks_disconnect(const struct device *dev);
+struct roads *ranks_roads(void); // NULL: none is straight
+
+// What a run does, as far as its placement and forecast depend on it.
+struct rank_work {
+    bool train, recompute, early;
+    int batch;       // images at a time, all ranks together
+    int copies;      // as in struct dit_ranks
+    int accumulate;  // batches of a step
+    uint64_t memory; // of this rank's device to plan with; 0: what it has
+};
+
+// The placement that the options name; *out is nothing (ranks.exchange NULL) with one rank. Says on stderr what it
+// is and what it should take. A collective call, after ranks_connect().
 struct rank_plan {
     struct placement placement;
     bool *streamed; // [layers] whose experts of this rank live in host memory; NULL: none
     struct dit_ranks ranks;
+    struct forecast forecast; // of rank 0 alone
+    double predicted;         // seconds of a step or pass; NAN: not known
 };
-int ranks_plan(const struct rank_options *o, const struct config *c, int batch, int copies,
+int ranks_plan(const struct rank_options *o, const struct config *c, const struct rank_work *w,
                struct rank_plan *out);
-// Looks for straight roads between the ranks' devices, which models planned with `p` (or NULL: with
-// plans made later) then take; says which there are. A collective call, after the session's device
-// is open; ranks_disconnect() before it closes.
-int ranks_connect(const struct rank_options *o, struct device *dev, struct stream *stream,
-                  struct rank_plan *p);
-void ranks_disconnect(const struct device *dev);
 // The same placement for another number of images at a time.
 int ranks_replan(const struct rank_plan *from, int batch, int copies, struct rank_plan *out);
 void ranks_plan_free(struct rank_plan *p);

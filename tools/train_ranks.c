@@ -10,14 +10,15 @@
 #include "runtime/rng.h"
 #include "tools/train_run.h"
 
-enum { EVERY = 100 }; // steps between rows of ranks.csv
+enum { EVERY = 100, PREPARING = 3 }; // steps between rows of ranks.csv; first ones that are not timed
 static const double WORTH_IT =
     0.05; // of the busiest ranks' rows: less is no reason to move experts
 
 int train_ranks_new(const struct config *c, const char *dir, struct train_ranks *out)
 {
-    *out =
-        (struct train_ranks){.began = now_seconds(), .before = exchange_figures(ranks_exchange())};
+    *out = (struct train_ranks){.began = now_seconds(),
+                                .before = exchange_figures(ranks_exchange()),
+                                .predicted = NAN};
     if (!ranks_exchange())
         return 0;
     const size_t experts = (size_t)c->layers * (size_t)c->experts;
@@ -57,24 +58,35 @@ static void own_figures(struct train_ranks *r, struct trainer *t, double *out)
     r->before = f;
 }
 
+// Empty where it is not known.
+static const char *milliseconds(double seconds, char out[32])
+{
+    snprintf(out, 32, isfinite(seconds) ? "%.3f" : "", 1e3 * seconds);
+    return out;
+}
+
 static int append(const struct train_ranks *r, const struct trainer *t, int64_t steps,
                   const double *all)
 {
     const int L = t->dit->config.layers, width = 3 * (L + 1);
     const bool fresh = access(r->path, F_OK) != 0;
+    char predicted[32], measured[32];
     FILE *f = fopen(r->path, "ab");
     if (!f)
         return fail(ERR_IO, "%s: %s", r->path, strerror(errno));
     if (fresh)
-        fprintf(f, "step,steps,rank,layer,sent,received,waited,seconds,summed\n");
+        fprintf(f, "step,steps,rank,layer,sent,received,waited,seconds,summed,predicted_ms,"
+                   "measured_ms\n");
     for (int rank = 0; rank < ranks_count(); rank++) {
         const double *v = all + (size_t)rank * (size_t)width;
         for (int l = 0; l < L; l++)
             if (config_is_moe(&t->dit->config, l))
-                fprintf(f, "%lld,%lld,%d,%d,%.0f,%.0f,%.6f,,\n", (long long)t->step,
+                fprintf(f, "%lld,%lld,%d,%d,%.0f,%.0f,%.6f,,,,\n", (long long)t->step,
                         (long long)steps, rank, l, v[3 * l], v[3 * l + 1], v[3 * l + 2]);
-        fprintf(f, "%lld,%lld,%d,all,,,%.6f,%.6f,%.0f\n", (long long)t->step, (long long)steps,
-                rank, v[3 * L + 1], v[3 * L], v[3 * L + 2]);
+        fprintf(f, "%lld,%lld,%d,all,,,%.6f,%.6f,%.0f,%s,%s\n", (long long)t->step,
+                (long long)steps, rank, v[3 * L + 1], v[3 * L], v[3 * L + 2],
+                milliseconds(r->predicted, predicted),
+                milliseconds(r->part / (double)r->part_steps, measured));
     }
     const bool bad = ferror(f) != 0;
     if (fclose(f) != 0 || bad)
@@ -111,7 +123,16 @@ int train_ranks_note(struct train_ranks *r, struct trainer *t, bool last)
     sum_up(r, mine + width, L);
     free(mine);
     r->noted = t->step;
+    r->part = 0, r->part_steps = 0;
     return code;
+}
+
+void train_ranks_step(struct train_ranks *r, double seconds)
+{
+    if (!ranks_exchange() || r->skipped++ < PREPARING)
+        return;
+    r->part += seconds, r->part_steps++;
+    r->took += seconds, r->steps++;
 }
 
 void train_ranks_say(const struct train_ranks *r, int64_t rows)
@@ -120,6 +141,10 @@ void train_ranks_say(const struct train_ranks *r, int64_t rows)
         say("ranks   waited %.1f%% of the time for each other; %.1f%% of the rows went to another "
             "rank's experts\n",
             100 * r->waited / r->seconds, rows > 0 ? 100 * r->sent / (double)rows : 0.0);
+    if (ranks_exchange() && r->steps > 0 && isfinite(r->predicted))
+        say("ranks   predicted %.1f ms a step, measured %.1f: %+.0f%%\n", 1e3 * r->predicted,
+            1e3 * r->took / (double)r->steps,
+            100 * (r->predicted * (double)r->steps / r->took - 1));
 }
 
 // ---- experts that move --------------------------------------------------------------------------

@@ -360,6 +360,7 @@ static int take_step(struct run *r, struct train_report *report)
         TRY(trainer_micro(r->trainer, batch.images, batch.labels, &done));
     }
     TRY(trainer_report(r->trainer, report));
+    train_ranks_step(&r->together, now_seconds() - began);
     TRY(train_ranks_load(&r->together, r->trainer));
     if (ranks_first())
         TRY(train_log_row(&r->log, r->trainer->step, report, r->o->batch * r->o->accumulate,
@@ -463,6 +464,7 @@ static int train(struct run *r)
         say("resume  at step %lld of %lld\n", (long long)r->trainer->step, (long long)o->steps);
     TRY(train_ranks_new(&r->config, o->out, &r->together));
     r->together.noted = r->first = r->trainer->step;
+    r->together.predicted = r->ranks->predicted;
     stop_on_signals();
     r->began = now_seconds();
     progress_start(&r->progress, "step", r->trainer->step, o->steps, o->log_every);
@@ -499,7 +501,6 @@ static int prepare_and_train(struct run *r)
         TRY(open_directory(r));
     TRY(same_beginning(r));
     r->ranks = &r->plans[0];
-    TRY(ranks_plan(&o->ranks, &r->config, o->batch, 1, r->ranks));
     if (r->from && r->from->run.step >= o->steps) {
         run_checkpoint_path(o->out, r->from->run.step, path, sizeof path);
         say("all %lld steps are done already (--steps N for more)\n", (long long)o->steps);
@@ -509,8 +510,16 @@ static int prepare_and_train(struct run *r)
     }
     TRY(session_open(&o->device, &r->session));
     TRY(compare_devices(r));
-    TRY(ranks_connect(&o->ranks, r->session.dev, r->session.stream, r->ranks));
+    TRY(ranks_connect(&o->ranks, r->session.dev, r->session.stream));
     print_header(r);
+    const struct rank_work work = {.train = true,
+                                   .recompute = o->recompute != 0,
+                                   .early = o->early != 0,
+                                   .batch = o->batch,
+                                   .copies = 1,
+                                   .accumulate = o->accumulate,
+                                   .memory = o->memory.memory};
+    TRY(ranks_plan(&o->ranks, &r->config, &work, r->ranks));
     TRY(plan_memory(r));
     return o->dry_run ? 0 : train(r);
 }

@@ -111,12 +111,18 @@ struct train_ranks {
     double began;
     struct exchange_figures before;
     double sent, waited, seconds; // of the run: rows, mean of ranks, time
+    double predicted;             // seconds of a step; NAN: not known
+    double part, took;            // seconds of steps since the last rows, and of the run
+    int64_t part_steps, steps;    // of so many
+    int skipped;                  // a run's first steps, which prepare much
 };
 int train_ranks_new(const struct config *c, const char *dir, struct train_ranks *out);
 void train_ranks_free(struct train_ranks *r);
-// After a step: its load; and every hundred steps, or at the `last`, rows of RUN_DIR/ranks.csv: of
-// each rank and layer rows sent to others and received and seconds waited in `steps` steps, and in
-// layer "all" seconds waited and in all, and bytes of gradients summed.
+// After a step of so many seconds on this rank.
+void train_ranks_step(struct train_ranks *r, double seconds);
+// After a step: its load; and every hundred steps, or at the `last`, rows of RUN_DIR/ranks.csv: of each
+// rank and layer rows sent to others and received and seconds waited in `steps` steps, and in layer
+// "all" seconds waited and in all, bytes of gradients summed, and milliseconds of a step, predicted and measured.
 int train_ranks_load(struct train_ranks *r, struct trainer *t);
 int train_ranks_note(struct train_ranks *r, struct trainer *t, bool last);
 // RUN_DIR/load.json: the rows that each expert got, for 'ditmoe plan --load'.
