@@ -435,6 +435,15 @@ static int read_at(struct context *c, const struct tensor *t, int64_t start, voi
     return 0;
 }
 
+// The nearest bf16, of two the even one, as the device rounds (op_round). NaN stays one.
+static uint16_t nearest_bf16(float value)
+{
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return (uint16_t)(isnan(value) ? bits >> 16 | 0x40u
+                                   : (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
+
 // An f32 as its nearest bf16 and what is left (struct tensor). NaN stays one.
 static void split(float value, uint16_t *high, uint16_t *low)
 {
@@ -456,8 +465,10 @@ static float join(uint16_t high, uint16_t low)
 static int halves_write(struct context *c, const struct tensor *t, int64_t start, int64_t count,
                         const float *host, uint16_t *high, uint16_t *low)
 {
-    for (int64_t i = 0; i < count; i++)
+    for (int64_t i = 0; i < count && t->low; i++)
         split(host[i], &high[i], &low[i]);
+    for (int64_t i = 0; i < count && !t->low; i++)
+        high[i] = nearest_bf16(host[i]);
     TRY(write_at(c, t, start, high, count));
     return t->low ? write_at(c, t->low, start, low, count) : 0;
 }
@@ -511,6 +522,15 @@ static int read_floats(struct context *c, const struct tensor *t, int64_t start,
 int param_write(struct context *c, struct weights *w, const struct param *p, const float *host)
 {
     return write_floats(c, param_tensor(w, p), p->start, param_count(p), host);
+}
+
+int param_write_bf16(struct context *c, struct weights *w, const struct param *p,
+                     const uint16_t *host)
+{
+    const struct tensor *t = param_tensor(w, p);
+    BUG_IF(t->dtype != BF16 || t->low);
+    tensor_changed(t);
+    return write_at(c, t, p->start, host, param_count(p));
 }
 
 int param_read(struct context *c, struct weights *w, const struct param *p, float *host)

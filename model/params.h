@@ -104,6 +104,9 @@ void weights_free(struct weights *w); // the block array; memory belongs to the 
 // widened, or with its low half exact.
 int param_write(struct context *c, struct weights *w, const struct param *p, const float *host);
 int param_read(struct context *c, struct weights *w, const struct param *p, float *host);
+// Of a weight that is bf16 and has no low half: as it lies there.
+int param_write_bf16(struct context *c, struct weights *w, const struct param *p,
+                     const uint16_t *host);
 
 // A whole device tensor from another of the same shape, each f32, bf16 or bf16 with its low half;
 // not from f32 to a pair.

@@ -140,6 +140,7 @@ static int plan_fitting(struct sampler *s, struct device *dev, struct stream *st
     if (asked != OFFLOAD_AUTO || s->options.offload.which || code != ERR_NOMEM || !s->dit)
         return code;
     const int most = streamed_most(s->dit);
+    s->options.limit = offload_limit(dev, s->options.limit);
     int too_few = 0, enough = most + 1, blocks = most;
     while (enough - too_few > 1) {
         code = plan_model(s, dev, stream, c, blocks);

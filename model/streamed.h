@@ -31,6 +31,14 @@ struct offload {
 };
 enum { OFFLOAD_AUTO = -1 };
 
+// Bytes to plan with where what goes to host memory is chosen by what is free: a little less, since
+// drivers take memory beside ours.
+static inline uint64_t offload_limit(const struct device *dev, uint64_t limit)
+{
+    const uint64_t left = dev->info.memory > dev->allocated ? dev->info.memory - dev->allocated : 0;
+    return limit ? limit : left - left / 64;
+}
+
 // How many blocks there are whose experts this rank could stream.
 int streamed_most(const struct dit *d);
 bool streamed_block(const struct dit *d, int layer);

@@ -195,10 +195,12 @@ int trainer_new(struct device *dev, struct stream *stream, const struct config *
     if (!choose || code != ERR_NOMEM || !*out || o->early)
         return code;
     const int most = streamed_most((*out)->dit);
+    struct train_options tight = *o;
+    tight.limit = offload_limit(dev, o->limit);
     int too_few = 0, enough = most + 1, blocks = most;
     while (enough - too_few > 1) {
         trainer_free(*out);
-        code = fitting_trainer(dev, stream, c, o, blocks, out);
+        code = fitting_trainer(dev, stream, c, &tight, blocks, out);
         if (code < 0 && (code != ERR_NOMEM || !*out))
             return code;
         *(code < 0 ? &too_few : &enough) = blocks;
@@ -208,7 +210,7 @@ int trainer_new(struct device *dev, struct stream *stream, const struct config *
     if (enough > most || blocks == enough)
         return code;
     trainer_free(*out);
-    return fitting_trainer(dev, stream, c, o, enough, out);
+    return fitting_trainer(dev, stream, c, &tight, enough, out);
 }
 
 int trainer_commit(struct trainer *t)

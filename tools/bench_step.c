@@ -35,33 +35,56 @@ struct subject {
 
 // ---- random weights and inputs ------------------------------------------------------------------
 
+enum { SHIFTS = 4096 }; // each parameter starts at another number of one long list
+
+// Noise as it is, as bf16, and around 1 for the gains of norms.
+struct noise {
+    float *values, *gains;
+    uint16_t *halves;
+};
+
+static int make_noise(size_t count, struct noise *out)
+{
+    out->values = malloc(count * sizeof *out->values);
+    out->halves = malloc(count * sizeof *out->halves);
+    out->gains = malloc(SHIFTS * sizeof *out->gains);
+    if (!out->values || !out->halves || !out->gains)
+        return fail(ERR_NOMEM, "out of host memory for random weights");
+    noise_fill(out->values, count, 1);
+    for (size_t i = 0; i < count; i++) {
+        uint32_t bits;
+        out->values[i] *= 0.02f;
+        memcpy(&bits, &out->values[i], sizeof bits);
+        out->halves[i] = (uint16_t)(bits >> 16);
+    }
+    for (size_t i = 0; i < SHIFTS; i++)
+        out->gains[i] = 1 + out->values[i];
+    return 0;
+}
+
 // Every parameter is random, for the published start has zeros that make whole branches zero:
 // normal with standard deviation 0.02, around 1 for the gains of norms.
 static int randomise(struct dit *d)
 {
     size_t most = 0;
+    struct noise n = {0};
     for (int i = 0; i < d->params.count; i++) {
         const size_t count = (size_t)param_count(&d->params.list[i]);
         most = count > most ? count : most;
     }
-    enum { SHIFTS = 4096 }; // each parameter starts at another number of one long list
-    float *noise = malloc(sizeof *noise * (most + SHIFTS)), *gains = malloc(sizeof *gains * SHIFTS);
-    int code = noise && gains ? 0 : fail(ERR_NOMEM, "out of host memory for random weights");
-    if (code == 0) {
-        noise_fill(noise, most + SHIFTS, 1);
-        for (size_t i = 0; i < most + SHIFTS; i++)
-            noise[i] *= 0.02f;
-        for (size_t i = 0; i < SHIFTS; i++)
-            gains[i] = 1 + noise[i];
-    }
+    int code = make_noise(most + SHIFTS, &n);
     for (int i = 0; i < d->params.count && code >= 0; i++) {
         const struct param *p = &d->params.list[i];
+        const struct tensor *t = param_tensor(&d->w, p);
+        const size_t from = (size_t)i * 1009 % SHIFTS;
         if (p->start == PARAM_ELSEWHERE)
             continue;
-        bool gain = p->init == INIT_ONE && param_count(p) <= SHIFTS;
-        code = param_write(&d->ctx, &d->w, p, gain ? gains : noise + (size_t)i * 1009 % SHIFTS);
+        const bool gain = p->init == INIT_ONE && param_count(p) <= SHIFTS;
+        code = t->dtype == BF16 && !t->low
+                   ? param_write_bf16(&d->ctx, &d->w, p, n.halves + from)
+                   : param_write(&d->ctx, &d->w, p, gain ? n.gains : n.values + from);
     }
-    free(noise), free(gains);
+    free(n.values), free(n.halves), free(n.gains);
     return code;
 }
 

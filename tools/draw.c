@@ -199,10 +199,14 @@ int draw_samples(const struct draw_options *o, const struct checkpoint *file, in
     TRY(drawing_open(o, file, count, &d));
     const int64_t batches = (count + d.sampler->all - 1) / d.sampler->all;
     progress_start(&w.progress, "step", 0, batches * d.sampler->schedule.steps, 0);
+    const double began = now_seconds();
     int code = sampler_run(d.sampler, count, classes, noise, latents, show, &w);
     progress_clear(&w.progress);
     if (code >= 0)
         say_pace(&d, &w);
+    if (code >= 0)
+        code = offload_say_waited(d.sampler->dit, (now_seconds() - began) /
+                                                      (double)(batches * d.sampler->passes));
     drawing_close(&d);
     return code;
 }

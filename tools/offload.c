@@ -36,6 +36,16 @@ int offload_choose(const struct memory_options *o, const struct device *dev,
     return 0;
 }
 
+int offload_say_waited(struct dit *d, double mean)
+{
+    double waited;
+    TRY(streamed_waited(d, &waited));
+    if (d->streamed)
+        say("offload waited %.1f ms for copies in the last %s; a %s took %.1f ms\n", 1e3 * waited,
+            d->options.train ? "step" : "pass", d->options.train ? "step" : "pass", 1e3 * mean);
+    return 0;
+}
+
 void offload_say(const struct dit *d)
 {
     const struct streamed_figures f = streamed_figures(d);

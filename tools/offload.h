@@ -19,5 +19,8 @@ int offload_choose(const struct memory_options *o, const struct device *dev,
                    const struct rank_plan *ranks, struct offload *out);
 // One line on stderr where experts live in host memory.
 void offload_say(const struct dit *d);
+// And at the end: how long the device waited for copies in the last pass or step, beside the mean
+// time of one. The device is done.
+int offload_say_waited(struct dit *d, double mean);
 
 #endif

@@ -474,6 +474,9 @@ static int train(struct run *r)
     progress_clear(&r->progress);
     TRY(code);
     print_summary(r);
+    if (r->trainer->step > r->first)
+        TRY(offload_say_waited(r->trainer->dit, (now_seconds() - r->began) /
+                                                    (double)(r->trainer->step - r->first)));
     TRY(train_ranks_write_load(&r->together, &r->config, o->out));
     TRY(train_log_close(&r->log));
     if (ranks_first())
