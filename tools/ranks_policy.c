@@ -243,13 +243,16 @@ static int plan(const struct card *all, const struct cluster *c, const struct ra
     if (unknown >= 0 && policy_of(o->placement) == POLICY_COST)
         return fail_in(say_unknown(all, c->ranks, unknown), "--placement cost");
     TRY(choose(o->placement, c, m, load, w->batch, &out->placement));
-    if (unknown >= 0) {
-        say_unknown(all, c->ranks, unknown);
-        say("no forecast: %s\n", error_message());
+    if (unknown < 0)
+        TRY(forecast_step(c, m, load, &out->placement, &out->forecast));
+    if (policy_of(o->placement) >= 0) // in the same time: copies go on from layer to layer
+        placement_stream_whole(&out->placement);
+    if (unknown < 0) {
+        out->predicted = step_of(&out->forecast, w->accumulate > 1 ? w->accumulate : 1);
         return 0;
     }
-    TRY(forecast_step(c, m, load, &out->placement, &out->forecast));
-    out->predicted = step_of(&out->forecast, w->accumulate > 1 ? w->accumulate : 1);
+    say_unknown(all, c->ranks, unknown);
+    say("no forecast: %s\n", error_message());
     return 0;
 }
 
