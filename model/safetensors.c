@@ -7,10 +7,13 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#include "model/json_members.h"
 #include "model/mapped_file.h"
 #include "model/safetensors_internal.h"
 
-enum { HEADER_MAX = 100000000 };
+// Bytes of a header; of the shortest description of a tensor, {"dtype":"U8","shape":[],
+// "data_offsets":[0,0]} with a name and what is around it; of the longest that is read.
+enum { HEADER_MAX = 100000000, ENTRY_MIN = 48, ENTRY_MAX = 4096, METADATA_MAX = 65536 };
 
 // ---- messages -----------------------------------------------------------------------------------
 
@@ -81,40 +84,99 @@ static int parse_range(const struct safetensors *s, const json_t *entry, struct 
     return 0;
 }
 
-static int parse_metadata(const struct safetensors *s, const json_t *metadata)
+static int bad_header(const struct safetensors *s, struct json_span header, const char *at,
+                      const char *what)
 {
-    if (!json_is_object(metadata))
+    return fail(ERR_INPUT, "%s: not a whole safetensors file: header byte %lld: %s", s->path,
+                (long long)(at - header.text), st_shown(what).text);
+}
+
+// One value of the header. What jansson makes of it goes away with it.
+static int load(const struct safetensors *s, struct json_span header, struct json_span value,
+                json_t **out)
+{
+    json_error_t error;
+    *out = json_loadb(value.text, value.length, JSON_REJECT_DUPLICATES | JSON_DECODE_ANY, &error);
+    return *out ? 0 : bad_header(s, header, value.text + error.position, error.text);
+}
+
+// Kept whole, as strings: so they must not be very many.
+static int parse_metadata(struct safetensors *s, struct json_span header, struct json_span text)
+{
+    struct json_members members = json_members(text);
+    struct json_span key, value;
+    int count = 0;
+    if (!text.length || *text.text != '{')
         return bad_file(s, "__metadata__ is not an object");
-    const char *key;
-    json_t *value;
-    json_object_foreach((json_t *)metadata, key, value) if (!json_is_string(value)) return bad_file(
-        s, "__metadata__ holds something other than strings");
+    if (s->header)
+        return bad_file(s, "duplicate __metadata__");
+    while (json_members_next(&members, &key, &value)) {
+        if (!value.length || *value.text != '"')
+            return bad_file(s, "__metadata__ holds something other than strings");
+        if (++count > METADATA_MAX)
+            return bad_file(s, "__metadata__ has more than 65536 entries");
+    }
+    if (members.wrong)
+        return bad_header(s, header, members.at, members.wrong);
+    json_t *metadata;
+    TRY(load(s, header, text, &metadata));
+    s->header = json_pack("{s:o}", "__metadata__", metadata);
+    return s->header ? 0 : fail(ERR_NOMEM, "%s: out of memory", s->path);
+}
+
+// The name goes to *names, which has room for it: it is no longer than it is in the header.
+static int parse_name(struct safetensors *s, struct json_span header, struct json_span key,
+                      char **names)
+{
+    json_t *name;
+    TRY(load(s, header, key, &name));
+    const size_t length = json_string_length(name);
+    memcpy(*names, json_string_value(name), length + 1);
+    *names += length + 1;
+    json_decref(name);
     return 0;
 }
 
-static int parse_tensors(struct safetensors *s)
+static int parse_tensor(struct safetensors *s, struct json_span header, struct json_span value,
+                        const char *name)
 {
-    s->tensors = calloc(json_object_size(s->header) + 1, sizeof *s->tensors);
-    if (!s->tensors)
-        return fail(ERR_NOMEM, "%s: out of memory", s->path);
-    const char *name;
+    struct st_tensor *t = &s->tensors[s->count];
     json_t *entry;
-    json_object_foreach(s->header, name, entry)
-    {
-        if (!strcmp(name, "__metadata__")) {
-            TRY(parse_metadata(s, entry));
-            continue;
-        }
-        struct st_tensor *t = &s->tensors[s->count];
-        t->name = name;
-        if (!json_is_object(entry))
-            return st_bad_tensor(s, name, "is not described by an object");
-        TRY(parse_dtype(s, entry, t));
-        TRY(parse_shape(s, entry, t));
-        TRY(parse_range(s, entry, t));
-        s->count++;
+    if (!value.length || *value.text != '{')
+        return st_bad_tensor(s, name, "is not described by an object");
+    if (value.length > ENTRY_MAX)
+        return st_bad_tensor(s, name, "its description is longer than 4096 bytes");
+    *t = (struct st_tensor){.name = name};
+    TRY(load(s, header, value, &entry));
+    int code = parse_dtype(s, entry, t);
+    if (code >= 0)
+        code = parse_shape(s, entry, t);
+    if (code >= 0)
+        code = parse_range(s, entry, t);
+    json_decref(entry);
+    s->count += code >= 0;
+    return code;
+}
+
+// A tensor costs its name and a struct of four times the shortest description: what a header costs
+// is a small multiple of its length, whatever is in it.
+static int parse_tensors(struct safetensors *s, struct json_span header)
+{
+    struct json_members members = json_members(header);
+    struct json_span key, value;
+    s->tensors = calloc(header.length / ENTRY_MIN + 1, sizeof *s->tensors);
+    char *names = s->names = malloc(header.length + 1);
+    if (!s->tensors || !names)
+        return fail(ERR_NOMEM, "%s: out of memory", s->path);
+    while (json_members_next(&members, &key, &value)) {
+        char *name = names;
+        TRY(parse_name(s, header, key, &names));
+        if (!strcmp(name, "__metadata__"))
+            TRY(parse_metadata(s, header, value));
+        else
+            TRY(parse_tensor(s, header, value, name));
     }
-    return 0;
+    return members.wrong ? bad_header(s, header, members.at, members.wrong) : 0;
 }
 
 // The tensors must cover the data, each byte once: the format allows neither holes nor overlaps.
@@ -140,7 +202,11 @@ static int index_tensors(struct safetensors *s)
 {
     qsort(s->tensors, (size_t)s->count, sizeof *s->tensors, st_by_offset);
     TRY(check_cover(s));
-    return st_index_names(s);
+    TRY(st_index_names(s));
+    for (int i = 1; i < s->count; i++)
+        if (!strcmp(s->by_name[i - 1]->name, s->by_name[i]->name))
+            return st_bad_tensor(s, s->by_name[i]->name, "duplicate: it is there twice");
+    return 0;
 }
 
 static int parse_header(struct safetensors *s)
@@ -157,14 +223,9 @@ static int parse_header(struct safetensors *s)
     const char *text = (const char *)s->map + 8;
     if (length < 2 || text[0] != '{')
         return bad_file(s, "its header is not a JSON object");
-    json_error_t error;
-    s->header = json_loadb(text, (size_t)length, JSON_REJECT_DUPLICATES, &error);
-    if (!s->header)
-        return fail(ERR_INPUT, "%s: not a whole safetensors file: header byte %d: %s", s->path,
-                    error.position, st_shown(error.text).text);
     s->data = s->map + 8 + length;
     s->data_size = s->size - 8 - length;
-    TRY(parse_tensors(s));
+    TRY(parse_tensors(s, (struct json_span){text, (size_t)length}));
     return index_tensors(s);
 }
 

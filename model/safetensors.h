@@ -1,7 +1,6 @@
 // safetensors: named tensors in one file. Eight bytes of header length (little-endian), a JSON
-// header
-// {"name": {"dtype", "shape", "data_offsets"}, ..., "__metadata__": {string: string}}, then the
-// data, row-major, little-endian, without holes.
+// header {"name": {"dtype", "shape", "data_offsets"}, ..., "__metadata__": {string: string}}, then
+// the data, row-major, little-endian, without holes.
 //
 // The reader trusts nothing: every length, offset, shape product and name is checked when the file
 // is opened, so a file that opens can be read. A bad file is ERR_INPUT, one that cannot be read

@@ -13,11 +13,11 @@ struct safetensors {
     size_t size;
     const uint8_t *data;
     uint64_t data_size;
-    json_t *header;                   // owns the tensors' names and the metadata
+    json_t *header;                   // {"__metadata__": {...}}, or NULL
     struct st_tensor *tensors;        // [count], by offset
     const struct st_tensor **by_name; // [count]
     int count;
-    char *names;             // adopted
+    char *names;             // of the tensors
     struct st_files files;   // of a set of files: opened for it, closed with it
     struct st_piece *pieces; // adopted
 };

@@ -279,6 +279,65 @@ static int test_safetensors_hostile(void)
     return PASSED;
 }
 
+// `count` times `each`, then `end`, in a header.
+static const char *craft_many(const char *begin, const char *each, int count, const char *end)
+{
+    const size_t size = strlen(begin) + (size_t)count * (strlen(each) + 8) + strlen(end) + 1;
+    char *text = malloc(size);
+    size_t n = (size_t)sprintf(text, "%s", begin);
+    for (int i = 0; i < count; i++)
+        n += (size_t)sprintf(text + n, each, i);
+    strcpy(text + n, end);
+    const char *path = craft(text, 0);
+    free(text);
+    return path;
+}
+
+// In a process of its own, which gets room for eight times the file and no more: the code, or 1
+// where there was not even a message.
+static int open_within_memory(const char *path)
+{
+    long pages = 0;
+    struct rlimit room;
+    FILE *f = fopen(path, "rb"), *own = fopen("/proc/self/statm", "r");
+    fseek(f, 0, SEEK_END);
+    const long bytes = ftell(f);
+    fclose(f);
+    if (!own || fscanf(own, "%ld", &pages) != 1)
+        return 1;
+    fclose(own);
+    room.rlim_cur = room.rlim_max =
+        (rlim_t)(pages * sysconf(_SC_PAGESIZE) + 8 * bytes + (16 << 20));
+    fflush(stdout);
+    pid_t pid = fork();
+    if (pid == 0) {
+        struct safetensors *s;
+        setrlimit(RLIMIT_AS, &room);
+        _exit(-safetensors_open(path, &s));
+    }
+    int status = 0;
+    return waitpid(pid, &status, 0) == pid && WIFEXITED(status) ? -WEXITSTATUS(status) : 1;
+}
+
+// A header costs a small multiple of its length, whatever is in it.
+static int test_safetensors_costs(void)
+{
+    enum { MANY = 300000 };
+    static const char each[] =
+        ",\"t%d\":{\"dtype\":\"U8\",\"shape\":[0],\"data_offsets\":[0,0]}";
+    const char *path = craft_many("{\"x\":0", each, MANY, "}");
+    CHECK(open_within_memory(path) == ERR_INPUT, "a number among the tensors");
+    path = craft_many("{\"__metadata__\":{}", each, MANY, "}");
+    CHECK(open_within_memory(path) == 0, "many tensors");
+    path = craft_many("{\"t\":{\"shape\":[[]", ",[]", 8 * MANY, "]}}");
+    CHECK(open_within_memory(path) == ERR_INPUT, "empty lists");
+    path = craft_many("{\"__metadata__\":{\"k\":\"\"", ",\"%d\":\"\"", MANY, "}}");
+    CHECK(open_within_memory(path) == ERR_INPUT, "much metadata");
+    path = craft_many("{\"t\":{}", ",\"%d\":{}", 2 * MANY, "}");
+    CHECK(open_within_memory(path) == ERR_INPUT, "empty objects");
+    return PASSED;
+}
+
 static int test_safetensors_misuse(void)
 {
     const char *path = in_directory("misuse.safetensors");
@@ -398,6 +457,7 @@ const struct test files_tests[] = {
     {"safetensors_conversions", test_safetensors_conversions},
     {"safetensors_cut", test_safetensors_cut},
     {"safetensors_hostile", test_safetensors_hostile},
+    {"safetensors_costs", test_safetensors_costs},
     {"safetensors_misuse", test_safetensors_misuse},
     {"full_disk", test_full_disk},
     {"device_for_file", test_really_full_device},
