@@ -1593,14 +1593,15 @@ inline float exp_rounded(float a)
 // Frequencies and angles are rounded to f32 as in the published code, so that its weights see
 // theirs.
 KERNEL(64, 1)
-void timestep_embed(GLOBAL act *VIEW(out), const GLOBAL float *VIEW(t), int half_width, uint count)
+void timestep_embed(GLOBAL act *VIEW(out), const GLOBAL float *VIEW(t), int half_width, float steps,
+                    uint count)
 {
     OFFSETS2(out, t)
     uint i = get_global_id(0);
     if (i >= count)
         return;
     uint n = i / half_width, k = i % half_width;
-    float angle = t[n] * exp_rounded(-9.210340371976184f * (float)k / (float)half_width); // ln 10000
+    float angle = t[n] * exp_rounded(-9.210340371976184f * (float)k / steps); // ln 10000
     act_store(out, (size_t)n * 2 * half_width + k, cos(angle));
     act_store(out, (size_t)n * 2 * half_width + half_width + k, sin(angle));
 }

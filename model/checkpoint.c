@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "model/collect.h"
+#include "model/diffusers.h"
 #include "model/infer.h"
 #include "model/weights_file.h"
 
@@ -110,6 +111,8 @@ int checkpoint_open(const char *path, const struct config_hints *hints, struct c
     *out = (struct checkpoint){0};
     snprintf(out->path, sizeof out->path, "%s", path);
     TRY(weights_file_open(path, &out->file));
+    if (diffusers_is(out->file))
+        TRY(diffusers_adopt(&out->file));
     out->has_model = safetensors_find(out->file, probe) != NULL;
     out->has_ema = safetensors_find(out->file, ema) != NULL;
     out->has_moments = safetensors_find(out->file, "adam.m.final_layer.linear.weight") != NULL;

@@ -161,7 +161,8 @@ int config_check(const struct config *c)
 // One list of the integer and boolean fields keeps writing, reading and comparing in step.
 #define CONFIG_INTS(X)                                                                             \
     X(layers) X(hidden) X(heads) X(patch) X(channels) X(size) X(classes) X(experts) X(topk) X(shared)
-#define CONFIG_BOOLS(X) X(qk_norm) X(learn_sigma) X(renormalise) X(balance_per_sequence)
+#define CONFIG_BOOLS(X) X(qk_norm) X(learn_sigma) X(renormalise) X(balance_per_sequence) \
+    X(full_frequencies)
 #define CONFIG_FLOATS(X) X(balance) X(class_dropout)
 
 json_t *config_to_json(const struct config *c)

@@ -42,6 +42,8 @@ struct config {
                       // takes it for the variance
     bool renormalise; // gate weights divided by their sum after top-k (published: no)
     bool balance_per_sequence; // balance loss per image instead of per batch (published: no)
+    bool full_frequencies; // of t's embedding: 1 to 1/10000, both among them, as in diffusers;
+                           // published: without the last
     float balance;             // its factor: 0.01 in the published code, 0.005 in the paper
     float class_dropout;       // labels replaced by the null class in training
     enum diffusion diffusion;

@@ -15,9 +15,4 @@ int convert_model(const struct checkpoint *from, enum weights_choice which, int 
 int convert_tensors(const struct safetensors *from, int dtype, const char *path,
                     enum weights_format format);
 
-// A plain DiT as the directory that diffusers' DiTTransformer2DModel.from_pretrained() reads. Other
-// models are ERR_INPUT: diffusers has no mixture of experts, and no normalised q and k, in a DiT.
-int convert_diffusers(const struct checkpoint *from, enum weights_choice which, int dtype,
-                      const char *directory);
-
 #endif

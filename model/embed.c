@@ -59,7 +59,7 @@ int condition_forward(struct dit *d)
 {
     struct context *c = &d->ctx;
     struct embed_act *a = &d->embed;
-    TRY(op_timestep_embed(c, &a->features, &d->t));
+    TRY(op_timestep_embed(c, &a->features, &d->t, d->config.full_frequencies));
     TRY(op_linear(c, &a->t0, &a->features, &d->w.t0_w, &d->w.t0_b));
     TRY(op_silu_fwd(c, &a->ts, &a->t0));
     TRY(op_linear(c, &a->cond, &a->ts, &d->w.t2_w, &d->w.t2_b));

@@ -128,10 +128,7 @@ static int infer_sizes(const struct safetensors *s, const char *prefix, struct c
     const struct st_tensor *labels = find(s, prefix, "y_embedder.embedding_table.weight");
     const struct st_tensor *head = find(s, prefix, "final_layer.linear.weight");
     if (!is_matrix(patch, 4) || !is_matrix(pos, 3) || !is_matrix(labels, 2) || !is_matrix(head, 2))
-        return fail(ERR_INPUT, "%s: %s is missing or has another rank",
-                    safetensors_find(s, "transformer_blocks.0.attn1.to_q.weight")
-                        ? "a model of diffusers', which is written but not read (take the .pt it was made of)"
-                        : "not a DiT",
+        return fail(ERR_INPUT, "not a DiT: %s is missing or has another rank",
                     !is_matrix(patch, 4)    ? "x_embedder.proj.weight"
                     : !is_matrix(pos, 3)    ? "pos_embed"
                     : !is_matrix(labels, 2) ? "y_embedder.embedding_table.weight"

@@ -25,9 +25,16 @@ int weights_file_open_single(const char *path, struct safetensors **out)
 static int open_in_directory(const char *path, struct safetensors **out)
 {
     static const char *const names[] = {
-        "model.safetensors.index.json",        "diffusion_pytorch_model.safetensors.index.json",
-        "pytorch_model.bin.index.json",        "model.safetensors",
-        "diffusion_pytorch_model.safetensors", "pytorch_model.bin"};
+        "model.safetensors.index.json",
+        "diffusion_pytorch_model.safetensors.index.json",
+        "pytorch_model.bin.index.json",
+        "model.safetensors",
+        "diffusion_pytorch_model.safetensors",
+        "pytorch_model.bin",
+        "diffusion_pytorch_model.bin",
+        "transformer/diffusion_pytorch_model.safetensors.index.json",
+        "transformer/diffusion_pytorch_model.safetensors",
+        "transformer/diffusion_pytorch_model.bin"};
     char full[4096];
     struct stat s;
     for (size_t i = 0; i < sizeof names / sizeof *names; i++) {

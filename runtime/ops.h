@@ -142,9 +142,9 @@ int op_unpatchify(struct context *c, struct tensor *out, const struct tensor *in
 int op_add_pos(struct context *c, struct tensor *x, const struct tensor *sum,
                const struct tensor *pos);
 
-// out[N,F] (ACT): cos(t*w_i) for i < F/2, then sin(t*w_i); w_i = 10000^(-i/(F/2)); t[N] f32,
-// unscaled
-int op_timestep_embed(struct context *c, struct tensor *out, const struct tensor *t);
+// out[N,F] (ACT): cos(t*w_i) for i < F/2, then sin(t*w_i); w_i = 10000^(-i/(F/2)), or with `full`
+// 10000^(-i/(F/2-1)); t[N] f32, unscaled
+int op_timestep_embed(struct context *c, struct tensor *out, const struct tensor *t, bool full);
 
 // out[N,D] (ACT) += table[y[n],:] (f32); y[N] int32.  Backward: dtable[y[n],:] += dout[n,:]
 int op_embed_fwd(struct context *c, struct tensor *out, const struct tensor *table,

@@ -33,12 +33,12 @@ int op_unpatchify(struct context *c, struct tensor *out, const struct tensor *in
                   UINT(runs));
 }
 
-int op_timestep_embed(struct context *c, struct tensor *out, const struct tensor *t)
+int op_timestep_embed(struct context *c, struct tensor *out, const struct tensor *t, bool full)
 {
     int64_t images = tensor_count(t), half = out->shape[1] / 2;
     BUG_IF(!has_shape2(out, images, 2 * half) || !is_act(c, out) || t->dtype != F32);
     return LAUNCH(c, KERNEL_timestep_embed, cover(images * half, 64), 1, 1, BUF(out), BUF(t),
-                  INT(half), UINT(images * half));
+                  INT(half), FLOAT((float)(full && half > 1 ? half - 1 : half)), UINT(images * half));
 }
 
 int op_embed_fwd(struct context *c, struct tensor *out, const struct tensor *table,

@@ -9,6 +9,7 @@
 #include <unistd.h>
 
 #include "model/convert.h"
+#include "model/diffusers.h"
 #include "model/weights_file.h"
 
 // ---- helpers ------------------------------------------------------------------------------------
@@ -359,9 +360,9 @@ static int test_diffusers(void)
     const struct config_hints hints = {2, 0, -1};
     snprintf(path, sizeof path, "%s/dit", test_directory());
     OK(checkpoint_open(fixture("dense.pt"), &hints, &from));
-    OK(convert_diffusers(&from, WEIGHTS_AUTO, -1, path));
+    OK(diffusers_write(&from, WEIGHTS_AUTO, -1, path));
     OK(weights_file_open(path, &made));
-    OK(weights_file_open(fixture("dense_diffusers/transformer"), &known));
+    OK(weights_file_open(fixture("dense_diffusers"), &known));
     CHECK(same_numbers(known, made, 0) == PASSED, "diffusers");
     snprintf(path, sizeof path, "%s/dit/config.json", test_directory());
     json_t *ours = json_load_file(path, 0, NULL);
@@ -386,10 +387,189 @@ static int test_diffusers(void)
     safetensors_close(known), safetensors_close(made);
     checkpoint_close(&from);
     OK(checkpoint_open(golden("s_qkv"), NULL, &from));
-    CHECK(convert_diffusers(&from, WEIGHTS_AUTO, -1, path) == ERR_INPUT &&
+    CHECK(diffusers_write(&from, WEIGHTS_AUTO, -1, path) == ERR_INPUT &&
               strstr(error_message(), "no layout for a mixture of experts"),
           "%s", error_message());
     checkpoint_close(&from);
+    return PASSED;
+}
+
+// Read, it is the model that was written; and so is what we write of that.
+static int test_diffusers_read(void)
+{
+    struct checkpoint dense, read, again;
+    const struct config_hints hints = {2, 0, -1};
+    const char *path = scratch("theirs");
+    OK(checkpoint_open(fixture("dense.pt"), &hints, &dense));
+    OK(checkpoint_open(fixture("dense_diffusers"), NULL, &read));
+    CHECK(!strcmp(safetensors_format(read.file), "safetensors of diffusers"), "%s",
+          safetensors_format(read.file));
+    CHECK(same_numbers(dense.file, read.file, 1e-6) == PASSED, "weights");
+    CHECK(read.has_config && read.config.full_frequencies && !dense.config.full_frequencies, "kind");
+    struct config c = read.config;
+    c.full_frequencies = false;
+    CHECK(config_equal(&c, &dense.config), "another configuration");
+    OK(diffusers_write(&read, WEIGHTS_AUTO, ST_BF16, path));
+    OK(checkpoint_open(path, NULL, &again));
+    CHECK(config_equal(&read.config, &again.config), "not as it was read");
+    CHECK(same_numbers(read.file, again.file, 4e-3) == PASSED, "weights again");
+    checkpoint_close(&again);
+    OK(diffusers_write(&dense, WEIGHTS_AUTO, -1, path));
+    OK(checkpoint_open(path, NULL, &again));
+    CHECK(config_equal(&dense.config, &again.config), "not as it was written");
+    checkpoint_close(&again), checkpoint_close(&read), checkpoint_close(&dense);
+    return PASSED;
+}
+
+static int read_values(const struct safetensors *s, const char *name, float **out)
+{
+    const struct st_tensor *t = safetensors_find(s, name);
+    CHECK(t && (*out = malloc((size_t)t->count * sizeof **out)), "%s", name);
+    if (t->dtype == ST_I64)
+        for (int64_t i = 0; i < t->count; i++) {
+            int64_t v;
+            OK(safetensors_read_i64(s, t, &v, i, 1));
+            (*out)[i] = (float)v;
+        }
+    else
+        OK(safetensors_read_f32(s, t, *out, 0, t->count));
+    return PASSED;
+}
+
+// It answers as diffusers' own network did (dense_input.safetensors).
+static int test_diffusers_answers(void)
+{
+    enum { IMAGES = 3 };
+    struct device *dev = test_device(0);
+    struct checkpoint file;
+    struct safetensors *input;
+    struct stream *stream;
+    struct dit *d;
+    float *x, *t, *y, *want;
+    if (!dev)
+        return SKIPPED;
+    OK(checkpoint_open(fixture("dense_diffusers"), NULL, &file));
+    OK(safetensors_open(fixture("dense_input.safetensors"), &input));
+    CHECK(!read_values(input, "x", &x) && !read_values(input, "t", &t) &&
+              !read_values(input, "y", &y) && !read_values(input, "out", &want),
+          "input");
+    OK(dev->api->stream_new(dev, &stream));
+    OK(dit_new(dev, stream, &file.config, &(struct dit_options){.batch = IMAGES}, &d));
+    OK(dit_layout(d));
+    OK(dit_commit(d));
+    OK(checkpoint_load(&file, d, WEIGHTS_AUTO));
+    OK(tensor_write(&d->ctx, &d->input, x));
+    OK(tensor_write(&d->ctx, &d->t, t));
+    OK(tensor_write(&d->ctx, &d->labels,
+                    (int32_t[IMAGES]){(int32_t)y[0], (int32_t)y[1], (int32_t)y[2]}));
+    OK(dit_forward(d));
+    const int64_t n = tensor_count(&d->output);
+    float *out = malloc((size_t)n * sizeof *out);
+    double error = 0, most = 0;
+    OK(tensor_read(&d->ctx, &d->output, out));
+    for (int64_t i = 0; i < n; i++) {
+        error = fmax(error, fabs((double)out[i] - (double)want[i]));
+        most = fmax(most, fabs((double)want[i]));
+    }
+    CHECK(error <= 2e-4 * most, "off by %g of %g", error, most);
+    free(x), free(t), free(y), free(want), free(out);
+    dit_free(d);
+    dev->api->stream_free(stream);
+    safetensors_close(input);
+    checkpoint_close(&file);
+    return PASSED;
+}
+
+// The fixture with `with` in place of `what` in its config.json, as "bad-diffusers".
+static int put_config(const char *what, const char *with)
+{
+    char text[4096] = "", changed[8192], path[1100];
+    const char *directory = scratch("bad-diffusers");
+    FILE *f = fopen(fixture("dense_diffusers/transformer/config.json"), "rb");
+    CHECK(f, "no fixture");
+    const size_t n = fread(text, 1, sizeof text - 1, f);
+    fclose(f);
+    const char *at = strstr(text, what);
+    CHECK(n && at, "%s is not there", what);
+    snprintf(changed, sizeof changed, "%.*s%s%s", (int)(at - text), text, with, at + strlen(what));
+    mkdir(directory, 0777);
+    snprintf(path, sizeof path, "%s/config.json", directory);
+    CHECK(put_text(path, changed) == 0, "%s", path);
+    snprintf(path, sizeof path, "%s/diffusion_pytorch_model.safetensors", directory);
+    unlink(path);
+    CHECK(symlink(fixture("dense_diffusers/transformer/diffusion_pytorch_model.safetensors"), path) == 0,
+          "%s", path);
+    return PASSED;
+}
+
+// That does not open, and says `why`.
+static int bad_config(const char *what, const char *with, const char *why)
+{
+    const char *directory = scratch("bad-diffusers");
+    struct checkpoint c;
+    CHECK(put_config(what, with) == PASSED, "%s", what);
+    CHECK(checkpoint_open(directory, NULL, &c) == ERR_INPUT, "%s opens", with);
+    CHECK(one_line(directory) && strstr(error_message(), why), "%s: %s", with, error_message());
+    return PASSED;
+}
+
+// A block with an embedding of t of its own.
+static int own_embedding(void)
+{
+    static const char *const name =
+        "transformer_blocks.1.norm1.emb.timestep_embedder.linear_1.bias";
+    const char *from = fixture("dense_diffusers/transformer/diffusion_pytorch_model.safetensors");
+    char path[1100];
+    struct safetensors *s;
+    OK(safetensors_open(from, &s));
+    const uint64_t at = safetensors_find(s, name)->offset;
+    safetensors_close(s);
+    FILE *f = fopen(from, "rb");
+    static unsigned char bytes[1 << 18];
+    const size_t n = fread(bytes, 1, sizeof bytes, f);
+    fclose(f);
+    uint64_t header;
+    memcpy(&header, bytes, sizeof header);
+    CHECK(n < sizeof bytes && 8 + header + at < n, "%zu bytes", n);
+    bytes[8 + header + at] ^= 1;
+    snprintf(path, sizeof path, "%s/diffusion_pytorch_model.safetensors", scratch("bad-diffusers"));
+    unlink(path);
+    f = fopen(path, "wb");
+    CHECK(f && fwrite(bytes, 1, n, f) == n && fclose(f) == 0, "%s", path);
+    struct checkpoint c;
+    CHECK(checkpoint_open(scratch("bad-diffusers"), NULL, &c) == ERR_INPUT &&
+              strstr(error_message(), "differs from that of the first block"),
+          "%s", error_message());
+    return PASSED;
+}
+
+static int test_bad_diffusers(void)
+{
+    static const char *const cases[][3] = {
+        {"\"DiTTransformer2DModel\"", "\"UNet2DModel\"", "not DiTTransformer2DModel"},
+        {"\"gelu-approximate\"", "\"gelu\"", "'activation_fn' is 'gelu'"},
+        {"\"ada_norm_zero\"", "\"layer_norm\"", "'norm_type' is 'layer_norm'"},
+        {"\"norm_elementwise_affine\": false", "\"norm_elementwise_affine\": true", "have no weights"},
+        {"1e-05", "0.1", "'norm_eps' is 0.1"},
+        {"\"num_layers\": 2", "\"num_layers\": 3", "transformer_blocks.2"},
+        {"\"num_layers\": 2", "\"num_layers\": \"2\"", "'num_layers' is missing"},
+        {"\"num_layers\": 2", "\"num_layers\": 2000000000", "'num_layers' is missing, or not from 1 to 1024"},
+        {"\"attention_head_dim\": 8", "\"attention_head_dim\": 128", "shape is"},
+        {"\"sample_size\": 8", "\"sample_size\": 4096", "'sample_size'"},
+        {"\"num_embeds_ada_norm\": 3", "\"num_embeds_ada_norm\": 999999", "shape is"},
+        {"\"out_channels\": 8", "\"out_channels\": 5", "'out_channels' is 5"},
+        {"{", "", "not"},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
+        CHECK(bad_config(cases[i][0], cases[i][1], cases[i][2]) == PASSED, "case %zu", i);
+    CHECK(put_config("{", "{") == PASSED && own_embedding() == PASSED, "an own embedding");
+    char path[600];
+    snprintf(path, sizeof path, "%s/config.json", scratch("bad-diffusers"));
+    unlink(path);
+    struct checkpoint c;
+    CHECK(checkpoint_open(scratch("bad-diffusers"), NULL, &c) == ERR_INPUT &&
+              strstr(error_message(), "config.json must lie beside it"),
+          "%s", error_message());
     return PASSED;
 }
 
@@ -405,4 +585,7 @@ const struct test interop_tests[] = {{"shards", test_shards},
                                      {"both_sets", test_both_sets},
                                      {"rounding", test_rounding},
                                      {"diffusers", test_diffusers},
+                                     {"diffusers_read", test_diffusers_read},
+                                     {"diffusers_answers", test_diffusers_answers},
+                                     {"bad_diffusers", test_bad_diffusers},
                                      {0}};

@@ -94,6 +94,7 @@ static int test_add_pos(void)
 static int timestep_case(struct op_run *r, const int *s)
 {
     const bool steps = s[2] > 0; // DDPM's t: whole numbers up to 999
+    const bool full = s[2] > 1;  // frequencies as in diffusers
     struct operand *t = op_random(r, F32, 0, 1, DIMS(s[0]));
     struct operand *out = op_output(r, r->act, DIMS(s[0], s[1]));
     double *times = op_doubles(r, s[0]);
@@ -105,21 +106,21 @@ static int timestep_case(struct op_run *r, const int *s)
     for (int n = 0; n < s[0]; n++)
         for (int i = 0; i < half; i++) {
             // rounded to f32 where the published code rounds
-            float frequency = (float)exp((double)(-9.210340371976184f * (float)i / (float)half));
+            float frequency = (float)exp((double)(-9.210340371976184f * (float)i / (float)(full ? half - 1 : half)));
             double angle = (double)((float)times[n] * frequency);
             want[n * s[1] + i] = cos(angle);
             want[n * s[1] + half + i] = sin(angle);
         }
-    OK(OP_RUN(r, op_timestep_embed(&r->c, &out->t, &t->t)));
+    OK(OP_RUN(r, op_timestep_embed(&r->c, &out->t, &t->t, full)));
     // a frequency may be the f32 next to the nearest, which 999 makes 6e-5 of the fastest angles
-    op_judge(r, out, want, op_tolerance(r, steps ? 3e-6 : 1e-6), "timestep_embed %d x %d", s[0],
+    op_judge(r, out, want, op_tolerance(r, full ? 8e-6 : steps ? 3e-6 : 1e-6), "timestep_embed %d x %d", s[0],
              s[1]);
     return PASSED;
 }
 
 static int test_timestep_embed(void)
 {
-    static const int shapes[][6] = {{1, 2}, {5, 256}, {64, 64}, {7, 26}, {5, 256, 1}};
+    static const int shapes[][6] = {{1, 2}, {5, 256}, {64, 64}, {7, 26}, {5, 256, 1}, {5, 256, 2}};
     return OP_FOR_ALL(timestep_case, shapes);
 }
 

@@ -38,7 +38,7 @@ const struct option_spec hint_option_list[] = {HINTS{0}};
 
 const struct option_spec ckpt_option_list[] = {
     {"ckpt", 'c', OPTION_STRING, "FILE", NULL,
-     "checkpoint: safetensors, PyTorch's .pt, an index of shards, DeepSpeed's directory; or a "
+     "checkpoint: safetensors, PyTorch's .pt, an index of shards, DeepSpeed's or diffusers' directory; or a "
      "run's "
      "directory: its newest",
      AT(ckpt), 0, 0, NULL},

@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "model/convert.h"
+#include "model/diffusers.h"
 #include "model/weights_file.h"
 #include "tools/ckpt.h"
 
@@ -52,8 +53,15 @@ static int convert_dit(const struct convert_settings *o, const struct checkpoint
                        enum target to, const char *out)
 {
     const enum weights_choice which = (enum weights_choice)o->from.weights;
+    const bool full = file->config.full_frequencies;
+    if (to == TO_DIFFUSERS && !full)
+        fprintf(stderr, "note: diffusers' embedding of t has other frequencies than this model's: "
+                        "its answers there differ a little\n");
+    if (to == TO_PT && full)
+        fprintf(stderr, "note: the published code has other frequencies in its embedding of t than "
+                        "this model of diffusers': its answers there differ a little\n");
     if (to == TO_DIFFUSERS)
-        return convert_diffusers(file, which, dtypes[o->dtype], out);
+        return diffusers_write(file, which, dtypes[o->dtype], out);
     if (file->has_moments)
         fprintf(stderr, "the state of training (Adam moments) is left out\n");
     return convert_model(file, which, dtypes[o->dtype], out,
