@@ -166,8 +166,9 @@ static void print_config(const struct config *c)
            c->class_dropout > 0 ? " and the null class" : "");
     printf("%-18s %d channels%s\n", "output", config_out_channels(c),
            c->learn_sigma ? " (learned sigma)" : "");
-    printf("%-18s %s\n", "diffusion",
-           c->diffusion == DIFFUSION_DDPM ? "DDPM, 1000 steps" : "rectified flow");
+    printf("%-18s %s%s\n", "diffusion",
+           c->diffusion == DIFFUSION_DDPM ? "DDPM, 1000 steps" : "rectified flow",
+           c->full_frequencies ? "; frequencies of t as in diffusers" : "");
     printf("%-18s factor %g %s; label dropout %g\n", "balance loss", (double)c->balance,
            c->balance_per_sequence ? "per image" : "over the batch", (double)c->class_dropout);
 }
