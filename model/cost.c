@@ -4,7 +4,10 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "model/sampler.h"
 #include "model/train.h"
+
+enum { PASSES = 50 }; // of a sampler, where nobody has said how many
 
 // ---- a device on paper --------------------------------------------------------------------------
 
@@ -67,7 +70,10 @@ static int memory_with(const struct config *c, const struct cost_options *o, int
         return training_memory(&dev, c, o, batch, ranks, streamed, line, bytes);
     TRY(dit_new(&dev, NULL, c,
                 &(struct dit_options){
-                    .batch = batch, .ranks = ranks, .offload.which = streamed},
+                    .batch = batch,
+                    .ahead = line ? 0 : sampler_ahead(&dev, c, batch, PASSES),
+                    .ranks = ranks,
+                    .offload.which = streamed},
                 &d));
     int code = dit_layout(d);
     *bytes = (double)plan_total(d->plan);

@@ -5,8 +5,8 @@
 
 #include "runtime/rng.h"
 
-// Passes whose conditioning is computed at once: enough rows for a good product, in little memory.
-static int passes_ahead(const struct device *dev, const struct config *c, int rows, int64_t passes)
+// Enough rows for a good product, in little memory.
+int sampler_ahead(const struct device *dev, const struct config *c, int rows, int64_t passes)
 {
     const int64_t most_rows = 1024, most_bytes = 256 << 20;
     const int64_t row = config_modulations(c) * (int64_t)dtype_size(dev->act);
@@ -59,7 +59,7 @@ struct dit_options sampler_model(const struct device *dev, const struct config *
                                 .offload = o->offload,
                                 .ranks = o->ranks,
                                 .pack = o->pack,
-                                .ahead = passes_ahead(dev, c, rows, passes)};
+                                .ahead = sampler_ahead(dev, c, rows, passes)};
 }
 
 static int plan_images(struct sampler *s, const char *name, struct tensor *out)

@@ -63,6 +63,9 @@ int sampler_schedule(const struct config *c, const struct sample_options *o, str
 struct dit_options sampler_model(const struct device *dev, const struct config *c, int batch,
                                  const struct sample_options *o);
 
+// Passes whose conditioning is computed at once, of `rows` images each, guidance's copies included.
+int sampler_ahead(const struct device *dev, const struct config *c, int rows, int64_t passes);
+
 // Plans and allocates a model for sampling; weights are loaded into (*out)->dit afterwards.
 int sampler_new(struct device *dev, struct stream *stream, const struct config *c, int batch,
                 const struct sample_options *o, struct sampler **out);
