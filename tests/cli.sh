@@ -252,6 +252,8 @@ works "experts where a placement says" "$ditmoe" sample --ckpt whole --steps 3 -
 check "one block of two" grep -q '^offload 4 experts, of 1 of 2 blocks' err
 check "the same samples again" cmp here.safetensors there.safetensors
 fails 1 "--offload" "--offload much: neither auto nor a number of blocks" "${train[@]}" --out no --offload much
+fails 1 "too little device memory for the buffers" "the plan needs .* MiB for it" \
+    "$ditmoe" sample --ckpt whole --steps 3 --latents no.safetensors --memory 100KiB
 fails 1 "too little host memory" "experts of 2 blocks need .* of the host's memory.* are missing" \
     env DITMOE_HOST_MEMORY=100000 "${train[@]}" --steps 1 --out no --offload 2
 fails 1 "experts in host memory and early updates" "early updates are for experts on the device" \

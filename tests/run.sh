@@ -51,7 +51,7 @@ asan() { # everything again under ASan and UBSan; leaks are looked for where no 
 asan_device() {
     ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
         build-asan/ditmoe_test devices/ transfers/ gemm/ pool/ layers/ attention/ conv/ moe/ experts/ fused/ \
-        halves/ train_ops/ diffusion/ schedule/ sampler/ profile/ golden/ model/ upcycle/ vae/ inception/features
+        halves/ train_ops/ diffusion/ schedule/ sampler/ profile/ golden/ model/ streamed/ upcycle/ vae/ inception/features
 }
 asan_cli() {
     ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 tests/cli.sh build-asan
