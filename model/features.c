@@ -56,7 +56,8 @@ static void add_score(struct score *s, const float *logits)
 
 struct batch {
     struct image_source *source;
-    int most, count; // count: images, or a negative code
+    int64_t skip, between; // images of other ranks: before the next batch, and from then on
+    int most, count;       // count: images, or a negative code
     struct image *images;
     char message[1024];
 };
@@ -64,7 +65,10 @@ struct batch {
 static void *read_batch(void *argument)
 {
     struct batch *b = argument;
-    b->count = image_source_next(b->source, b->most, b->images);
+    b->count = image_source_skip(b->source, b->skip);
+    b->skip = b->between;
+    if (b->count >= 0)
+        b->count = image_source_next(b->source, b->most, b->images);
     if (b->count < 0)
         snprintf(b->message, sizeof b->message, "%s", error_message());
     return NULL;
@@ -88,19 +92,28 @@ struct walk {
     struct batch batch;
     float *pool_rows, *spatial_rows, *logits; // of a batch
     int64_t done, total;
+    struct transfers *transfers; // with ranks
+    int rank, ranks;
 };
 
 static int start_walk(struct walk *w, struct image_source *s)
 {
     const size_t N = (size_t)w->n->batch, dim = (size_t)w->n->dim;
-    const int64_t keep = w->o->keep < s->count ? w->o->keep : s->count;
+    struct exchange *x = w->o->exchange;
     const bool score = w->o->split > 0 && w->n->classes > 0;
     w->total = s->count - s->next;
-    w->batch = (struct batch){.source = s, .most = w->n->batch};
+    w->rank = exchange_rank(x);
+    w->ranks = exchange_ranks(x);
+    w->batch = (struct batch){.source = s,
+                              .most = w->n->batch,
+                              .skip = (int64_t)w->rank * w->n->batch,
+                              .between = (int64_t)(w->ranks - 1) * w->n->batch};
+    TRY(transfers_new(x, &w->transfers));
     w->batch.images = calloc(N, sizeof *w->batch.images);
     w->pool_rows = malloc(N * dim * sizeof(float));
     w->spatial_rows = malloc(N * (size_t)w->n->spatial_dim * sizeof(float));
     bool good = w->batch.images && w->pool_rows && w->spatial_rows;
+    const int64_t keep = w->rank ? 0 : w->o->keep < s->count ? w->o->keep : s->count;
     if (keep > 0)
         good = good && (w->out->rows = malloc((size_t)keep * dim * sizeof(float)));
     if (score) {
@@ -144,6 +157,42 @@ static int add_features(struct walk *w, int count)
     return w->o->progress ? w->o->progress(w->o->user, w->done, w->total) : 0;
 }
 
+enum { FEATURES_TAG = 1 };
+
+// One array of a batch's features, to rank 0 or there from another rank.
+static int pass(struct walk *w, float *rows, int count, int width, int peer)
+{
+    const size_t bytes = (size_t)count * (size_t)width * sizeof *rows;
+    if (!rows)
+        return 0;
+    return w->rank ? exchange_send(w->transfers, rows, bytes, peer, FEATURES_TAG)
+                   : exchange_receive(w->transfers, rows, bytes, peer, FEATURES_TAG);
+}
+
+static int pass_features(struct walk *w, int count, int peer)
+{
+    TRY(pass(w, w->pool_rows, count, w->n->dim, peer));
+    TRY(pass(w, w->spatial_rows, count, w->n->spatial_dim, peer));
+    TRY(pass(w, w->logits, count, w->n->classes, peer));
+    return exchange_wait(w->transfers);
+}
+
+// After a turn, in which every rank has had a batch, or the last ones none. This rank's features
+// are in memory.
+static int add_turn(struct walk *w, int own)
+{
+    if (w->rank)
+        return pass_features(w, own, 0);
+    TRY(add_features(w, own));
+    for (int r = 1; r < w->ranks && w->done < w->total; r++) {
+        const int64_t left = w->total - w->done;
+        const int count = left < w->n->batch ? (int)left : w->n->batch;
+        TRY(pass_features(w, count, r));
+        TRY(add_features(w, count));
+    }
+    return 0;
+}
+
 // While the device works on a batch, the next is read and the features of the one before are
 // summed.
 static int walk_images(struct walk *w)
@@ -162,7 +211,7 @@ static int walk_images(struct walk *w)
         TRY(code);
         const int next = start_batch(w);
         TRY(next);
-        TRY(add_features(w, running));
+        TRY(add_turn(w, running));
         running = next;
     }
     return 0;
@@ -185,8 +234,9 @@ int features_of_images(struct inception *n, struct image_source *s, const struct
     int code = start_walk(&w, s);
     if (code >= 0)
         code = walk_images(&w);
-    if (code >= 0)
+    if (code >= 0 && w.rank == 0)
         code = finish_walk(&w);
+    transfers_free(w.transfers);
     free_batch(&w.batch);
     free(w.batch.images), free(w.pool_rows), free(w.spatial_rows), free(w.logits);
     free(w.score.mean);

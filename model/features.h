@@ -6,6 +6,7 @@
 #include "model/frechet.h"
 #include "model/image_source.h"
 #include "model/inception.h"
+#include "runtime/exchange.h"
 
 struct features {
     struct gaussian pool, spatial; // spatial.dim 0: not known (a statistics file without it)
@@ -19,10 +20,13 @@ struct feature_options {
     int split;    // images a part of the Inception Score, 0: none (5000 in ADM's evaluator)
     int (*progress)(void *user, int64_t done, int64_t total); // < 0 stops; may be NULL
     void *user;
+    struct exchange *exchange; // NULL: one rank
 };
 
 // Files are read ahead in other threads while the device works; what memory is needed does not
-// depend on the number of images, but for rows that are kept.
+// depend on the number of images, but for rows that are kept. With ranks each takes a batch in turn
+// (all must have the same batch), and rank 0 adds up their features in the images' order: its *out
+// has the bits that one rank alone would give, the others' is empty.
 int features_of_images(struct inception *n, struct image_source *s, const struct feature_options *o,
                        struct features *out);
 // Statistics from arrays mu, sigma and, where they are, mu_s, sigma_s.

@@ -166,3 +166,19 @@ int image_source_next(struct image_source *s, int most, struct image *out)
     s->next += count;
     return count;
 }
+
+int image_source_skip(struct image_source *s, int64_t count)
+{
+    if (count > s->count - s->next)
+        count = s->count - s->next;
+    if (s->npz && count > 0) { // its bytes come one after the other
+        struct image image;
+        int code = image_new(s->width, s->height, 3, &image);
+        for (int64_t i = 0; i < count && code >= 0; i++)
+            code = npz_read(s->reader, image.pixels, 3 * (int64_t)s->width * s->height);
+        image_free(&image);
+        TRY(code);
+    }
+    s->next += count;
+    return 0;
+}

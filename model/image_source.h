@@ -27,5 +27,7 @@ void image_source_close(struct image_source *s); // also of a zeroed struct
 // The next images as RGB, up to `most` (files by several threads), which the caller frees with
 // image_free(). Returns how many, 0 at the end. After a failure `out` holds none.
 int image_source_next(struct image_source *s, int most, struct image *out);
+// Passes over `count` images, or all that are left.
+int image_source_skip(struct image_source *s, int64_t count);
 
 #endif

@@ -169,8 +169,9 @@ for n in 2 3; do
     cmp one.safetensors "$n.safetensors" >/dev/null 2>&1 && ok "samples of $n ranks are those of one" ||
         bad "samples of $n ranks" "exit status $status, or they differ"
 done
-"$ditmoe" "${draw[@]}" --count 10 --npz one.npz >/dev/null 2>&1
-ranks 2 "${draw[@]}" --count 10 --npz two.npz
+few=(sample --ckpt one --steps 3 --cfg 3 --batch 4 --device opencl:0 --count 10 --npz)
+"$ditmoe" "${few[@]}" one.npz >/dev/null 2>&1
+ranks 2 "${few[@]}" two.npz
 cmp one.npz two.npz >/dev/null 2>&1 && ok "an archive of 2 ranks is that of one" ||
     bad "an archive of 2 ranks" "exit status $status, or they differ"
 run "$ditmoe" "${draw[@]}" --sampler ddpm --latents noisy.safetensors
@@ -185,6 +186,40 @@ cmp one.safetensors away.safetensors >/dev/null 2>&1 && grep -q 'offload 4 exper
     ok "and with experts in host memory" || bad "samples with experts in host memory" "exit status $status, or they differ"
 rm -rf alone together # at rate 0, so that rounding in the steps changes no pixel
 cp -r one alone && cp -r one together
+# An archive of samples, its ranks killed in the middle: what was drawn is kept, and the end is that of one rank.
+archive=(sample --ckpt one --steps 4 --cfg 3 --batch 4 --count 600 --device opencl:0 --npz)
+run "$ditmoe" "${archive[@]}" alone.npz
+setsid mpirun --oversubscribe --bind-to none -n 2 "$ditmoe" "${archive[@]}" killed.npz >out 2>err </dev/null &
+pid=$!
+drawn() { tail -c +4097 killed.npz.part 2>/dev/null | head -c 600 | tr -d '\000' | wc -c; } # after a page: a byte an image
+for ((i = 0; i < 400 && $(drawn) < 40; i++)); do sleep 0.05; done
+kill -KILL -- -$pid
+wait $pid 2>/dev/null
+for ((i = 0; i < 100; i++)); do # a rank ends when its mpirun is gone
+    pgrep -f "ditmoe sample.*killed[.]npz" >/dev/null || break
+    sleep 0.1
+done
+if [ -s killed.npz.part ] && [ ! -e killed.npz ]; then ok "a killed archive leaves its part"; else bad "a killed archive" "no part"; fi
+ranks 2 "${archive[@]}" killed.npz
+grep -q '^600 images, [1-5][0-9]* to draw' err &&
+    ok "it goes on where it was" || bad "a killed archive" "begins anew"
+cmp alone.npz killed.npz >/dev/null 2>&1 && [ ! -e killed.npz.part ] && ok "and is that of one rank" ||
+    bad "a killed archive" "exit status $status, or it differs"
+
+# ---- evaluation ------------------------------------------------------------------------------------------------
+eval=$root/tests/eval
+fid=(eval fid --inception "$eval/narrow.pth" --samples "$eval/samples.npz" --reference "$eval/reference.npz" --batch 4
+    --json --device opencl:0)
+run "$ditmoe" "${fid[@]}"
+cp out fid.json
+ranks 3 "${fid[@]}"
+[ "$status" -eq 0 ] && cmp -s fid.json out && ok "figures of 3 ranks are those of one, to the bit" ||
+    bad "eval fid on 3 ranks" "exit status $status, or the figures differ"
+ranks 2 eval fid --inception "$eval/narrow.pth" --samples none --reference "$eval/reference.npz" --device opencl:0
+complains "eval fid of what is not there, on 2 ranks" "none"
+ranks 2 eval knn --data data --ckpt one --device opencl:0
+complains "eval knn on ranks" "knn runs on one device"
+
 again=("${train[@]}" --resume --lr 0 --steps 54 --sample-every 54 --sample-steps 2)
 run "$ditmoe" "${again[@]}" --out alone
 ranks 3 "${again[@]}" --out together --placement empty.json

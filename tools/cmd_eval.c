@@ -281,6 +281,8 @@ static int eval_knn(int argc, char **argv)
     const char *extra = options_given_of(drawing);
     if (o.samples && extra)
         return usage_error("eval", "--%s is for drawing, and --samples are drawn already", extra);
+    if (ranks_count() > 1)
+        return usage_error("eval", "knn runs on one device; 'eval fid' on several");
     status = draw_check("eval", &o.draw);
     if (status)
         return status;

@@ -14,6 +14,7 @@
 #include "model/weights_file.h"
 #include "tools/command.h"
 #include "tools/progress.h"
+#include "tools/ranks.h"
 
 enum { SCORE_SPLIT = 5000, FID_CLASSES = 1008, FEW_IMAGES = 10000 };
 
@@ -82,7 +83,8 @@ static int features_of(const struct fid_settings *o, struct inception *n,
     struct shown shown = {.text = what};
     const struct feature_options options = {.keep = o->samples ? o->pr_images : 0,
                                             .split = score ? SCORE_SPLIT : 0,
-                                            .progress = show,
+                                            .progress = ranks_first() ? show : NULL,
+                                            .exchange = ranks_exchange(),
                                             .user = &shown};
     progress_start(&shown.bar, "image", 0, source->count, 0);
     int code = features_of_images(n, source, &options, out);
@@ -219,10 +221,9 @@ static int open_inception(const struct fid_settings *o, const struct session *se
     safetensors_close(file);
     TRY(code);
     if ((*out)->classes && (*out)->classes != FID_CLASSES)
-        fprintf(stderr,
-                "note: %s has %d classes, not the %d of FID's network: its figures compare with "
-                "none published\n",
-                o->inception, (*out)->classes, FID_CLASSES);
+        say("note: %s has %d classes, not the %d of FID's network: its figures compare with none "
+            "published\n",
+            o->inception, (*out)->classes, FID_CLASSES);
     return 0;
 }
 
@@ -250,17 +251,19 @@ static int run(const struct fid_settings *o, struct state *s)
 {
     struct figures figures;
     TRY(lapack_open());
-    if (o->save_stats) // first of all: a place that cannot be written is told before the work
+    if (o->save_stats && ranks_first()) // first of all: a place that cannot be written is told before the work
         TRY(zip_create(o->save_stats, &s->stats));
     TRY(session_open(&o->device, &s->session));
     TRY(open_inception(o, &s->session, &s->n));
     stop_on_signals();
     TRY(open_images(o, s->n, o->reference, "reference", false, &s->reference));
-    if (o->save_stats)
+    if (s->stats)
         TRY(save_stats(s, o->save_stats));
     if (!o->samples)
         return 0;
     TRY(open_images(o, s->n, o->samples, "samples", true, &s->samples));
+    if (!ranks_first())
+        return 0; // rank 0 has all features
     warn_of("reference images", &s->reference);
     warn_of("samples", &s->samples);
     TRY(compare(o, &s->session, &s->reference, &s->samples, &figures));
@@ -296,8 +299,11 @@ int eval_fid(int argc, char **argv)
         return usage_error("eval fid", "--samples PATH or --save-stats FILE is needed");
     if (!o.samples && options_given("pr-images"))
         return usage_error("eval fid", "--pr-images goes with --samples PATH");
+    status = ranks_launch(o.device.device, "eval", argc + 1, argv - 1); // with "fid"
+    if (status)
+        return status;
     struct state s = {0};
-    const int code = run(&o, &s);
+    const int code = ranks_same_start(&command) < 0 ? ERR_INPUT : run(&o, &s);
     zip_abort(s.stats);
     features_free(&s.reference);
     features_free(&s.samples);

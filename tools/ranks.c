@@ -69,7 +69,7 @@ static void widen_binding(void)
 
 int ranks_open(const char *command)
 {
-    static const char *const on_ranks[] = {"train", "sample", "bench", "calibrate"};
+    static const char *const on_ranks[] = {"train", "sample", "bench", "calibrate", "eval"};
     bool wanted = false;
     for (size_t i = 0; i < sizeof on_ranks / sizeof *on_ranks; i++)
         wanted = wanted || !strcmp(command, on_ranks[i]);
