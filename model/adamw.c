@@ -165,6 +165,8 @@ int trainer_apply(struct trainer *t)
     if (t->options.early) // the blocks are done
         return trainer_update_block(t, -1);
     TRY(judge(t));
+    if (reduction_nothing(t->reduction))
+        return 0;
     TRY(update_all(t));
     return streamed_update(t->dit, &t->control, &t->options.adamw);
 }

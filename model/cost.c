@@ -228,9 +228,9 @@ static void fill_parameters(const struct config *c, const struct cost_options *o
     const double total = (double)config_count(c).total;
     m->expert_params = parameters_of_expert(c);
     m->dense_params = total - m->expert_params * c->experts * moe_layers(c);
-    m->host_expert =
-        m->expert_params *
-        (o->train ? 20 : o->kind == DEVICE_CPU ? m->cpu.weight_bytes : m->gpu.weight_bytes);
+    m->host_expert = m->expert_params * (o->train                ? 20
+                                         : o->kind == DEVICE_CPU ? m->cpu.weight_bytes
+                                                                 : m->gpu.weight_bytes);
 }
 
 int model_cost_new(const struct config *c, const struct cost_options *o, struct model_cost *out)

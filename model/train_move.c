@@ -2,6 +2,8 @@
 
 #include <stdlib.h>
 
+#include "model/train_ranks.h"
+
 enum { PARTS = 4 };
 
 static struct weights *part_of(struct dit *d, int i)
@@ -139,6 +141,8 @@ int trainer_move(struct trainer **t, const struct dit_ranks *to)
 {
     struct transfers *transfers;
     struct held h = {0};
+    if (reduction_idle((*t)->dit->options.ranks->placement)) // whose weights are old
+        TRY(trainer_agree(*t));
     TRY(transfers_new(to->exchange, &transfers));
     int code = move(t, to, transfers, &h);
     held_free(&h);

@@ -31,7 +31,8 @@ struct reduction {
     struct window *host;
     int begun, taken;        // pieces from here to there are being taken, and are not yet summed
     struct tensor sum, part; // [CHUNK], where devices add up
-    float *noise;        // [N,C,S,S]
+    bool nothing; // this rank has neither images nor experts: it keeps out of sums and updates
+    float *noise; // [N,C,S,S]
 };
 
 enum { CHUNK = 4 << 20 }; // floats that a device adds up at a time
@@ -47,6 +48,31 @@ static int list_holders(const struct placement *p, int layer, int expert, int *l
     return count;
 }
 
+static bool has_nothing(const struct placement *p, int rank)
+{
+    bool none = rank > 0 && p->share[rank] == 0;
+    for (int l = 0; l < p->layers && none; l++)
+        none = placement_list(p, rank, l, NULL) == 0;
+    return none;
+}
+
+bool reduction_idle(const struct placement *p)
+{
+    bool idle = false;
+    for (int r = 1; r < p->ranks; r++)
+        idle = idle || has_nothing(p, r);
+    return idle;
+}
+
+static int list_busy(const struct placement *p, int *list)
+{
+    int count = 0;
+    for (int r = 0; r < p->ranks; r++)
+        if (!has_nothing(p, r))
+            list[count++] = r;
+    return count;
+}
+
 // Adds a parameter's gradient if it is summed over all ranks, or over some.
 static void add_piece(struct trainer *t, const struct param *p, bool all, size_t *at)
 {
@@ -54,12 +80,16 @@ static void add_piece(struct trainer *t, const struct param *p, bool all, size_t
     const struct placement *place = t->options.ranks->placement;
     struct piece *piece = &r->pieces[r->count];
     *piece = (struct piece){.param = p, .gradient = param_tensor(&t->dit->g, p), .at = *at};
+    int *list = r->holders + (size_t)r->count * (size_t)place->ranks;
+    bool elsewhere = p->start == PARAM_ELSEWHERE;
     if (p->expert == NO_EXPERT) {
         if (p->start != 0 || !all) // a slice of a tensor that is there already
             return;
+        piece->holder_count = list_busy(place, list);
+        piece->holders = piece->holder_count < place->ranks ? list : NULL;
         piece->count = tensor_count(piece->gradient);
+        elsewhere = r->nothing;
     } else {
-        int *list = r->holders + (size_t)r->count * (size_t)place->ranks;
         piece->holder_count = list_holders(place, p->block, p->expert, list);
         piece->holders = piece->holder_count < place->ranks ? list : NULL;
         if (piece->holder_count < 2 || all != !piece->holders)
@@ -69,7 +99,7 @@ static void add_piece(struct trainer *t, const struct param *p, bool all, size_t
     }
     piece->straight = !piece->holders && roads_all(r->roads);
     *at += piece->straight ? 0 : (size_t)piece->count;
-    r->count += p->start != PARAM_ELSEWHERE;
+    r->count += !elsewhere;
 }
 
 static int list_pieces(struct trainer *t)
@@ -90,10 +120,11 @@ static int list_pieces(struct trainer *t)
         }
     for (int i = 0; i < r->count; i++)
         if (r->pieces[i].gradient->home)
-            return fail(ERR_INPUT,
-                        "expert %d of block %d lives in the host memory of a rank and has copies on "
-                        "others: in training only experts without copies can be streamed",
-                        r->pieces[i].param->expert, r->pieces[i].param->block);
+            return fail(
+                ERR_INPUT,
+                "expert %d of block %d lives in the host memory of a rank and has copies on "
+                "others: in training only experts without copies can be streamed",
+                r->pieces[i].param->expert, r->pieces[i].param->block);
     TRY(window_open(r->exchange, t->dit->ctx.dev, t->dit->ctx.stream, total * sizeof(float),
                     &r->host));
     if (total == 0 || !window_all(r->host))
@@ -114,12 +145,18 @@ int reduction_new(struct trainer *t)
         return fail(ERR_NOMEM, "no host memory for a sum over ranks");
     r->exchange = ranks->exchange;
     r->roads = ranks->roads;
+    r->nothing = has_nothing(ranks->placement, exchange_rank(r->exchange));
     r->noise = malloc(tensor_bytes(&t->noise) + sizeof *r->noise);
     if (!r->noise)
         return fail(ERR_NOMEM, "no host memory for noise");
     TRY(PLAN_TENSOR(t->dit->plan, "mean loss", PLAN_INPUT, F32, 0, PLAN_FOREVER, &t->mean, 1));
     TRY(list_pieces(t));
     return transfers_new(r->exchange, &r->transfers);
+}
+
+bool reduction_nothing(const struct reduction *r)
+{
+    return r && r->nothing;
 }
 
 void reduction_free(struct reduction *r)

@@ -10,6 +10,10 @@ struct reduction;
 // For t->options.ranks; NULL: nothing to do. After dit_new, before dit_layout.
 int reduction_new(struct trainer *t);
 void reduction_free(struct reduction *r);
+// Has this rank neither images nor experts? It keeps out of sums of gradients and updates nothing,
+// so its weights are old; rank 0, which writes checkpoints, never does. And: is there such a rank?
+bool reduction_nothing(const struct reduction *r); // of NULL: false
+bool reduction_idle(const struct placement *p);
 
 // dit_options.block_ready: sums what is shared of a block's gradients, or the rest's (-1), at the
 // last micro-batch of a step.

@@ -21,7 +21,8 @@ void forecast_free(struct forecast *f)
     *f = (struct forecast){0};
 }
 
-// Bytes of a parameter in host memory that come to the device to be updated: weight, gradient, moments, average.
+// Bytes of a parameter in host memory that come to the device to be updated: weight, gradient,
+// moments, average.
 static const double STREAMED_UPDATE = 20;
 
 static double ratio(double work, double rate)
@@ -80,20 +81,20 @@ static double expert_time(const struct model_cost *m, const struct device_rates 
 
 // ---- roads --------------------------------------------------------------------------------------
 
-// What a rank's rows cost on their way to experts and back. By the host's memory: `out`, its own to there; `in`,
-// those of others from there; and `back_out`, `back_in` on the way back. A straight road carries both ways
-// at once, and all peers share its port.
+// What a rank's rows cost on their way to experts and back. By the host's memory: `out`, its own to
+// there; `in`, those of others from there; and `back_out`, `back_in` on the way back. A straight
+// road carries both ways at once, and all peers share its port.
 struct road_time {
     double out, in, back_out, back_in, straight;
 };
 
-// owned [groups, ranks]: the share of a group's rows that goes to each rank. Of a road by the host's memory
-// the sender's half is what copies to there take, the rest is the receiver's.
+// owned [groups, ranks]: the share of a group's rows that goes to each rank. Of a road by the
+// host's memory the sender's half is what copies to there take, the rest is the receiver's.
 static struct road_time road_time(const struct cluster *c, const struct model_cost *m,
                                   const struct placement *p, const double *owned, int rank)
 {
     struct road_time t = {0};
-    double away = 0, here = 0, start = 0, meet = 0;
+    double away = 0, here = 0;
     const double row_bytes = m->rows * m->passes * m->row_bytes;
     for (int s = 0; s < c->ranks; s++) {
         const struct link_rate *there = cluster_link(c, rank, s), *back = cluster_link(c, s, rank);
@@ -104,22 +105,36 @@ static struct road_time road_time(const struct cluster *c, const struct model_co
         if (!there->staged) {
             away += ratio(send, there->bandwidth);
             here += ratio(receive, back->bandwidth);
-            start = fmax(start, there->latency);
             continue;
         }
         const double out = fmin(0.9 / there->bandwidth, 1 / c->rank[rank].rates.to_host);
-        const double in = 1 / back->bandwidth -
-                          fmin(0.9 / back->bandwidth, 1 / c->rank[s].rates.to_host);
+        const double in =
+            1 / back->bandwidth - fmin(0.9 / back->bandwidth, 1 / c->rank[s].rates.to_host);
         t.out += send * out;
         t.in += receive * in;
         t.back_out += receive * out;
         t.back_in += send * in;
-        meet = fmax(meet, there->latency);
     }
-    t.out += meet;
-    t.back_out += meet;
-    t.straight = start + fmax(away, here);
+    t.straight = fmax(away, here);
     return t;
+}
+
+// What the slowest pair of ranks that do something costs a layer beside all work: measured (struct
+// link_rate), else by its latency, with which ranks meet three times in a forward pass, twice more
+// in a backward one. busy [ranks].
+static double between(const struct cluster *c, const struct model_cost *m, const bool *busy)
+{
+    enum { MEETINGS = 3, BACKWARD = 2 };
+    const double meetings = MEETINGS + (m->train ? BACKWARD : 0);
+    double most = 0;
+    for (int r = 0; r < c->ranks; r++)
+        for (int s = 0; s < c->ranks && busy[r]; s++) {
+            const struct link_rate *l = cluster_link(c, r, s);
+            const double measured = l->layer[m->train];
+            if (busy[s] && c->ranks > 1)
+                most = fmax(most, measured > 0 || r == s ? measured : meetings * l->latency);
+        }
+    return most;
 }
 
 // ---- a layer ------------------------------------------------------------------------------------
@@ -182,20 +197,21 @@ static double host_time(const struct cluster *c, const struct model_cost *m, int
         return 0;
     if (host->memory <= 0)
         return INFINITY;
-    return expert_time(m, host, DEVICE_CPU, rows, experts) + ratio(rows * m->row_bytes, k->rates.to_host) +
+    return expert_time(m, host, DEVICE_CPU, rows, experts) +
+           ratio(rows * m->row_bytes, k->rates.to_host) +
            ratio(rows * m->row_bytes, k->rates.to_device);
 }
 
-// One pass of a rank over a layer, seconds. Ranks meet when all have told their counts of rows, when all rows
-// to experts are in the host's memory, and when all results are.
+// One pass of a rank over a layer, seconds. Ranks meet when all have told their counts of rows,
+// when all rows to experts are in the host's memory, and when all results are.
 struct phases {
-    double before;        // results of the layer before come in; attention, router
-    double out;           // rows to the host's memory
-    double shared;        // beside that
-    double work;          // rows come in, experts, results to the host's memory
-    double straight;      // beside the shared expert; and back
-    double stream;        // its streamed experts on their way
-    double exchange;      // of these, rows on their way that nothing hides
+    double before;   // results of the layer before come in; attention, router
+    double out;      // rows to the host's memory
+    double shared;   // beside that
+    double work;     // rows come in, experts, results to the host's memory
+    double straight; // beside the shared expert; and back
+    double stream;   // its streamed experts on their way
+    double exchange; // of these, rows on their way that nothing hides
     double dense, expert;
 };
 
@@ -219,15 +235,15 @@ static struct phases rank_phases(const struct cluster *c, const struct model_cos
     p.work = road.in + p.expert + road.back_out;
     p.exchange = road.out + road.in + road.back_out + road.back_in + 2 * road.straight -
                  m->overlap * fmin(p.shared, fmax(road.out, road.straight));
-    p.stream = ratio(l->streamed * m->expert_params * on(m, k->kind)->weight_bytes,
-                     k->rates.to_device);
+    p.stream =
+        ratio(l->streamed * m->expert_params * on(m, k->kind)->weight_bytes, k->rates.to_device);
     if (back) // gradients go the other way
         p.stream = fmax(p.stream, ratio(l->streamed * m->expert_params * 4, k->rates.to_host));
     return p;
 }
 
-// How long until all are done: as long as the slowest takes; ranks that share cores, whose rates are those of
-// all at work, leave them to each other. own [ranks].
+// How long until all are done: as long as the slowest takes; ranks that share cores, whose rates
+// are those of all at work, leave them to each other. own [ranks].
 static double all_done(const struct cluster *c, const double *own)
 {
     double most = 0;
@@ -240,8 +256,8 @@ static double all_done(const struct cluster *c, const double *own)
     return most;
 }
 
-// What a rank does after `met`, the time until all rows are in the host's memory: the rest of the shared
-// expert's work, or waiting for rows on a straight road, then the experts'.
+// What a rank does after `met`, the time until all rows are in the host's memory: the rest of the
+// shared expert's work, or waiting for rows on a straight road, then the experts'.
 static double after(const struct model_cost *m, const struct phases *p, double met)
 {
     if (m->overlap <= 0)
@@ -249,8 +265,8 @@ static double after(const struct model_cost *m, const struct phases *p, double m
     return fmax(fmax(0, p->shared - m->overlap * met), p->straight) + p->work;
 }
 
-// A pass takes as long as its slowest ranks, which meet between its phases if rows travel at all; streamed
-// experts come during the layer before.
+// A pass takes as long as its slowest ranks, which meet between its phases if rows travel at all;
+// streamed experts come during the layer before.
 static double pass_time(const struct cluster *c, const struct model_cost *m,
                         const struct placement *place, const struct load_of *load,
                         const double *owned, double work, bool back, struct phases *p, double *own,
@@ -292,6 +308,22 @@ static double pass_time(const struct cluster *c, const struct model_cost *m,
     return total;
 }
 
+static double meeting_time(const struct cluster *c, const struct model_cost *m,
+                           const struct placement *place, const struct load_of *load, bool *busy,
+                           struct rank_forecast *parts, double *sum)
+{
+    for (int r = 0; r < c->ranks; r++)
+        busy[r] = place->share[r] > 0 || load[r].experts + load[r].hosted > 0;
+    const double seconds = between(c, m, busy);
+    for (int r = 0; r < c->ranks; r++) {
+        if (sum)
+            *sum += busy[r] ? seconds : 0;
+        if (parts)
+            *(busy[r] ? &parts[r].exchange : &parts[r].wait) += seconds;
+    }
+    return seconds;
+}
+
 // A layer without experts: no rank waits for another.
 static double plain_time(const struct cluster *c, const struct model_cost *m, const int *share,
                          double *own, struct rank_forecast *parts, double *sum)
@@ -317,25 +349,30 @@ double forecast_layer(const struct cluster *c, const struct model_cost *m, const
     struct load_of few_loads[FEW], *loads = few_loads;
     struct phases few_phases[FEW], *phases = few_phases;
     double few_owned[2 * FEW], *owned = few_owned, *own;
+    bool few_busy[FEW], *busy = few_busy;
     const size_t n = (size_t)c->ranks, g = (size_t)place->groups;
     const bool many = n * g > FEW;
     if (work)
         *work = 0;
     if (many) {
-        loads = malloc(n * (sizeof *loads + sizeof *phases + (g + 1) * sizeof *owned));
+        loads =
+            malloc(n * (sizeof *loads + sizeof *phases + (g + 1) * sizeof *owned + sizeof *busy));
         if (!loads)
             return INFINITY;
         phases = (struct phases *)(loads + n);
         owned = (double *)(phases + n);
     }
     own = owned + n * g;
+    if (many)
+        busy = (bool *)(own + n);
     double seconds;
     if (m->moe[layer]) {
         sum_loads(m, load, place, layer, loads, owned);
         seconds = pass_time(c, m, place, loads, owned, 1, false, phases, own, parts, work);
         if (m->backward > 0)
-            seconds += pass_time(c, m, place, loads, owned, m->backward, true, phases, own, parts,
-                                 work);
+            seconds +=
+                pass_time(c, m, place, loads, owned, m->backward, true, phases, own, parts, work);
+        seconds += meeting_time(c, m, place, loads, busy, parts, work);
     } else {
         seconds = plain_time(c, m, place->share, own, parts, work);
     }
@@ -346,15 +383,17 @@ double forecast_layer(const struct cluster *c, const struct model_cost *m, const
 
 // ---- the rest of a step -------------------------------------------------------------------------
 
-// A rank without images and experts is left out of the run.
+// A rank without images and experts keeps out of sums and updates; the first, which writes files,
+// does not.
 static bool is_idle(const int *share, const int *held, int rank)
 {
-    return share[rank] == 0 && held[rank] == 0;
+    return rank > 0 && share[rank] == 0 && held[rank] == 0;
 }
 
-// Sums of `bytes` over the ranks that have something to do. By the memory of one machine every rank copies
-// those of the others to its device and adds them up; else a ring over the slowest road, where every byte
-// goes twice. *hidden: whether it goes beside the backward pass, as straight roads do.
+// Sums of `bytes` over the ranks that have something to do. By the memory of one machine every rank
+// copies those of the others to its device and adds them up; else a ring over the slowest road,
+// where every byte goes twice. *hidden: whether it goes beside the backward pass, as straight roads
+// do.
 static double sum_time(const struct cluster *c, const int *share, const int *held, int rank,
                        double bytes, bool *hidden)
 {
@@ -414,7 +453,11 @@ double forecast_rest(const struct cluster *c, const struct model_cost *m, const 
 {
     const double dense_bytes = 4 * m->dense_params;
     const double backward = layers_seconds * m->backward / (1 + m->backward);
-    double outside = 0, reduce = 0, update = 0;
+    double outside = 0, reduce = 0, update = 0, meet = 0;
+    for (int r = 0; r < c->ranks; r++)
+        for (int q = 0; q < c->ranks && c->ranks > 1 && !is_idle(share, held, r); q++)
+            if (!is_idle(share, held, q))
+                meet = fmax(meet, cluster_link(c, r, q)->step[m->train]);
     for (int r = 0; r < c->ranks; r++) {
         const struct cluster_rank *k = &c->rank[r];
         const double own = outside_time(m, &k->rates, share[r]);
@@ -425,9 +468,10 @@ double forecast_rest(const struct cluster *c, const struct model_cost *m, const 
         if (!m->train || is_idle(share, held, r))
             continue;
         const double optimiser = update_time(m, k, held[r], away[r]);
-        const double among = copies_time(c, dense_bytes / c->ranks + 4 * held[r] * m->expert_params);
-        const double sums =
-            among + sum_time(c, share, held, r, dense_bytes + 4 * twice * m->expert_params, &hidden);
+        const double among =
+            copies_time(c, dense_bytes / c->ranks + 4 * held[r] * m->expert_params);
+        const double sums = among + sum_time(c, share, held, r,
+                                             dense_bytes + 4 * twice * m->expert_params, &hidden);
         const double seen =
             hidden ? fmax(sums - m->overlap * backward, sums / fmax(1, m->layers)) : sums;
         update = fmax(update, optimiser);
@@ -439,7 +483,7 @@ double forecast_rest(const struct cluster *c, const struct model_cost *m, const 
     }
     for (int r = 0; parts && r < c->ranks; r++)
         parts[r].wait += update - parts[r].update + reduce - parts[r].reduce;
-    return outside + reduce + update;
+    return outside + reduce + update + meet;
 }
 
 double forecast_memory(const struct model_cost *m, int share, int held, int streamed, double rows)
@@ -447,7 +491,8 @@ double forecast_memory(const struct model_cost *m, int share, int held, int stre
     // two buffers for the experts of a layer, and in training two for their gradients
     const double layer = ceil((held + streamed) / fmax(1, m->layers));
     const double buffers =
-        streamed > 0 ? 2 * layer * m->expert_params * (m->gpu.weight_bytes + (m->train ? 4 : 0)) : 0;
+        streamed > 0 ? 2 * layer * m->expert_params * (m->gpu.weight_bytes + (m->train ? 4 : 0))
+                     : 0;
     return m->fixed_memory + share * m->passes * m->image_memory + held * m->expert_memory +
            m->headroom * rows * m->row_memory + buffers;
 }

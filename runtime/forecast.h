@@ -44,14 +44,14 @@ static inline const struct link_rate *cluster_link(const struct cluster *c, int 
 
 // What depends on the kind of a device: GPUs fuse more operations than CPUs.
 struct kind_cost {
-    double bytes, expert_bytes; // moved by what is not a product: of an image, of a routed row
+    double bytes, expert_bytes;    // moved by what is not a product: of an image, of a routed row
     int launches, expert_launches; // operations
     double weight_bytes;           // of one parameter as products read it
     double update_bytes;           // moved by the optimiser, a parameter
 };
 
-// Sizes and costs of a model and what is done with it; model/cost.h fills it. Costs are of one forward
-// pass, of one image and one layer unless said otherwise.
+// Sizes and costs of a model and what is done with it; model/cost.h fills it. Costs are of one
+// forward pass, of one image and one layer unless said otherwise.
 struct model_cost {
     char name[96];
     int layers, experts, topk;
@@ -67,7 +67,7 @@ struct model_cost {
     double attention_flops;
     double expert_flops; // of one routed row
     struct kind_cost gpu, cpu;
-    double image_flops, image_bytes;   // outside of layers, the whole pass
+    double image_flops, image_bytes; // outside of layers, the whole pass
     double
         backward; // work of a backward pass in forward passes: 2, or 3 with recompute; 0 in sampling
     double dense_params;  // that every rank holds

@@ -163,15 +163,18 @@ struct link_rate rates_staged_road(const struct rates *r, const struct device_ra
     static const double start = 40e-6, host_copy = 10e9;
     const bool known = r->staged.bandwidth > 0;
     const double copy = known ? r->staged.bandwidth : host_copy;
-    return (struct link_rate){known ? r->staged.latency : start,
-                              1 / (1 / a->to_host + 1 / copy + 1 / b->to_device), true};
+    return (struct link_rate){.latency = known ? r->staged.latency : start,
+                              .bandwidth = 1 / (1 / a->to_host + 1 / copy + 1 / b->to_device),
+                              .staged = true};
 }
 
 struct link_rate rates_straight_road(const char *name)
 {
     static const double start = 12e-6, pcie = 20e9, nvlink_share = 0.75;
     const struct published *p = rates_published(name);
-    return (struct link_rate){start, p && p->nvlink > 0 ? nvlink_share * p->nvlink : pcie, false};
+    return (struct link_rate){.latency = start,
+                              .bandwidth = p && p->nvlink > 0 ? nvlink_share * p->nvlink : pcie,
+                              .staged = false};
 }
 
 int rates_put(struct rates *r, const struct device_rates *d)

@@ -37,6 +37,11 @@ struct device_rates {
 struct link_rate {
     double latency, bandwidth; // seconds, bytes/s
     bool staged;               // by way of the host's memory: both directions take turns
+    // Seconds that real steps of two such ranks take beside all work that is counted, a layer and
+    // beside the layers: starting operations, telling counts of rows, meeting. [sampling,
+    // training]; 0: not measured. Of a device with itself: of it alone, while other ranks have
+    // nothing to do.
+    double layer[2], step[2];
 };
 
 // flop/s of a product of `rows` rows.

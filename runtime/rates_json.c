@@ -40,9 +40,12 @@ json_t *rates_to_json(const struct rates *r)
         json_array_append_new(devices, device_to_json(&r->list[i]));
     for (int i = 0; i < r->link_count; i++) {
         const struct rates_link *l = &r->links[i];
-        json_array_append_new(links, json_pack("{s:s, s:s, s:f, s:f, s:b}", "from", l->from, "to",
-                                               l->to, "latency", l->rate.latency, "bandwidth",
-                                               l->rate.bandwidth, "staged", l->rate.staged));
+        const struct link_rate *k = &l->rate;
+        json_array_append_new(links,
+                              json_pack("{s:s, s:s, s:f, s:f, s:b, s:[f, f], s:[f, f]}", "from",
+                                        l->from, "to", l->to, "latency", k->latency, "bandwidth",
+                                        k->bandwidth, "staged", k->staged, "layer", k->layer[0],
+                                        k->layer[1], "step", k->step[0], k->step[1]));
     }
     return json_pack("{s:i, s:o, s:o, s:o, s:{s:f, s:f}}", "ditmoe_rates", VERSION, "rows", rows,
                      "devices", devices, "links", links, "staged", "latency", r->staged.latency,
@@ -85,6 +88,18 @@ static int get_classes(const json_t *json, const char *key, double out[RATE_CLAS
     return 0;
 }
 
+// Two numbers from 0 up, of sampling and training; not there: 0.
+static int get_seconds(const json_t *json, const char *key, double out[2])
+{
+    const json_t *array = json_object_get(json, key);
+    for (size_t i = 0; array && i < 2; i++) {
+        out[i] = json_number_value(json_array_get(array, i));
+        if (json_array_size(array) != 2 || !isfinite(out[i]) || out[i] < 0 || out[i] > 1e6)
+            return fail(ERR_INPUT, "\"%s\" is not two numbers from 0 up", key);
+    }
+    return 0;
+}
+
 static int device_from_json(const json_t *json, struct device_rates *d)
 {
     char precision[16];
@@ -121,6 +136,8 @@ static int link_from_json(const json_t *json, struct rates *out)
     TRY(get_text(json, "to", false, to, sizeof to));
     TRY(get_rate(json, "latency", false, &rate.latency));
     TRY(get_rate(json, "bandwidth", false, &rate.bandwidth));
+    TRY(get_seconds(json, "layer", rate.layer));
+    TRY(get_seconds(json, "step", rate.step));
     return rates_put_link(out, from, to, rate);
 }
 

@@ -102,8 +102,9 @@ static int make_scene(struct scene *s, int ranks, int layers, int experts, int b
         s->c.rank[r].rates = random_rates(pow(10, dice(-1, 1)));
         s->c.rank[r].memory = 1ull << 40;
         for (int t = 0; t < ranks; t++)
-            s->c.link[r * ranks + t] =
-                (struct link_rate){dice(1e-6, 2e-5), 1e9 * pow(10, dice(0, 2)), (r + t) % 2};
+            s->c.link[r * ranks + t] = (struct link_rate){.latency = dice(1e-6, 2e-5),
+                                                          .bandwidth = 1e9 * pow(10, dice(0, 2)),
+                                                          .staged = (r + t) % 2};
     }
     random_load(s);
     return PASSED;
@@ -346,7 +347,8 @@ static int rates_both_ways(void)
     snprintf(d.pci, sizeof d.pci, "0000:3b:00.0");
     OK(rates_put(&r, &d));
     OK(rates_put(&r, &d)); // in its own place
-    OK(rates_put_link(&r, "a", "b", (struct link_rate){1e-5, 1e10, true}));
+    OK(rates_put_link(&r, "a", "b",
+                      (struct link_rate){.latency = 1e-5, .bandwidth = 1e10, .staged = true}));
     json_t *json = rates_to_json(&r);
     OK(rates_from_json(json, &back));
     json_decref(json);

@@ -88,10 +88,11 @@ place() { # place FILE RANKS SHARES GROUPS
 place unequal.json 3 '[3, 1, 2]' '[{"ranks": [0, 1, 2], "owner": [[2, 0, 1, 0], [1, 1, 1, 1]]}]'
 place empty.json 3 '[2, 0, 4]' '[{"ranks": [0, 1, 2], "owner": [[1, 0, 1, 1], [1, 2, 1, 0]]}]'
 place first.json 2 '[0, 6]' '[{"ranks": [0, 1], "owner": [[0, 0, 0, 0], [0, 0, 0, 0]]}]'
+place idle.json 3 '[2, 0, 4]' '[{"ranks": [0, 1, 2], "owner": [[0, 0, 2, 2], [2, 0, 0, 0]]}]'
 place copies.json 2 '[4, 2]' '[{"ranks": [0], "owner": [[0, 0, 0, 0]]}, {"ranks": [1], "owner": [[1, 1, 1, 1]]}]'
 place mixed.json 4 '[2, 1, 1, 2]' '[{"ranks": [0, 1], "owner": [[0, 1, 0, 1], [1, 0, 2, 0]]},
     {"ranks": [2, 3], "owner": [[2, 3, 0, 3], [3, 3, 2, 0]]}]'
-for case in "unequal 3" "empty 3" "first 2" "copies 2" "mixed 4"; do
+for case in "unequal 3" "empty 3" "first 2" "idle 3" "copies 2" "mixed 4"; do
     set -- $case
     ranks "$2" "${train[@]}" --steps 50 --out "$1" --placement "$1.json"
     same "$2 ranks, placement $1" "$1" one 50

@@ -23,9 +23,10 @@ struct step_settings {
 // number. On ranks `batch` is all ranks' together, and `ranks` says how the model lies on them.
 // Appends one object a row: {"bench": "step", "name", "what", "type", "batch", "ms",
 // "images_per_s", "gflops" (2 a multiply-accumulate of active parameters and attention; three
-// forwards in training), "of_product" (share of the ceiling of one device, of each with ranks), "ranks",
-// "memory" (planned bytes), "allocated" (by the device), "peers": [{"mode", "ms", "ratio"}]}. ratio: the peer's time
-// over ours. On ranks every placement has a row, with what tools/bench_ranks.h adds.
+// forwards in training), "of_product" (share of the ceiling of one device, of each with ranks),
+// "ranks", "memory" (planned bytes), "allocated" (by the device), "peers": [{"mode", "ms",
+// "ratio"}]}. ratio: the peer's time over ours. On ranks every placement has a row, with what
+// tools/bench_ranks.h adds.
 int bench_step(struct device *dev, struct stream *stream, const struct step_settings *o,
                const struct ceilings *ceilings, json_t *rows, FILE *table);
 

@@ -307,7 +307,7 @@ int calibrate_device(struct device *dev, struct stream *stream, const struct cal
     struct ceilings ceilings;
     struct work w;
     *out = (struct device_rates){.bf16 = dev->act == BF16,
-                                 .sharing = 1,
+                                 .sharing = out->sharing > 1 ? out->sharing : 1,
                                  .width = D,
                                  .sample = 1,
                                  .train = 1,

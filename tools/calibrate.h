@@ -19,10 +19,16 @@ struct calibrate_settings {
 int calibrate_device(struct device *dev, struct stream *stream, const struct calibrate_settings *o,
                      const struct config *c, struct device_rates *out);
 
-// Every pair of ranks in turn: bytes from the memory of one's device to the other's and back, on the road that
-// rows of experts take (NCCL, windows, messages), and from host to host. Collective; rank 0 gets the roads
-// put into `rates`.
+// Every pair of ranks in turn: bytes from the memory of one's device to the other's and back, on
+// the road that rows of experts take (NCCL, windows, messages), and from host to host. Collective;
+// rank 0 gets the roads put into `rates`.
 int calibrate_pairs(struct exchange *x, struct roads *roads, struct device *dev,
                     struct stream *stream, struct rates *rates);
+
+// Real steps of each rank alone and of every pair, an image each, for what they take beside the
+// work that is counted (struct link_rate). Collective; the rates of all devices and roads must be
+// known on rank 0.
+int calibrate_steps(struct exchange *x, struct device *dev, struct stream *stream,
+                    const struct calibrate_settings *o, int experts, struct rates *rates);
 
 #endif

@@ -40,7 +40,8 @@ static void close_pair(struct pair *p)
         p->dev->api->free(p->other);
 }
 
-// As rows of experts go (model/moe_exchange.c): by a window, where the peer's is seen, or by messages.
+// As rows of experts go (model/moe_exchange.c): by a window, where the peer's is seen, or by
+// messages.
 static int send_it(struct pair *p, int peer, size_t bytes, bool device)
 {
     const bool seen = window_of(p->window, peer) != NULL && device;
@@ -114,7 +115,9 @@ static int measure_straight(struct pair *p, int peer, struct link_rate *out)
     double small, large;
     TRY(time_straight(p, peer, SMALL, &small));
     TRY(time_straight(p, peer, STRAIGHT, &large));
-    *out = (struct link_rate){small, STRAIGHT / (large > small ? large - small : large), false};
+    *out = (struct link_rate){.latency = small,
+                              .bandwidth = STRAIGHT / (large > small ? large - small : large),
+                              .staged = false};
     return 0;
 }
 
@@ -125,7 +128,9 @@ static int measure_road(struct pair *p, int peer, bool first, bool device, struc
         return measure_straight(p, peer, out);
     TRY(ping(p, peer, first, SMALL, device, &small));
     TRY(ping(p, peer, first, LARGE, device, &large));
-    *out = (struct link_rate){small, LARGE / (large > small ? large - small : large), true};
+    *out = (struct link_rate){.latency = small,
+                              .bandwidth = LARGE / (large > small ? large - small : large),
+                              .staged = true};
     return 0;
 }
 

@@ -71,11 +71,28 @@ static void print_links(const struct rates *r)
 // ---- measuring ----------------------------------------------------------------------------------
 
 // Opens the device, measures it where it is not known, and, with other ranks, the roads to theirs.
-// Devices are measured one after the other, for they may share cores; those that do, CPUs of one machine,
-// together, as they will work (`my_turn`: the first of these).
+// All ranks know the rates of all; roads, and steps on several ranks, which are forecast from
+// these.
+static int measure_together(const struct calibrate_settings *o, const struct session *s,
+                            int experts, struct rates *rates, const struct device_rates *mine)
+{
+    struct exchange *x = ranks_exchange();
+    struct device_rates *all = calloc((size_t)ranks_count(), sizeof *all);
+    int code = all ? exchange_gather(x, mine, all, sizeof *mine)
+                   : fail(ERR_NOMEM, "no host memory for %d ranks", ranks_count());
+    for (int r = 0; code >= 0 && r < ranks_count(); r++)
+        code = rates_put(rates, &all[r]);
+    free(all);
+    if (code >= 0)
+        code = calibrate_pairs(x, ranks_roads(), s->dev, s->stream, rates);
+    return code < 0 ? code : calibrate_steps(x, s->dev, s->stream, o, experts, rates);
+}
+
+// Devices are measured one after the other, for they may share cores; those that do, CPUs of one
+// machine, together, as they will work (`my_turn`: the first of these).
 static int measure(const struct calibrate_settings *o, const char *key,
-                   const struct device_info *info, int my_turn, bool known, struct rates *rates,
-                   struct device_rates *out)
+                   const struct device_info *info, int my_turn, const struct device_rates *known,
+                   struct rates *rates, struct device_rates *out)
 {
     const struct device_options device = {key, o->precision, 0};
     struct calibrate_settings s = *o;
@@ -86,13 +103,15 @@ static int measure(const struct calibrate_settings *o, const char *key,
     TRY(session_open(&device, &session));
     int code = ranks_connect(&(struct rank_options){0}, session.dev, session.stream);
     for (int turn = 0; turn < ranks_count() && code >= 0; turn++) {
-        if (turn == my_turn && !known)
+        if (turn == my_turn && known)
+            *out = *known;
+        else if (turn == my_turn)
             code = calibrate_device(session.dev, session.stream, &s, &c, out);
         if (code >= 0 && ranks_exchange())
             code = exchange_barrier(ranks_exchange());
     }
     if (code >= 0 && ranks_exchange())
-        code = calibrate_pairs(ranks_exchange(), ranks_roads(), session.dev, session.stream, rates);
+        code = measure_together(&s, &session, c.experts, rates, out);
     session_close(&session);
     return code;
 }
@@ -134,12 +153,12 @@ static int each_device(const struct calibrate_settings *o, struct rates *rates)
         if (list[i].twin[0] && strcmp(list[i].backend->name, "cuda") && !strcmp(o->devices, "all"))
             continue;
         const struct device_rates *old = rates_find(rates, &list[i], o->precision, 1);
-        struct device_rates rate;
+        struct device_rates rate = {.sharing = 1};
         const bool known = old && !o->force;
         if (known)
             rate = *old;
         else
-            TRY(measure(o, list[i].key, &list[i], 0, false, rates, &rate));
+            TRY(measure(o, list[i].key, &list[i], 0, NULL, rates, &rate));
         TRY(rates_put(rates, &rate));
         tell(o, &rate, known);
         found++;
@@ -150,8 +169,8 @@ static int each_device(const struct calibrate_settings *o, struct rates *rates)
     return 0;
 }
 
-// How many ranks of this machine are on CPUs, if this one is, for they share the cores; and the first of them,
-// else this rank.
+// How many ranks of this machine are on CPUs, if this one is, for they share the cores; and the
+// first of them, else this rank.
 static int count_sharing(const struct device_info *info, int *sharing, int *first)
 {
     const int ranks = ranks_count();
@@ -182,18 +201,13 @@ static int this_rank(const struct calibrate_settings *o, struct rates *rates)
         code = count_sharing(&info, &sharing, &turn);
     const struct device_rates *old =
         code >= 0 ? rates_find(rates, &info, o->precision, sharing) : NULL;
-    const bool known = old && !o->force;
-    if (code >= 0)
-        code = measure(o, devices, &info, turn, known, rates, &mine);
-    if (known)
-        mine = *old;
     mine.sharing = sharing;
     if (code >= 0)
+        code = measure(o, devices, &info, turn, o->force ? NULL : old, rates, &mine);
+    if (code >= 0)
         code = exchange_gather(ranks_exchange(), &mine, all, sizeof mine);
-    for (int r = 0; code >= 0 && ranks_first() && r < ranks_count(); r++) {
-        code = rates_put(rates, &all[r]);
+    for (int r = 0; code >= 0 && ranks_first() && r < ranks_count(); r++)
         tell(o, &all[r], false);
-    }
     if (code >= 0 && ranks_first() && !o->json)
         print_links(rates);
     free(all);

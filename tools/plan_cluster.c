@@ -291,10 +291,13 @@ static struct link_rate road_within(const struct machines *m, const struct plan_
     if (o->exchange == ROAD_HOST || !by_cuda(x) || !by_cuda(y))
         return staged_road(m, &from->rates, &to->rates, far);
     if (nvlink > 0)
-        return (struct link_rate){NCCL_START, NVLINK_SHARE * nvlink, false};
+        return (struct link_rate){
+            .latency = NCCL_START, .bandwidth = NVLINK_SHARE * nvlink, .staged = false};
     const double pcie =
         fmin(x->slowest > 0 ? x->slowest : 12e9, y->slowest > 0 ? y->slowest : 12e9);
-    return (struct link_rate){NCCL_START, PCIE_SHARE * (far ? FAR_SHARE : 1) * pcie, false};
+    return (struct link_rate){.latency = NCCL_START,
+                              .bandwidth = PCIE_SHARE * (far ? FAR_SHARE : 1) * pcie,
+                              .staged = false};
 }
 
 // Ranks of a machine share its adapters. Without GPUDirect bytes go through the host's memory too.
@@ -304,10 +307,11 @@ static struct link_rate road_between(const struct machines *m, const struct plan
 {
     const double share = m->network / ranks;
     if (direct && o->exchange == ROAD_NCCL)
-        return (struct link_rate){NETWORK_START, share, false};
+        return (struct link_rate){.latency = NETWORK_START, .bandwidth = share, .staged = false};
     const struct link_rate staged = staged_road(m, &from->rates, &to->rates, false);
-    return (struct link_rate){NETWORK_START + staged.latency,
-                              1 / (1 / share + 1 / staged.bandwidth), true};
+    return (struct link_rate){.latency = NETWORK_START + staged.latency,
+                              .bandwidth = 1 / (1 / share + 1 / staged.bandwidth),
+                              .staged = true};
 }
 
 // ---- a cluster ----------------------------------------------------------------------------------
@@ -365,7 +369,7 @@ static void fill_between(struct machines *m, const struct plan_settings *o, int 
                          struct cluster *c)
 {
     const struct seat a = seat_of(m, o, 0);
-    struct link_rate road = {1e-6, INFINITY, false};
+    struct link_rate road = {.latency = 1e-6, .bandwidth = INFINITY};
     if (c->ranks < in_set) { // the same rank of the next group of this set
         const struct seat b = seat_of(m, o, c->ranks);
         struct cluster_rank to = c->rank[0];

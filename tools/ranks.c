@@ -26,9 +26,12 @@ static const char *const fabric_choices[] = {"auto", "mpi", "nccl", NULL}; // as
 #define AT(member) offsetof(struct rank_options, member)
 const struct option_spec rank_option_list[] = {
     {"placement", 0, OPTION_STRING, "WHICH", "uniform",
-     "which rank has which experts and how many images: cost (what the forecast says is fastest, from "
-     "what 'ditmoe calibrate' measured), memory, frequency or uniform (docs/placement.md), replicated "
-     "(all experts on every rank), 48:16/6:2 (images of each rank / experts of a layer), or a file of "
+     "which rank has which experts and how many images: cost (what the forecast says is fastest, "
+     "from "
+     "what 'ditmoe calibrate' measured), memory, frequency or uniform (docs/placement.md), "
+     "replicated "
+     "(all experts on every rank), 48:16/6:2 (images of each rank / experts of a layer), or a file "
+     "of "
      "'ditmoe plan'",
      AT(placement), 0, 0, NULL},
     {"load", 0, OPTION_STRING, "FILE", NULL,
@@ -38,7 +41,8 @@ const struct option_spec rank_option_list[] = {
      "memory for tokens that come from other ranks, as a multiple of an even load; 0: for any load",
      AT(headroom), 0, 1e6, NULL},
     {"fabric", 0, OPTION_CHOICE, "ROAD", "auto",
-     "how bytes pass between devices: nccl (NVIDIA GPUs only), mpi (through the hosts), auto (nccl for "
+     "how bytes pass between devices: nccl (NVIDIA GPUs only), mpi (through the hosts), auto (nccl "
+     "for "
      "every pair that can)",
      AT(fabric), 0, 0, fabric_choices},
     {0},
@@ -50,7 +54,7 @@ const struct option_spec rank_option_list[] = {
 static struct exchange *exchange;
 static struct roads *roads;
 static struct device *connected; // the device that they begin at
-static bool told; // this rank has said what went wrong
+static bool told;                // this rank has said what went wrong
 
 // mpirun binds a rank to one core unless told otherwise, and a CPU device's threads, which start
 // with its driver, would all share it. A wider binding is meant and stays.
@@ -163,10 +167,10 @@ static void item_of(const char *list, int index, char *out, size_t size)
     snprintf(out, size, "%.*s", (int)strcspn(list, ","), list);
 }
 
-// Open MPI refuses to run as root, and more ranks than cores, unless told that this is meant; it binds each
-// rank to a core, which a CPU device would then have alone; when a rank has failed it waits so many seconds
-// for the others, twice, also when they are gone; of a failure our own line says all. Other MPIs do not
-// read these.
+// Open MPI refuses to run as root, and more ranks than cores, unless told that this is meant; it
+// binds each rank to a core, which a CPU device would then have alone; when a rank has failed it
+// waits so many seconds for the others, twice, also when they are gone; of a failure our own line
+// says all. Other MPIs do not read these.
 static void set_environment(void)
 {
     if (geteuid() == 0) {
@@ -185,7 +189,8 @@ static void set_environment(void)
 
 static pid_t launcher; // mpirun
 
-// Asks all ranks to stop after their step: mpirun passes SIGUSR1 on, while of SIGTERM and SIGINT it makes an end.
+// Asks all ranks to stop after their step: mpirun passes SIGUSR1 on, while of SIGTERM and SIGINT it
+// makes an end.
 static void pass_on(int signal)
 {
     static volatile sig_atomic_t asked;
@@ -194,7 +199,8 @@ static void pass_on(int signal)
     asked = 1;
 }
 
-// Runs mpirun out of reach of the terminal's Ctrl-C; does not return unless it cannot be started (errno).
+// Runs mpirun out of reach of the terminal's Ctrl-C; does not return unless it cannot be started
+// (errno).
 static void run_launcher(char **words)
 {
     int failure[2], why = 0, status = 0;
@@ -362,8 +368,9 @@ int ranks_same_start(const struct command *command)
     return exchange_same(exchange, h, "was started with other options");
 }
 
-// Notes the blocks whose experts of this rank live in host memory. Blocks are streamed whole, and what a plan
-// wants computed by the host's own CPU is streamed too: for that, the CPU is made a rank.
+// Notes the blocks whose experts of this rank live in host memory. Blocks are streamed whole, and
+// what a plan wants computed by the host's own CPU is streamed too: for that, the CPU is made a
+// rank.
 static int note_streamed(struct rank_plan *p, const char *name)
 {
     const struct placement *q = &p->placement;

@@ -16,6 +16,7 @@ struct rank_options {
     const char *load;      // of experts, measured, or NULL
     float headroom;
     int fabric; // enum road_choice
+    bool quiet; // says nothing of the plan
 };
 extern const struct option_spec rank_option_list[];
 #define RANK_OPTIONS_TITLE "several devices: --device KEY,KEY,... (a rank on each), or mpirun"
@@ -59,8 +60,8 @@ int ranks_same_start(const struct command *command);
 // ERR_INPUT when ranks would go on from different files; `what` as in exchange_same().
 int ranks_same(const void *data, size_t bytes, const char *what);
 
-// Looks for straight roads between the ranks' devices and says which there are. A collective call, after the
-// session's device is open; ranks_disconnect() before it closes.
+// Looks for straight roads between the ranks' devices and says which there are. A collective call,
+// after the session's device is open; ranks_disconnect() before it closes.
 int ranks_connect(const struct rank_options *o, struct device *dev, struct stream *stream);
 void ranks_disconnect(const struct device *dev);
 struct roads *ranks_roads(void); // NULL: none is straight
@@ -74,8 +75,8 @@ struct rank_work {
     uint64_t memory; // of this rank's device to plan with; 0: what it has
 };
 
-// The placement that the options name; *out is nothing (ranks.exchange NULL) with one rank. Says on stderr what it
-// is and what it should take. A collective call, after ranks_connect().
+// The placement that the options name; *out is nothing (ranks.exchange NULL) with one rank. Says on
+// stderr what it is and what it should take. A collective call, after ranks_connect().
 struct rank_plan {
     struct placement placement;
     bool *streamed; // [layers] whose experts of this rank live in host memory; NULL: none

@@ -47,7 +47,7 @@ static int gather_cards(struct exchange *x, const struct device *dev, const stru
 {
     const struct device_info *info = &dev->info;
     struct card mine = {.machine = exchange_machine(x),
-                        .kind = info->kind,
+                        .kind = (int32_t)info->kind,
                         .bf16 = dev->act == BF16,
                         .straight = roads_members(roads) > 1};
     mine.memory = w->memory ? w->memory : (uint64_t)(DEVICE_USABLE * (double)info->memory);
@@ -63,8 +63,10 @@ static int gather_cards(struct exchange *x, const struct device *dev, const stru
 static struct link_rate link_of(const struct rates *rates, const struct card *a,
                                 const struct card *b)
 {
-    const bool straight = a->straight && b->straight;
+    const bool straight = a != b && a->straight && b->straight;
     const struct link_rate *measured = rates_link(rates, a->identity, b->identity);
+    if (a == b && !measured)
+        return (struct link_rate){0};
     if (measured && measured->staged != straight)
         return *measured;
     if (straight)
@@ -84,8 +86,7 @@ static int fill_cluster(const struct card *all, const struct rates *rates, struc
         snprintf(k->name, sizeof k->name, "%s %.120s", all[r].key, all[r].rates.name);
         c->host_memory[all[r].machine] = UINT64_MAX / 4;
         for (int s = 0; s < c->ranks; s++)
-            if (s != r)
-                c->link[r * c->ranks + s] = link_of(rates, &all[r], &all[s]);
+            c->link[r * c->ranks + s] = link_of(rates, &all[r], &all[s]);
     }
     return 0;
 }
@@ -338,6 +339,8 @@ static int held_by(const struct placement *p, int rank)
 void ranks_place_say(const struct rank_options *o, const struct rank_work *w,
                      const struct rank_place *p)
 {
+    if (o->quiet)
+        return;
     enum { MOST = 16 }; // ranks that are listed
     char images[256] = "", experts[256] = "", forecast[80] = "no forecast";
     const struct placement *q = &p->placement;

@@ -10,15 +10,17 @@
 #include "runtime/rng.h"
 #include "tools/train_run.h"
 
-enum { EVERY = 100, PREPARING = 3 }; // steps between rows of ranks.csv; first ones that are not timed
+enum {
+    EVERY = 100,
+    PREPARING = 3
+}; // steps between rows of ranks.csv; first ones that are not timed
 static const double WORTH_IT =
     0.05; // of the busiest ranks' rows: less is no reason to move experts
 
 int train_ranks_new(const struct config *c, const char *dir, struct train_ranks *out)
 {
-    *out = (struct train_ranks){.began = now_seconds(),
-                                .before = exchange_figures(ranks_exchange()),
-                                .predicted = NAN};
+    *out = (struct train_ranks){
+        .began = now_seconds(), .before = exchange_figures(ranks_exchange()), .predicted = NAN};
     if (!ranks_exchange())
         return 0;
     const size_t experts = (size_t)c->layers * (size_t)c->experts;
@@ -61,7 +63,9 @@ static void own_figures(struct train_ranks *r, struct trainer *t, double *out)
 // Empty where it is not known.
 static const char *milliseconds(double seconds, char out[32])
 {
-    snprintf(out, 32, isfinite(seconds) ? "%.3f" : "", 1e3 * seconds);
+    out[0] = 0;
+    if (isfinite(seconds))
+        snprintf(out, 32, "%.3f", 1e3 * seconds);
     return out;
 }
 
@@ -276,8 +280,9 @@ int train_ranks_move(struct train_ranks *r, const struct rank_plan *now, uint64_
                     "--replan: this placement has copies of experts; it is for placements "
                     "of one group");
     if (now->streamed)
-        return fail(ERR_INPUT, "--replan: this placement has experts in host memory; with --offload N "
-                               "they may move");
+        return fail(ERR_INPUT,
+                    "--replan: this placement has experts in host memory; with --offload N "
+                    "they may move");
     TRY(ranks_replan(now, p->batch, now->ranks.copies, next));
     if (at_random(&next->placement, seed, step)) {
         *moved = true;

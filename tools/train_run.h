@@ -120,9 +120,10 @@ int train_ranks_new(const struct config *c, const char *dir, struct train_ranks 
 void train_ranks_free(struct train_ranks *r);
 // After a step of so many seconds on this rank.
 void train_ranks_step(struct train_ranks *r, double seconds);
-// After a step: its load; and every hundred steps, or at the `last`, rows of RUN_DIR/ranks.csv: of each
-// rank and layer rows sent to others and received and seconds waited in `steps` steps, and in layer
-// "all" seconds waited and in all, bytes of gradients summed, and milliseconds of a step, predicted and measured.
+// After a step: its load; and every hundred steps, or at the `last`, rows of RUN_DIR/ranks.csv: of
+// each rank and layer rows sent to others and received and seconds waited in `steps` steps, and in
+// layer "all" seconds waited and in all, bytes of gradients summed, and milliseconds of a step,
+// predicted and measured.
 int train_ranks_load(struct train_ranks *r, struct trainer *t);
 int train_ranks_note(struct train_ranks *r, struct trainer *t, bool last);
 // RUN_DIR/load.json: the rows that each expert got, for 'ditmoe plan --load'.
