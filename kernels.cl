@@ -1,9 +1,9 @@
 // Every device kernel, once. OpenCL C 1.2 that nvcc also reads (devices/cl_cuda.h).
 //
 // In this order: storage types and helpers; matrix products; embedding, elementwise, norms, gated
-// residual, attention; mixture of experts, diffusion, optimiser; convolutional networks, pooling.
-// GPU forms come before CPU forms within each part. devices/kernels.def lists them with their
-// arguments.
+// residual, attention; mixture of experts, between ranks, diffusion, optimiser; convolutional
+// networks, pooling. GPU forms come before CPU forms within each part. devices/kernels.def lists
+// them with their arguments.
 //
 // Defined by the backend when it compiles this:
 //   ACT_BF16   activations are stored as bf16 (upper half of an f32, in a ushort); else as f32
@@ -3438,6 +3438,261 @@ void balance_mean(GLOBAL float *VIEW(fraction), GLOBAL float *VIEW(mean_prob),
     mean_prob[i] = s / (float)rows;
 }
 
+// ---- between ranks (runtime/peers.h) --------------------------------------------------------------
+//
+// `words` of a rank: a flag for each lane and rank, which that rank sets, and WORDS_STOP. `own` of
+// a rank: of each lane the number of journeys that are over, and of each rank a count of
+// work-groups. A journey of a lane ends at a rank when all flags of the lane say its number; they
+// are never set back.
+
+#ifndef SYSTEM_FENCE // orders this work-item's memory operations for all devices and the host
+#define SYSTEM_FENCE() mem_fence(CLK_GLOBAL_MEM_FENCE)
+#define ATOMIC_NEXT(p) atomic_inc(p)
+#define FLAG_LOAD(p) (*(p))
+#define FLAG_STORE(p, v) atomic_xchg(p, v)
+#define MICROSECONDS() 0u
+#endif
+#define PEERS_MOST 64
+#define PEERS_TABLE 2048 // ranks * experts at most
+#define WORDS_STOP (2 * PEERS_MOST) // the host gives up: nobody waits any more
+#define OWN_LANE (1 + PEERS_MOST)   // words of `own` a lane
+
+// After all that this work-item's group did: its rank's flag in another's `words`.
+inline void peer_signal(volatile GLOBAL uint *words, const GLOBAL uint *own, uint rank, uint lane)
+{
+    SYSTEM_FENCE();
+    FLAG_STORE(words + lane * PEERS_MOST + rank, own[lane * OWN_LANE] + 1);
+}
+
+// Waits for all ranks' flags of this journey; at the end of the work that it was for, peer_over().
+// One work-group of 64.
+inline void peer_await(volatile GLOBAL uint *words, const GLOBAL uint *own, uint ranks, uint lane)
+{
+    const uint wanted = own[lane * OWN_LANE] + 1;
+    for (uint r = get_local_id(0); r < ranks; r += 64)
+        while ((int)(FLAG_LOAD(words + lane * PEERS_MOST + r) - wanted) < 0)
+            if (FLAG_LOAD(words + WORDS_STOP) != 0)
+                break;
+    SYSTEM_FENCE();
+    barrier(CLK_LOCAL_MEM_FENCE | CLK_GLOBAL_MEM_FENCE);
+}
+
+inline void peer_over(GLOBAL uint *own, uint lane)
+{
+    if (get_local_id(0) == 0)
+        own[lane * OWN_LANE]++;
+}
+
+// Says that this rank has come so far.
+KERNEL(64, 1)
+void peer_say(volatile GLOBAL uint *VIEW(words), const GLOBAL uint *VIEW(own), uint rank, uint lane)
+{
+    OFFSETS2(words, own)
+    if (get_local_id(0) == 0)
+        peer_signal(words, own, rank, lane);
+}
+
+// Waits for the end of a journey; traffic[2] += microseconds of it, where there is a clock.
+KERNEL(64, 1)
+void peer_wait(volatile GLOBAL uint *VIEW(words), GLOBAL uint *VIEW(own),
+               GLOBAL uint *VIEW(traffic), uint ranks, uint lane)
+{
+    OFFSETS3(words, own, traffic)
+    const uint start = MICROSECONDS();
+    peer_await(words, own, ranks, lane);
+    peer_over(own, lane);
+    if (traffic && get_local_id(0) == 0)
+        traffic[2] += MICROSECONDS() - start;
+}
+
+// This rank's rows by expert, from the offsets of its own (NULL: it has none), into another's
+// count[ranks,E].
+KERNEL(64, 1)
+void peer_counts(GLOBAL int *VIEW(count), const GLOBAL int *VIEW(offsets),
+                 volatile GLOBAL uint *VIEW(words), const GLOBAL uint *VIEW(own), uint rank, uint E,
+                 uint lane)
+{
+    OFFSETS4(count, offsets, words, own)
+    for (uint e = get_local_id(0); e < E; e += 64)
+        count[rank * E + e] = offsets ? offsets[e + 1] - offsets[e] : 0;
+    SYSTEM_FENCE();
+    barrier(CLK_LOCAL_MEM_FENCE | CLK_GLOBAL_MEM_FENCE);
+    if (get_local_id(0) == 0)
+        peer_signal(words, own, rank, lane);
+}
+
+// The segment of expert e between a rank's rows, sorted by expert, and its owner's,
+// [expert][source]: as segment[way, rank, e] its first row here, its first row there, rows. Way 0:
+// this rank's rows, at owner `rank`; way 1: the rows of `rank` that this one owns.
+#define SEGMENT 3
+
+// Waits for all counts. Then where rows go and come back to, offsets of the owned rows, the
+// fractions of the balance loss (scale: experts / choices of all ranks; or NULL), traffic += rows
+// to others and from them. owner[ranks,E]. One work-group.
+KERNEL(64, 1)
+void peer_segments(GLOBAL int *VIEW(segment), GLOBAL int *VIEW(offsets),
+                   GLOBAL float *VIEW(fraction), GLOBAL uint *VIEW(traffic),
+                   volatile GLOBAL uint *VIEW(words), GLOBAL uint *VIEW(own),
+                   const GLOBAL int *VIEW(count), const GLOBAL int *VIEW(owner), uint rank,
+                   uint ranks, uint E, uint lane, float scale)
+{
+    OFFSETS8(segment, offsets, fraction, traffic, words, own, count, owner)
+    LOCAL int rows[PEERS_TABLE], by[PEERS_TABLE];
+    LOCAL uint moved[2 * PEERS_MOST];
+    const uint start = MICROSECONDS(), other = get_local_id(0);
+    peer_await(words, own, ranks, lane);
+    for (uint i = get_local_id(0); i < ranks * E; i += 64) {
+        rows[i] = count[i];
+        by[i] = owner[i];
+    }
+    barrier(CLK_LOCAL_MEM_FENCE);
+    if (other < ranks) {
+        GLOBAL int *out = segment + other * E * SEGMENT;
+        GLOBAL int *back = segment + (ranks + other) * E * SEGMENT;
+        int mine = 0, theirs = 0, at_them = 0, at_me = 0, held = 0;
+        uint sent = 0, received = 0;
+        for (uint e = 0; e < E; e++) {
+            const int to = by[rank * E + e] == (int)other, from = by[other * E + e] == (int)rank;
+            int holds = 0;
+            const int first = at_me;
+            out[e * SEGMENT] = mine;
+            out[e * SEGMENT + 2] = to ? rows[rank * E + e] : 0;
+            back[e * SEGMENT + 1] = theirs;
+            back[e * SEGMENT + 2] = from ? rows[other * E + e] : 0;
+            for (uint s = 0; s < ranks; s++) {
+                if (s == rank)
+                    out[e * SEGMENT + 1] = at_them;
+                if (s == other)
+                    back[e * SEGMENT] = at_me;
+                at_them += by[s * E + e] == (int)other ? rows[s * E + e] : 0;
+                at_me += by[s * E + e] == (int)rank ? rows[s * E + e] : 0;
+                holds |= by[s * E + e] == (int)rank;
+            }
+            if (holds && other == rank)
+                offsets[held++] = first;
+            mine += rows[rank * E + e];
+            theirs += rows[other * E + e];
+            sent += (uint)out[e * SEGMENT + 2];
+            received += (uint)back[e * SEGMENT + 2];
+        }
+        if (other == rank)
+            offsets[held] = at_me;
+        moved[other] = other == rank ? 0 : sent;
+        moved[PEERS_MOST + other] = other == rank ? 0 : received;
+    }
+    for (uint e = get_local_id(0); fraction && e < E; e += 64) {
+        float sum = 0.0f;
+        for (uint s = 0; s < ranks; s++)
+            sum += (float)rows[s * E + e];
+        fraction[e] = sum * scale;
+    }
+    barrier(CLK_LOCAL_MEM_FENCE | CLK_GLOBAL_MEM_FENCE);
+    peer_over(own, lane);
+    if (get_local_id(0) == 0) {
+        for (uint r = 0; r < ranks; r++) {
+            traffic[0] += moved[r];
+            traffic[1] += moved[PEERS_MOST + r];
+        }
+        traffic[2] += MICROSECONDS() - start;
+    }
+}
+
+// Rows of `vectors` 16 bytes from here into another rank's memory, by its part of `segment`; row i
+// is from[i], or from[index[i]] where there is an index. The last work-group says that they are
+// there. A row is copied by 32 work-items.
+KERNEL(256, 1)
+void peer_rows(GLOBAL uint4 *VIEW(to), const GLOBAL uint4 *VIEW(from),
+               const GLOBAL int *VIEW(index), const GLOBAL int *VIEW(segment),
+               volatile GLOBAL uint *VIEW(words), GLOBAL uint *VIEW(own), uint part, uint E,
+               uint vectors, uint rank, uint other, uint lane)
+{
+    OFFSETS6(to, from, index, segment, words, own)
+    LOCAL int first[513]; // row of this journey at which an expert's begin
+    const GLOBAL int *segments = segment + part * E * SEGMENT;
+    const uint item = get_local_id(0) % 32, groups = (uint)get_num_groups(0);
+    for (uint e = get_local_id(0); e < E; e += 256)
+        first[e + 1] = segments[e * SEGMENT + 2];
+    barrier(CLK_LOCAL_MEM_FENCE);
+    if (get_local_id(0) == 0) {
+        first[0] = 0;
+        for (uint e = 0; e < E; e++)
+            first[e + 1] += first[e];
+    }
+    barrier(CLK_LOCAL_MEM_FENCE);
+    const int rows = first[E];
+    uint e = 0;
+    int i = (int)(get_group_id(0) * 8 + get_local_id(0) / 32);
+    for (; i < rows; i += (int)groups * 8) {
+        while (first[e + 1] <= i)
+            e++;
+        const int here = segments[e * SEGMENT] + i - first[e];
+        const GLOBAL uint4 *in = from + (size_t)(index ? index[here] : here) * vectors;
+        GLOBAL uint4 *out = to + (size_t)(segments[e * SEGMENT + 1] + i - first[e]) * vectors;
+        uint v = item;
+        for (; v + 96 < vectors; v += 128) {
+            const uint4 a = in[v], b = in[v + 32], c = in[v + 64], d = in[v + 96];
+            out[v] = a;
+            out[v + 32] = b;
+            out[v + 64] = c;
+            out[v + 96] = d;
+        }
+        for (; v < vectors; v += 32)
+            out[v] = in[v];
+    }
+    SYSTEM_FENCE();
+    barrier(CLK_LOCAL_MEM_FENCE | CLK_GLOBAL_MEM_FENCE);
+    if (get_local_id(0) == 0 && ATOMIC_NEXT(own + lane * OWN_LANE + 1 + other) == groups - 1) {
+        own[lane * OWN_LANE + 1 + other] = 0;
+        peer_signal(words, own, rank, lane);
+    }
+}
+
+// Two sums of a rank into another's table[ranks,2]: the squared norm from control[0] and the sum of
+// its losses.
+KERNEL(64, 1)
+void peer_sums(GLOBAL float *VIEW(table), const GLOBAL float *VIEW(control),
+               const GLOBAL float *VIEW(loss), volatile GLOBAL uint *VIEW(words),
+               const GLOBAL uint *VIEW(own), uint count, uint rank, uint lane)
+{
+    OFFSETS5(table, control, loss, words, own)
+    LOCAL float sums[64];
+    float sum = 0.0f;
+    for (uint i = get_local_id(0); i < count; i += 64)
+        sum += loss[i];
+    sums[get_local_id(0)] = sum;
+    for (uint step = 32; step > 0; step /= 2) {
+        barrier(CLK_LOCAL_MEM_FENCE);
+        if (get_local_id(0) < step)
+            sums[get_local_id(0)] += sums[get_local_id(0) + step];
+    }
+    if (get_local_id(0) == 0) {
+        table[2 * rank] = control[0];
+        table[2 * rank + 1] = sums[0];
+        peer_signal(words, own, rank, lane);
+    }
+}
+
+// Waits for all ranks' sums: control[0] is the whole norm, mean[0] the sum of all losses times
+// `scale`.
+KERNEL(64, 1)
+void peer_total(GLOBAL float *VIEW(control), GLOBAL float *VIEW(mean),
+                const GLOBAL float *VIEW(table), volatile GLOBAL uint *VIEW(words),
+                GLOBAL uint *VIEW(own), uint ranks, uint lane, float scale)
+{
+    OFFSETS5(control, mean, table, words, own)
+    peer_await(words, own, ranks, lane);
+    if (get_local_id(0) == 0) {
+        float norm = 0.0f, loss = 0.0f;
+        for (uint r = 0; r < ranks; r++) {
+            norm += table[2 * r];
+            loss += table[2 * r + 1];
+        }
+        control[0] = norm;
+        mean[0] = loss * scale;
+    }
+    peer_over(own, lane);
+}
+
 // ---- diffusion ----------------------------------------------------------------------------------
 
 // A row of `at`: what training at an image's t takes (runtime/ops.h).
@@ -3688,15 +3943,17 @@ inline void normal_block(GLOBAL float *out, size_t at, size_t count, uint seed_l
         normal_pair(out + at + 2, c2, c3, at + 3 < count);
 }
 
-// out[i] from (seed, stream, i), given as 32-bit halves. A work-item a block of four numbers.
+// out[i] from (seed, stream, 4 first + i), given as 32-bit halves. A work-item a block of four numbers.
 KERNEL(64, 1)
 void normal(GLOBAL float *VIEW(out), uint count_low, uint count_high, uint seed_low, uint seed_high,
-            uint stream_low, uint stream_high)
+            uint stream_low, uint stream_high, uint first)
 {
     OFFSETS1(out)
     size_t count = (size_t)count_high << 32 | count_low, at = 4 * get_global_id(0);
+    size_t before = 4 * (size_t)first;
     if (at < count)
-        normal_block(out, at, count, seed_low, seed_high, stream_low, stream_high);
+        normal_block(out - before, before + at, before + count, seed_low, seed_high, stream_low,
+                     stream_high);
 }
 
 // out[n, i] from (seed, stream + image[n], i), where the stream's low half is 0.
@@ -4408,15 +4665,16 @@ inline void normal_blocks(GLOBAL float *out, ulong b, uint seed_low, uint seed_h
 // the scalar code.
 KERNEL(1, 1)
 void normal_cpu(GLOBAL float *VIEW(out), uint count_low, uint count_high, uint seed_low,
-                uint seed_high, uint stream_low, uint stream_high, uint chunk)
+                uint seed_high, uint stream_low, uint stream_high, uint first, uint chunk)
 {
     OFFSETS1(out)
-    size_t count = (size_t)count_high << 32 | count_low;
+    size_t count = (size_t)count_high << 32 | count_low, before = 4 * (size_t)first;
     size_t i, to = chunk_rows(chunk, count, &i);
     for (; i + 64 <= to; i += 64)
-        normal_blocks(out + i, i / 4, seed_low, seed_high, stream_low, stream_high);
+        normal_blocks(out + i, first + i / 4, seed_low, seed_high, stream_low, stream_high);
     for (; i < to; i += 4)
-        normal_block(out, i, count, seed_low, seed_high, stream_low, stream_high);
+        normal_block(out - before, before + i, before + count, seed_low, seed_high, stream_low,
+                     stream_high);
 }
 
 // ---- optimiser

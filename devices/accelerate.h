@@ -19,7 +19,9 @@ enum {
     ROUTE_ROWS = 256,  // rows a partial of `route` counts, or fewer
     QK_PART = 8,       // rows a partial of `qk_norm` sums over, or more
     GROUP_ROWS = 32,   // pixels a partial of `group_norm_forward` sums over, or more
-    NORM2_PARTS = 4096 // the most partial sums of norm2
+    NORM2_PARTS = 4096, // the most partial sums of norm2
+    PEER_ROADS = 8,    // the most ranks of peer_rows
+    PEER_TABLE = 2048  // and of ranks times experts
 };
 
 // op_layernorm_mod_fwd (z and rows NULL), op_residual_norm_fwd (z), op_combine_norm_fwd (rows,
@@ -91,6 +93,13 @@ struct norm2 {
     accelerate_mem control, g, partial;
     unsigned long long count;
     int added;
+};
+
+// peer_send_rows (runtime/peers.h) to all ranks, number `rank` among them, by `blocks` compute units: to and
+// words are the ranks' windows and flags, part the first of their parts of segments. index may be NULL.
+struct peer_rows {
+    accelerate_mem to[PEER_ROADS], words[PEER_ROADS], from, index, segments, own;
+    int rank, ranks, part, experts, vectors, lane, blocks;
 };
 
 // op_adamw; ema may be NULL; low NULL: w is f32

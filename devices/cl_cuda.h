@@ -28,6 +28,28 @@ typedef unsigned long ulong;
 #define get_global_id(d) (get_group_id(d) * get_local_size(d) + get_local_id(d))
 #define get_global_size(d) (get_num_groups(d) * get_local_size(d))
 
+#define SYSTEM_FENCE() __threadfence_system()
+#define ATOMIC_NEXT(p) atomicAdd(p, 1u)
+#define FLAG_LOAD(p) cl_cuda_flag_load(p)
+#define FLAG_STORE(p, v) cl_cuda_flag_store(p, v)
+#define MICROSECONDS() cl_cuda_microseconds()
+__device__ __forceinline__ unsigned cl_cuda_flag_load(const volatile unsigned *p)
+{
+    unsigned v;
+    asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+    return v;
+}
+__device__ __forceinline__ void cl_cuda_flag_store(volatile unsigned *p, unsigned v)
+{
+    asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
+__device__ __forceinline__ unsigned cl_cuda_microseconds()
+{
+    unsigned long long ns;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(ns));
+    return (unsigned)(ns / 1000);
+}
+
 #define as_float(v) __uint_as_float(v)
 #define as_uint(v) __float_as_uint(v)
 #define mul_hi(a, b) __umulhi(a, b) // of uint; kernels.cl has no other

@@ -166,7 +166,7 @@ static int cuda_view(struct mem *parent, size_t offset, size_t bytes, struct mem
     struct mem *mem = calloc(1, sizeof *mem);
     if (!mem)
         return fail(ERR_NOMEM, "out of host memory");
-    *mem = (struct mem){parent->dev, parent->address + offset, bytes, true};
+    *mem = (struct mem){parent->dev, parent->address + offset, bytes, .is_view = true};
     *out = mem;
     return 0;
 }
@@ -175,7 +175,9 @@ static void cuda_free(struct mem *mem)
 {
     if (!mem)
         return;
-    if (!mem->is_view) {
+    if (mem->is_reached && !mem->is_view) {
+        cuda_release(mem);
+    } else if (!mem->is_view) {
         mem->dev->base.allocated -= mem->bytes;
         if (enter(mem->dev) == 0)
             mem->dev->api->free(mem->address);
@@ -212,6 +214,19 @@ static size_t cuda_size(const struct mem *mem)
 static int cuda_stream_new(struct device *base, struct stream **out)
 {
     NEW_AROUND(base, out, stream_create, CUDA_STREAM_NON_BLOCKING, "cuStreamCreate");
+}
+
+static int cuda_stream_urgent(struct device *base, struct stream **out)
+{
+    const struct cuda_api *api = cuda_device_of(base)->api;
+    cuda_stream urgent;
+    TRY(cuda_stream_new(base, out));
+    if (!api->stream_urgent || api->stream_urgent(&urgent, CUDA_STREAM_NON_BLOCKING,
+                                                  CUDA_HIGHEST_PRIORITY) != CUDA_OK)
+        return 0;
+    api->stream_destroy((*out)->cu);
+    (*out)->cu = urgent;
+    return 0;
 }
 
 static int cuda_sync(struct stream *s)
@@ -488,7 +503,10 @@ const struct backend backend_cuda = {
     .view = cuda_view,
     .free = cuda_free,
     .size = cuda_size,
+    .alloc_shared = cuda_alloc_shared,
+    .reach = cuda_reach,
     .stream_new = cuda_stream_new,
+    .stream_urgent = cuda_stream_urgent,
     .stream_free = cuda_stream_free,
     .write = cuda_write,
     .read = cuda_read,

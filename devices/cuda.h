@@ -32,6 +32,7 @@ struct mem {
     cuda_address address;
     size_t bytes;
     bool is_view;
+    bool is_reached; // another process's
 };
 
 struct stream {
@@ -79,6 +80,12 @@ void cuda_driver_name(char *out, size_t size);
 enum { CUDA_STAGED_MAX = 4 << 20, CUDA_NOT_STAGED = 1 };
 int cuda_write_staged(struct stream *s, cuda_address to, const void *from, size_t bytes);
 void cuda_staging_free(struct stream *s);
+
+// cuda_share.c: see alloc_shared and reach in device.h; release() is free() of what was reached.
+int cuda_alloc_shared(struct device *dev, size_t bytes, struct mem **out,
+                      unsigned char id[SHARE_ID]);
+int cuda_reach(struct device *dev, const unsigned char id[SHARE_ID], struct mem **out);
+void cuda_release(struct mem *mem);
 
 // cuda_nccl.c: see the verbs of groups in device.h.
 int cuda_group_can(void);

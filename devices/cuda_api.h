@@ -18,6 +18,9 @@ typedef struct CUfunc_st *cuda_function;
 typedef struct CUstream_st *cuda_stream;
 typedef struct CUevent_st *cuda_event;
 typedef struct CUtensorMap_st cuda_tensor_map; // 128 bytes, aligned to 64
+typedef struct {
+    char bytes[64];
+} cuda_ipc_memory; // CUipcMemHandle
 
 // CUlaunchAttribute and CUlaunchConfig
 typedef struct {
@@ -67,11 +70,14 @@ enum {
     CUDA_CAPABILITY_MINOR = 76,
 
     CUDA_STREAM_NON_BLOCKING = 1, // does not wait for the default stream
+    CUDA_HIGHEST_PRIORITY = -1000, // the driver takes the highest that there is
     CUDA_EVENT_DEFAULT = 0,       // can be timed
     CUDA_EVENT_NO_TIMING = 2,
     CUDA_CAPTURE_THREAD = 1,      // a capture forbids calls that would break it in this thread only
 
     CUDA_FUNCTION_MAX_SHARED = 8, // attribute of a function: dynamic shared memory, bytes
+
+    CUDA_IPC_PEER_ACCESS = 1, // the device may read and write what is opened
 
     CUDA_LAUNCH_EARLY = 6, // attribute of a launch: it may start before the one before it ends
 
@@ -154,6 +160,12 @@ enum {
       (cuda_tensor_map *, unsigned, unsigned, void *, const uint64_t *, const uint64_t *,         \
        const int *, const int *, uint32_t, uint32_t, const uint32_t *, unsigned, unsigned,        \
        unsigned, unsigned))                                                                       \
+    F(stream_urgent, cuStreamCreateWithPriority, "cuStreamCreateWithPriority",                    \
+      (cuda_stream *, unsigned, int))                                                             \
+    F(ipc_get, cuIpcGetMemHandle, "cuIpcGetMemHandle", (cuda_ipc_memory *, cuda_address))         \
+    F(ipc_open, cuIpcOpenMemHandle, "cuIpcOpenMemHandle_v2",                                      \
+      (cuda_address *, cuda_ipc_memory, unsigned))                                                \
+    F(ipc_close, cuIpcCloseMemHandle, "cuIpcCloseMemHandle", (cuda_address))                      \
     F(can_access_peer, cuDeviceCanAccessPeer, "cuDeviceCanAccessPeer",                            \
       (int *, cuda_device_id, cuda_device_id))                                                    \
     F(p2p_attribute, cuDeviceGetP2PAttribute, "cuDeviceGetP2PAttribute",                          \

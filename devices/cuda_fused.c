@@ -377,6 +377,17 @@ static int adamw(struct stream *s, const void *args)
     return launch(s, function, blocks, 1, THREADS, (void *[]){&a});
 }
 
+// ---- between ranks ------------------------------------------------------------------------------
+
+static int peer_rows(struct stream *s, const void *args)
+{
+    TAKE(peer_rows, a, rank);
+    cuda_function function = KERNEL_OF(s, "peer_rows_all");
+    if (!function || a.ranks > PEER_ROADS || a.ranks * a.experts > PEER_TABLE)
+        return NOT_MINE;
+    return launch(s, function, a.blocks, 1, 1024, (void *[]){&a});
+}
+
 // ---- the door -----------------------------------------------------------------------------------
 
 int cuda_fused_width(struct cuda_device *dev)
@@ -387,6 +398,8 @@ int cuda_fused_width(struct cuda_device *dev)
 
 int cuda_fused(struct stream *s, enum accelerated op, const void *args)
 {
+    if (op == ACCELERATE_PEER_ROWS) // which are bytes
+        return peer_rows(s, args);
     if (s->dev->base.act != BF16)
         return NOT_MINE;
     switch (op) {

@@ -118,6 +118,13 @@ bool cuda_gemm_sm90_suits(struct cuda_device *dev, const struct gemm *g)
 
 // ---- tiles --------------------------------------------------------------------------------------
 
+// Multiprocessors that a product takes.
+static int units_of(const struct cuda_device *dev)
+{
+    const int units = dev->base.info.compute_units;
+    return units > dev->base.spare ? units - dev->base.spare : 1;
+}
+
 // Columns that tiles divide: of h for a SwiGLU product.
 static int columns_of(const struct gemm *g)
 {
@@ -161,7 +168,7 @@ static int parts_of(const struct gemm *g, int rest, int blocks)
 static double time_of(const struct cuda_device *dev, const struct gemm *g, int w, bool divide)
 {
     static const double stage[WIDTHS] = {0.32, 0.35, 0.39, 0.42, 0.63};
-    const int tiles = tiles_of(g, widths[w]), blocks = dev->base.info.compute_units;
+    const int tiles = tiles_of(g, widths[w]), blocks = units_of(dev);
     const int rest = tiles % blocks, parts = parts_of(g, rest, blocks);
     const double tile = stages_of(g) * stage[w] + 0.3;
     if (!divide || parts == 1)
@@ -174,7 +181,7 @@ static double time_of(const struct cuda_device *dev, const struct gemm *g, int w
 // gain as much from the power that those do not draw.
 static bool few_tiles(const struct cuda_device *dev, const struct gemm *g, int w)
 {
-    return tiles_of(g, widths[w]) < 3 * dev->base.info.compute_units;
+    return tiles_of(g, widths[w]) < 3 * units_of(dev);
 }
 
 // How g is done: tiles of which width; whether the last ones may be divided along k.
@@ -275,7 +282,7 @@ static struct gemm_sm90 arguments(const struct cuda_device *dev, const struct ge
         .k = g->k,
         .accumulate = g->accumulate,
         .band = columns > 40 ? 2 : 1, // a wave of blocks shares all of a narrow B
-        .workers = dev->base.info.compute_units,
+        .workers = units_of(dev),
     };
 }
 
@@ -283,7 +290,7 @@ size_t cuda_gemm_sm90_space(const struct cuda_device *dev, const struct gemm *g)
 {
     const struct way way = choose(dev, g, kind_of(g), -1);
     const size_t tile = sizeof(float) * GEMM_SM90_ROWS * (size_t)widths[way.w];
-    return way.divide ? tile * (size_t)dev->base.info.compute_units : 0;
+    return way.divide ? tile * (size_t)units_of(dev) : 0;
 }
 
 int cuda_gemm_sm90_norms(const struct cuda_device *dev, const struct gemm *g)

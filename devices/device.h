@@ -179,12 +179,14 @@ enum accelerated {
     ACCELERATE_ADAMW,       // struct adamw_step
     ACCELERATE_CONV2D,      // struct convolution
     ACCELERATE_GROUP_NORM,  // struct group_norm_forward
+    ACCELERATE_PEER_ROWS,   // struct peer_rows
     ACCELERATE_COUNT
 };
 enum { NOT_MINE = 1 }; // accelerate()'s polite refusal: the portable kernel runs instead
 
-// What one member of a group of devices gives to the others, so that they find each other.
-enum { GROUP_ID = 128 };
+// What one member of a group of devices gives to the others, so that they find each other; what
+// names memory to another process.
+enum { GROUP_ID = 128, SHARE_ID = 96 };
 
 enum open_flags {
     OPEN_BF16 = 1,      // activations are stored as bf16 (compiled into the kernels); f32 otherwise
@@ -209,9 +211,17 @@ struct backend {
     int (*view)(struct mem *parent, size_t offset, size_t bytes, struct mem **out);
     void (*free)(struct mem *mem);
     size_t (*size)(const struct mem *mem); // bytes, as asked for
+    // Optional: memory that devices of this backend in other processes of the machine read and
+    // write as their own. alloc_shared() is alloc() of such memory and gives its id; reach() makes
+    // another process's known here (ERR_NODEVICE: this device cannot). free() of what was reached
+    // leaves the memory alone.
+    int (*alloc_shared)(struct device *dev, size_t bytes, struct mem **out,
+                        unsigned char id[SHARE_ID]);
+    int (*reach)(struct device *dev, const unsigned char id[SHARE_ID], struct mem **out);
 
     // streams, transfers (offsets in bytes); fill repeats a 32-bit pattern, bytes a multiple of 4
     int (*stream_new)(struct device *dev, struct stream **out);
+    int (*stream_urgent)(struct device *dev, struct stream **out); // optional: goes before others
     void (*stream_free)(struct stream *stream);
     int (*write)(struct stream *s, struct mem *dst, size_t offset, const void *src, size_t bytes);
     int (*read)(struct stream *s, const struct mem *src, size_t offset, void *dst, size_t bytes);
@@ -293,6 +303,7 @@ struct device {
     bool rebuilds_hidden; // SWIGLU_BACKWARD can write h again, so that it need not be kept
     int swiglu_dots;      // SWIGLU_BACKWARD can write dots, for at most so many groups; 0: never
     bool half_weights;    // products want weights as bf16 (runtime/tensor.h: in two halves)
+    int spare;            // compute units that products leave to work on another stream; set by its caller
     unsigned flags;       // as opened
     uint64_t allocations; // alloc() calls so far; tests assert that training makes none
     uint64_t allocated;   // bytes allocated now

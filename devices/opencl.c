@@ -111,8 +111,10 @@ static void opencl_free(struct mem *mem)
     if (!mem)
         return;
     if (!mem->is_view) {
-        mem->dev->base.allocated -= mem->bytes;
+        mem->dev->base.allocated -= mem->is_reached ? 0 : mem->bytes;
         clReleaseMemObject(mem->cl);
+        if (mem->mapped)
+            opencl_unmap(mem);
     }
     free(mem);
 }
@@ -378,6 +380,8 @@ const struct backend backend_opencl = {
     .view = opencl_view,
     .free = opencl_free,
     .size = opencl_size,
+    .alloc_shared = opencl_alloc_shared,
+    .reach = opencl_reach,
     .stream_new = opencl_stream_new,
     .stream_free = opencl_stream_free,
     .write = opencl_write,

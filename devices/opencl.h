@@ -27,6 +27,9 @@ struct mem {
     size_t offset; // bytes from the start of cl
     size_t bytes;
     bool is_view;
+    void *mapped; // memory that processes share (opencl_share.c), or NULL
+    int file;     // of it, by which others find it; -1: theirs
+    bool is_reached; // another process's
 };
 
 // An in-order queue with profiling.
@@ -83,6 +86,12 @@ void opencl_program_close(struct opencl_device *dev);
 // one that is corrupt, another's, or refused by the driver. save: false when it could not be kept.
 bool opencl_binary_load(struct opencl_device *dev, const char *identity, const char *options);
 bool opencl_binary_save(struct opencl_device *dev, const char *identity);
+
+// opencl_share.c: see alloc_shared and reach in device.h; unmap() takes back what they mapped.
+int opencl_alloc_shared(struct device *dev, size_t bytes, struct mem **out,
+                        unsigned char id[SHARE_ID]);
+int opencl_reach(struct device *dev, const unsigned char id[SHARE_ID], struct mem **out);
+void opencl_unmap(struct mem *mem);
 
 // opencl_gemm.c: see struct gemm and gemm_space in device.h.
 int opencl_gemm(struct stream *s, const struct gemm *g);

@@ -100,19 +100,21 @@ static int plan_moe_half(struct dit *d, int l, struct block_act *a)
     ACTIVATION(d, l, "router.weight", F32, 2, 5, 3, &a->weight, M, K);
     ACTIVATION(d, l, "router.slot", I32, 2, 5, 4, &a->slot, M, K);
     ACTIVATION(d, l, "router.token", I32, 2, 3, d->lean ? 2 : NEVER, &a->token, R);
-    ACTIVATION(d, l, "experts.rows", act, d->moe ? 2 : 3, 3, d->lean || d->moe ? NEVER : 2, &a->rows,
-               R, D); // those that travel are made before the shared expert works
+    if (!moe_windows(d)) // which rows go into straight
+        ACTIVATION(d, l, "experts.rows", act, d->moe ? 2 : 3, 3, d->lean || d->moe ? NEVER : 2,
+                   &a->rows, R, D); // those that travel are made before the shared expert works
     if (!d->moe && (d->options.train || (!gelu && !op_swiglu_fuses(&d->ctx, F))))
         ACTIVATION(d, l, "experts.gu", act, 3, 3, 2, &a->gu, R, gelu ? F : 2 * F);
     if (!d->moe)
         ACTIVATION(d, l, "experts.hidden", act, 3, 4, !gelu && rebuilds(d, F) ? NEVER : 1,
                    &a->hidden, R, F);
-    ACTIVATION(d, l, "experts.y", act, 4, 5, drops_y(d) ? NEVER : 4, &a->y, R, D);
+    if (!moe_windows(d)) // else moe_exchange_plan() declares it
+        ACTIVATION(d, l, "experts.y", act, 4, 5, drops_y(d) ? NEVER : 4, &a->y, R, D);
     if (c->shared) {
         const bool again = remakes_shared(d);
         if ((d->options.train && !again) || !op_swiglu_fuses(&d->ctx, Fs))
             ACTIVATION(d, l, "shared.gu", act, 2, 2, 3, &a->shared_gu, M, 2 * Fs);
-        ACTIVATION(d, l, "shared.hidden", act, 2, 2, again || rebuilds(d, Fs) ? NEVER : 3,
+        ACTIVATION(d, l, "shared.hidden", act, 2, d->moe ? 4 : 2, again || rebuilds(d, Fs) ? NEVER : 3,
                    &a->shared_hidden, M, Fs);
         ACTIVATION(d, l, "shared.out", act, 2, 5, NEVER, &a->shared, M, D);
     }
@@ -212,7 +214,7 @@ int block_plan(struct dit *d, int layer)
     // with recompute one set serves all blocks: the first block of each kind declares it
     if (!a->h1.ndim)
         TRY(plan_attention_half(d, layer, a));
-    if (moe && !a->rows.ndim)
+    if (moe && !a->slot.ndim)
         TRY(plan_moe_half(d, layer, a));
     if (!moe && !a->fc1.ndim)
         TRY(plan_mlp_half(d, layer, a));

@@ -229,6 +229,7 @@ int dit_new(struct device *dev, struct stream *stream, const struct config *c,
                                 &d->params)) < 0 ||
         (code = streamed_new(d)) < 0 || (code = moe_exchange_new(d)) < 0 ||
         (code = plan_new(dev, &d->plan)) < 0 ||
+        (code = moe_exchange_windows(d)) < 0 ||
         (code = plan_model(d)) < 0) {
         dit_free(d);
         return code;
@@ -259,12 +260,12 @@ void dit_free(struct dit *d)
     if (!d)
         return;
     streamed_free(d->streamed); // ends copies
-    if (d->plan)
-        plan_free(d->plan);
     weights_free(&d->w), weights_free(&d->g), weights_free(&d->m), weights_free(&d->v);
     weights_free(&d->ema), weights_free(&d->low);
     params_free(&d->params);
-    moe_exchange_free(d->moe);
+    moe_exchange_free(d->moe); // its windows, before the memory they lie in
+    if (d->plan)
+        plan_free(d->plan);
     free(d->x), free(d->x_low), free(d->acts), free(d->routes), free(d->grads), free(d->packed);
     free(d);
 }
@@ -449,10 +450,8 @@ int dit_read_load(struct dit *d, int layer, int32_t *load)
     const int E = d->config.experts;
     int32_t offsets[513];
     BUG_IF(E > 512);
-    if (d->moe) {
-        moe_exchange_load(d, layer, load);
-        return 0;
-    }
+    if (d->moe)
+        return moe_exchange_load(d, layer, load);
     TRY(tensor_read(&d->ctx, &d->routes[layer].offsets, offsets));
     for (int e = 0; e < E; e++)
         load[e] = offsets[e + 1] - offsets[e];

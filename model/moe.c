@@ -20,15 +20,21 @@ static struct tensor *if_planned(struct tensor *t)
     return t->ndim ? t : NULL;
 }
 
-static int shared_forward(struct dit *d, int layer)
+// The shared expert comes in two parts of work, between which others may be put.
+static int shared_up(struct dit *d, int layer)
 {
     struct context *c = &d->ctx;
     struct block_act *a = dit_act(d, layer);
     const struct block_weights *w = &d->w.blocks[layer];
     // nor is it written where the backward pass makes it again
     struct tensor *gu = d->grads[layer].shared_gu.ndim ? NULL : if_planned(&a->shared_gu);
-    TRY(op_linear_swiglu(c, &a->shared_hidden, gu, &a->h2, &w->shared_gu));
-    return op_linear(c, &a->shared, &a->shared_hidden, &w->shared_down, NULL);
+    return op_linear_swiglu(c, &a->shared_hidden, gu, &a->h2, &w->shared_gu);
+}
+
+static int shared_down(struct dit *d, int layer)
+{
+    struct block_act *a = dit_act(d, layer);
+    return op_linear(&d->ctx, &a->shared, &a->shared_hidden, &d->w.blocks[layer].shared_down, NULL);
 }
 
 // The experts are spread over ranks; while rows travel, the device computes the shared expert. A
@@ -39,12 +45,16 @@ static int spread_forward(struct dit *d, int layer)
     const bool any = d->options.batch > 0;
     if (any) {
         TRY(router_forward(d, layer));
-        TRY(op_dispatch_fwd(&d->ctx, &a->rows, &a->h2, &a->token, &a->slot));
+        if (!moe_windows(d))
+            TRY(op_dispatch_fwd(&d->ctx, &a->rows, &a->h2, &a->token, &a->slot));
     }
     TRY(moe_exchange_send(d, layer));
     if (any && d->config.shared > 0)
-        TRY(shared_forward(d, layer));
-    return moe_exchange_forward(d, layer);
+        TRY(shared_up(d, layer));
+    TRY(moe_exchange_serve(d, layer));
+    if (any && d->config.shared > 0)
+        TRY(shared_down(d, layer));
+    return moe_exchange_take(d, layer);
 }
 
 static bool has_gelu(const struct dit *d)
@@ -61,8 +71,10 @@ int moe_forward(struct dit *d, int layer)
     if (d->moe)
         return spread_forward(d, layer);
     TRY(router_forward(d, layer));
-    if (d->config.shared > 0)
-        TRY(shared_forward(d, layer));
+    if (d->config.shared > 0) {
+        TRY(shared_up(d, layer));
+        TRY(shared_down(d, layer));
+    }
     TRY(op_dispatch_fwd(c, &a->rows, &a->h2, &a->token, &a->slot));
     TRY(streamed_use(d, layer));
     if (has_gelu(d)) {
@@ -105,8 +117,8 @@ static int experts_backward(struct dit *d, int layer, struct tensor *dy)
     return streamed_used(d, layer);
 }
 
-// d out -> gradients of the shared expert; starts d h2.
-static int shared_backward(struct dit *d, int layer)
+// d out -> gradients of the shared expert; starts d h2. In two parts, as forward.
+static int shared_down_backward(struct dit *d, int layer)
 {
     struct context *c = &d->ctx;
     struct block_act *a = dit_act(d, layer);
@@ -120,8 +132,18 @@ static int shared_backward(struct dit *d, int layer)
     TRY(op_linear_swiglu_dx(c, gu, if_planned(&s->dshared_hidden),
                             again ? NULL : if_planned(&s->shared_hidden), &a->out,
                             &w->shared_down));
-    TRY(op_linear_dw(c, &g->shared_down, NULL, &a->out,
-                     dit_kept(&a->shared_hidden, &s->shared_hidden)));
+    return op_linear_dw(c, &g->shared_down, NULL, &a->out,
+                        dit_kept(&a->shared_hidden, &s->shared_hidden));
+}
+
+static int shared_up_backward(struct dit *d, int layer)
+{
+    struct context *c = &d->ctx;
+    struct block_act *a = dit_act(d, layer);
+    struct block_grad *s = &d->grads[layer];
+    struct block_weights *g = &d->g.blocks[layer];
+    const struct block_weights *w = &d->w.blocks[layer];
+    struct tensor *gu = dit_kept(&a->shared_gu, &s->shared_gu), *h2 = dit_kept(&a->h2, &s->h2);
     TRY(op_linear_dw(c, &g->shared_gu, NULL, gu, h2));
     return op_linear_dx(c, &s->dh, gu, &w->shared_gu, false);
 }
@@ -156,10 +178,14 @@ int moe_backward(struct dit *d, int layer)
     if (dots)
         TRY(op_combine_weight_bwd(&d->ctx, &s->dweight, &s->dots, &a->slot, &a->weight));
     if (any && d->config.shared > 0)
-        TRY(shared_backward(d, layer));
+        TRY(shared_down_backward(d, layer));
+    if (d->moe)
+        TRY(moe_exchange_serve_back(d, layer));
+    if (any && d->config.shared > 0)
+        TRY(shared_up_backward(d, layer));
     if (any)
         TRY(router_backward(d, layer));
-    return d->moe ? moe_exchange_backward(d, layer) : 0;
+    return d->moe ? moe_exchange_take_back(d, layer) : 0;
 }
 
 int mlp_forward(struct dit *d, int layer)

@@ -1,55 +1,13 @@
-#include "model/moe_exchange.h"
+#include "model/moe_exchange_internal.h"
 
 #include <stdlib.h>
 #include <string.h>
 
-#include "model/dit.h"
 #include "runtime/window.h"
-
-// What a rank keeps of a layer's received rows, H of them at most. With recompute one set serves
-// all layers.
-struct served {
-    struct tensor rows, gu, hidden, y; // [H,D] [H,2F] [H,F] [H,D]
-};
-
-// A run of rows of one expert, that has come from or goes to `peer`, where it lies at row `there`.
-struct segment {
-    int expert, peer;
-    int64_t at, rows, there;
-};
-
-struct layer {
-    struct tensor offsets;             // [held+1] of the served rows, on the device
-    struct tensor dy, dhidden, hidden; // backward: [H,D] [H,F] [H,F]
-    int held, *experts;                // this rank's experts, ascending
-    int32_t *counts;                   // [ranks,E] rows of each rank for each expert, this pass
-    struct segment *own, *served; // of a->rows, by expert; of the served rows, by expert and source
-    int own_count, served_count;
-    int64_t rows, room; // served rows of this pass; H
-    struct moe_traffic traffic;
-};
-
-struct moe_exchange {
-    struct exchange *exchange;
-    struct roads *roads;
-    const struct placement *place;
-    int rank, ranks, experts;
-    int64_t *tokens; // [ranks]
-    int64_t all_tokens;
-    int first_image;
-    struct layer *layers;
-    struct served *served; // [L], or [1]
-    struct transfers *transfers;
-    struct window *out, *in; // host: a->rows and the served rows, laid out as on the device
-    size_t in_bytes;
-    bool by_host;     // not every rank is reached straight
-    int32_t *numbers; // host scratch [E+1]
-    int64_t *own_at, *served_at; // host scratch [ranks]
-};
 
 // ---- who has what -------------------------------------------------------------------------------
 
-static int owner_of(const struct moe_exchange *m, int source, int layer, int expert)
+int moe_owner(const struct moe_exchange *m, int source, int layer, int expert)
 {
     return *placement_owner(m->place, m->place->group[source], layer, expert);
 }
@@ -72,7 +30,7 @@ static void bounds(const struct moe_exchange *m, int topk, int rank, int layer, 
     for (int s = 0; s < m->ranks; s++) {
         int held = 0;
         for (int e = 0; e < m->experts; e++)
-            held += owner_of(m, s, layer, e) == rank;
+            held += moe_owner(m, s, layer, e) == rank;
         *most += m->tokens[s] * (held < topk ? held : topk);
         *even += (double)m->tokens[s] * topk * held / m->experts;
     }
@@ -148,6 +106,21 @@ int moe_exchange_new(struct dit *d)
     return make(d->moe, d, d->options.ranks);
 }
 
+int moe_exchange_windows(struct dit *d)
+{
+    return d->moe ? peer_windows_new(d->options.ranks->peers, d->plan, &d->moe->windows) : 0;
+}
+
+struct peer_windows *moe_windows(const struct dit *d)
+{
+    return d->moe ? d->moe->windows : NULL;
+}
+
+bool moe_exchange_recorded(const struct dit *d)
+{
+    return !d->streamed && (!d->moe || d->moe->windows);
+}
+
 void moe_exchange_free(struct moe_exchange *m)
 {
     if (!m)
@@ -156,6 +129,7 @@ void moe_exchange_free(struct moe_exchange *m)
         free(m->layers[l].experts), free(m->layers[l].counts), free(m->layers[l].own),
             free(m->layers[l].served);
     transfers_free(m->transfers);
+    peer_windows_free(m->windows);
     window_close(m->out), window_close(m->in);
     free(m->tokens), free(m->layers), free(m->served), free(m->numbers);
     free(m->own_at), free(m->served_at);
@@ -164,7 +138,7 @@ void moe_exchange_free(struct moe_exchange *m)
 
 // ---- the plan -----------------------------------------------------------------------------------
 
-static struct served *served_of(struct dit *d, int layer)
+struct served *moe_served(struct dit *d, int layer)
 {
     return &d->moe->served[d->options.recompute ? 0 : layer];
 }
@@ -174,11 +148,13 @@ static size_t row_bytes(const struct dit *d)
     return (size_t)d->config.hidden * dtype_size(d->ctx.dev->act);
 }
 
-static int64_t largest_room(const struct moe_exchange *m, const struct dit *d, int layer)
+int64_t moe_room(const struct dit *d, int layer)
 {
+    const struct moe_exchange *m = d->moe;
+    const bool shared = d->options.recompute || (m->windows && !d->options.train);
     int64_t most = 0;
     for (int l = 0; l < d->config.layers; l++)
-        if ((l == layer || d->options.recompute) && m->layers[l].room > most)
+        if ((l == layer || shared) && m->layers[l].room > most)
             most = m->layers[l].room;
     return most;
 }
@@ -204,7 +180,8 @@ static int plan_backward(struct dit *d, int layer)
     const enum dtype act = d->ctx.dev->act;
     const int from = time_backward(d, layer, 0), to = time_backward(d, layer, 4);
     const int64_t H = y->room, D = d->config.hidden, F = MLP_RATIO * D;
-    TRY(PLAN_TENSOR(d->plan, "served.dy", PLAN_ACTIVATIONS, act, from, to, &y->dy, H, D));
+    if (!d->moe->windows)
+        TRY(PLAN_TENSOR(d->plan, "served.dy", PLAN_ACTIVATIONS, act, from, to, &y->dy, H, D));
     const bool gelu = d->config.expert == EXPERT_GELU;
     if (gelu || !op_swiglu_fuses(&d->ctx, F))
         TRY(PLAN_TENSOR(d->plan, "served.dhidden", PLAN_ACTIVATIONS, act, from, to, &y->dhidden, H,
@@ -218,9 +195,9 @@ static int plan_backward(struct dit *d, int layer)
 int moe_exchange_plan(struct dit *d, int layer)
 {
     struct moe_exchange *m = d->moe;
-    struct served *s = served_of(d, layer);
+    struct served *s = moe_served(d, layer);
     const enum dtype act = d->ctx.dev->act;
-    const int64_t H = largest_room(m, d, layer), D = d->config.hidden, F = MLP_RATIO * D;
+    const int64_t H = moe_room(d, layer), D = d->config.hidden, F = MLP_RATIO * D;
     const bool train = d->options.train;
     const bool gelu = d->config.expert == EXPERT_GELU;
     const bool again = !gelu && d->lean && op_swiglu_rebuilds(&d->ctx, F);
@@ -230,9 +207,12 @@ int moe_exchange_plan(struct dit *d, int layer)
                     &m->layers[layer].offsets, m->layers[layer].held + 1));
     if (train)
         TRY(plan_backward(d, layer));
-    if (s->rows.ndim)
+    if (m->windows)
+        TRY(moe_peers_plan(d, layer));
+    if (s->hidden.ndim)
         return 0;
-    ACTIVATION(d, layer, "served.rows", act, 3, 3, 4, &s->rows, H, D);
+    if (!m->windows)
+        ACTIVATION(d, layer, "served.rows", act, 3, 3, 4, &s->rows, H, D);
     if (train || (!gelu && !op_swiglu_fuses(&d->ctx, F)))
         ACTIVATION(d, layer, "served.gu", act, 3, 3, 4, &s->gu, H, gelu ? F : 2 * F);
     ACTIVATION(d, layer, "served.hidden", act, 3, 4, again ? NEVER : 4, &s->hidden, H, F);
@@ -256,7 +236,7 @@ static void list_segments(struct moe_exchange *m, int layer)
             m->numbers[held++] = (int32_t)m->served_at[m->rank];
         for (int s = 0; s < m->ranks; s++) {
             const int64_t rows = y->counts[s * E + e];
-            const int owner = owner_of(m, s, layer, e);
+            const int owner = moe_owner(m, s, layer, e);
             int64_t *own = &m->own_at[s], *served = &m->served_at[owner];
             if (rows && s == m->rank)
                 y->own[y->own_count++] = (struct segment){e, owner, *own, rows, *served};
@@ -282,7 +262,7 @@ static int check_room(const struct dit *d, int layer)
         bounds(m, d->config.topk, r, layer, &most, &even);
         for (int s = 0; s < m->ranks; s++)
             for (int e = 0; e < m->experts; e++)
-                rows += owner_of(m, s, layer, e) == r ? y->counts[s * m->experts + e] : 0;
+                rows += moe_owner(m, s, layer, e) == r ? y->counts[s * m->experts + e] : 0;
         const int64_t room = room_for(most, even, headroom);
         if (rows > room)
             return fail(ERR_NOMEM,
@@ -334,14 +314,17 @@ static int exchange_counts(struct dit *d, int layer)
     return tensor_write(&d->ctx, &y->offsets, m->numbers);
 }
 
-void moe_exchange_load(const struct dit *d, int layer, int32_t *load)
+int moe_exchange_load(const struct dit *d, int layer, int32_t *load)
 {
     const struct moe_exchange *m = d->moe;
+    if (m->windows)
+        return moe_peers_load(d, layer, load);
     for (int e = 0; e < m->experts; e++) {
         load[e] = 0;
         for (int s = 0; s < m->ranks; s++)
             load[e] += m->layers[layer].counts[s * m->experts + e];
     }
+    return 0;
 }
 
 // ---- rows on their way --------------------------------------------------------------------------
@@ -508,12 +491,28 @@ static int64_t remote_rows(const struct moe_exchange *m, const struct segment *l
     return rows;
 }
 
-struct moe_traffic moe_exchange_traffic(struct dit *d, int layer, bool reset)
+int moe_exchange_traffic(struct dit *d, int layer, struct moe_traffic *out)
 {
-    struct moe_traffic *t = &d->moe->layers[layer].traffic, was = *t;
-    if (reset)
-        *t = (struct moe_traffic){0};
-    return was;
+    struct moe_traffic *t = &d->moe->layers[layer].traffic;
+    if (d->moe->windows)
+        return moe_peers_traffic(d, layer, out);
+    *out = *t;
+    *t = (struct moe_traffic){0};
+    return 0;
+}
+
+int moe_exchange_waited(struct dit *d, double *seconds)
+{
+    *seconds = 0;
+    if (!d->moe || !d->moe->windows)
+        return d->moe ? roads_waited(d->moe->roads, LANE_ROWS, seconds) : 0;
+    for (int l = 0; l < d->config.layers; l++) {
+        struct moe_traffic m = {0};
+        if (config_is_moe(&d->config, l))
+            TRY(moe_peers_traffic(d, l, &m));
+        *seconds += m.waited;
+    }
+    return 0;
 }
 
 // ---- the passes ---------------------------------------------------------------------------------
@@ -531,15 +530,17 @@ static struct tensor *if_planned(struct tensor *t)
     return t->ndim ? t : NULL;
 }
 
-// Rows of the pass; all there is room for where only memory is planned. On GPUs in sixteenths of
-// that, the last ones without meaning: products that are chosen by their shape then meet few of
-// them.
+// Rows of the pass; all there is room for where only memory is planned or the host does not know. On
+// GPUs in sixteenths of that, the last ones without meaning: products that are chosen by their
+// shape then meet few of them.
 static int64_t rows_now(const struct dit *d, int layer)
 {
     const struct layer *y = &d->moe->layers[layer];
     const int64_t step = y->room / 16 + 1;
-    if (d->ctx.dry || d->ctx.dev->cpu_forms || y->rows == 0)
-        return d->ctx.dry ? y->room : y->rows;
+    if (d->ctx.dry || d->moe->windows)
+        return y->room;
+    if (d->ctx.dev->cpu_forms || y->rows == 0)
+        return y->rows;
     const int64_t rows = (y->rows + step - 1) / step * step;
     return rows < y->room ? rows : y->room;
 }
@@ -547,21 +548,23 @@ static int64_t rows_now(const struct dit *d, int layer)
 int moe_exchange_send(struct dit *d, int layer)
 {
     struct layer *y = &d->moe->layers[layer];
+    if (d->moe->windows)
+        return moe_peers_send(d, layer);
     if (d->ctx.dry)
         return 0;
     TRY(exchange_counts(d, layer));
     y->traffic.sent += remote_rows(d->moe, y->own, y->own_count);
     y->traffic.received += remote_rows(d->moe, y->served, y->served_count);
     const struct end from = own_end(d, layer, &dit_act(d, layer)->rows);
-    const struct end to = served_end(d, layer, &served_of(d, layer)->rows);
+    const struct end to = served_end(d, layer, &moe_served(d, layer)->rows);
     exchange_doing(d->moe->exchange, "sending rows to the experts", layer);
     return depart(d, &from, &to);
 }
 
-static int experts_forward(struct dit *d, int layer)
+int moe_serve_forward(struct dit *d, int layer)
 {
     struct context *c = &d->ctx;
-    struct served *s = served_of(d, layer);
+    struct served *s = moe_served(d, layer);
     const struct block_weights *w = &d->w.blocks[layer];
     const struct tensor *offsets = &d->moe->layers[layer].offsets;
     const int64_t n = rows_now(d, layer);
@@ -580,19 +583,31 @@ static int experts_forward(struct dit *d, int layer)
     return streamed_used(d, layer);
 }
 
-int moe_exchange_forward(struct dit *d, int layer)
+int moe_exchange_serve(struct dit *d, int layer)
 {
-    struct block_act *a = dit_act(d, layer);
-    struct served *s = served_of(d, layer);
-    const struct end rows = own_end(d, layer, &a->rows), y = own_end(d, layer, &a->y);
+    struct served *s = moe_served(d, layer);
+    const struct end rows = own_end(d, layer, &dit_act(d, layer)->rows);
+    const struct end y = own_end(d, layer, &dit_act(d, layer)->y);
     const struct end served = served_end(d, layer, &s->rows), done = served_end(d, layer, &s->y);
+    if (d->moe->windows)
+        return moe_peers_serve(d, layer);
     if (d->ctx.dry)
-        return experts_forward(d, layer);
+        return moe_serve_forward(d, layer);
     exchange_doing(d->moe->exchange, "waiting for rows for its experts", layer);
     TRY(arrive(d, layer, &rows, &served));
-    TRY(experts_forward(d, layer));
+    TRY(moe_serve_forward(d, layer));
+    return depart(d, &done, &y);
+}
+
+int moe_exchange_take(struct dit *d, int layer)
+{
+    const struct end y = own_end(d, layer, &dit_act(d, layer)->y);
+    const struct end done = served_end(d, layer, &moe_served(d, layer)->y);
+    if (d->moe->windows)
+        return moe_peers_take(d, layer);
+    if (d->ctx.dry)
+        return 0;
     exchange_doing(d->moe->exchange, "waiting for the experts' results", layer);
-    TRY(depart(d, &done, &y));
     return arrive(d, layer, &done, &y);
 }
 
@@ -600,6 +615,8 @@ int moe_exchange_send_back(struct dit *d, int layer)
 {
     const struct end from = own_end(d, layer, &dit_act(d, layer)->y);
     const struct end to = served_end(d, layer, &d->moe->layers[layer].dy);
+    if (d->moe->windows)
+        return moe_peers_send_back(d, layer);
     if (d->ctx.dry)
         return 0;
     exchange_doing(d->moe->exchange, "sending gradients to the experts", layer);
@@ -617,11 +634,11 @@ static int no_gradients(struct dit *d, int layer)
 }
 
 // dy -> gradients; dy becomes d rows.
-static int experts_backward(struct dit *d, int layer)
+int moe_serve_backward(struct dit *d, int layer)
 {
     struct context *c = &d->ctx;
     struct layer *l = &d->moe->layers[layer];
-    struct served *s = served_of(d, layer);
+    struct served *s = moe_served(d, layer);
     struct block_weights *g = &d->g.blocks[layer];
     const struct block_weights *w = &d->w.blocks[layer];
     const int64_t n = rows_now(d, layer);
@@ -645,16 +662,28 @@ static int experts_backward(struct dit *d, int layer)
     return streamed_used(d, layer);
 }
 
-int moe_exchange_backward(struct dit *d, int layer)
+int moe_exchange_serve_back(struct dit *d, int layer)
 {
     const struct end y = own_end(d, layer, &dit_act(d, layer)->y);
     const struct end dy = served_end(d, layer, &d->moe->layers[layer].dy);
+    if (d->moe->windows)
+        return moe_peers_serve_back(d, layer);
     if (d->ctx.dry)
-        return experts_backward(d, layer);
+        return moe_serve_backward(d, layer);
     exchange_doing(d->moe->exchange, "waiting for gradients of its experts", layer);
     TRY(arrive(d, layer, &y, &dy));
-    TRY(experts_backward(d, layer));
+    TRY(moe_serve_backward(d, layer));
+    return depart(d, &dy, &y);
+}
+
+int moe_exchange_take_back(struct dit *d, int layer)
+{
+    const struct end y = own_end(d, layer, &dit_act(d, layer)->y);
+    const struct end dy = served_end(d, layer, &d->moe->layers[layer].dy);
+    if (d->moe->windows)
+        return moe_peers_take(d, layer);
+    if (d->ctx.dry)
+        return 0;
     exchange_doing(d->moe->exchange, "waiting for the experts' gradients", layer);
-    TRY(depart(d, &dy, &y));
     return arrive(d, layer, &dy, &y);
 }

@@ -6,13 +6,15 @@
 // same way to where the rows lay, so the rest of the layer knows nothing of this. Rows are copied,
 // never changed: R ranks compute the same products as one, in another order of rows.
 //
-// Bytes go from device to device where there is a straight road (runtime/roads.h), else device,
-// host, MPI, host, device (runtime/exchange.h); while they travel the device computes the shared
-// expert.
+// With peer windows (runtime/peers.h) devices write each other's rows themselves, and what to write
+// and where is known to them alone: the host only puts the work on their streams. Else bytes go
+// from device to device where there is a straight road (runtime/roads.h), or device, host, MPI,
+// host, device (runtime/exchange.h); while they travel the device computes the shared expert.
 #ifndef DITMOE_MOE_EXCHANGE_H
 #define DITMOE_MOE_EXCHANGE_H
 
 #include "runtime/exchange.h"
+#include "runtime/peers.h"
 #include "runtime/placement.h"
 #include "runtime/roads.h"
 #include "runtime/tensor.h"
@@ -26,6 +28,7 @@ struct dit_ranks {
     const struct placement *placement; // `share` as images of one pass
     int copies;      // of each image in a pass: 2 where a sampler computes both guidance classes
     struct roads *roads; // straight ones, or NULL
+    struct peers *peers; // peer windows; or NULL. They leave room for the worst case
     double headroom; // room for received rows, as a multiple of an even load; 0: for the worst case
 };
 
@@ -35,30 +38,39 @@ int64_t moe_all_tokens(const struct dit *d);
 int moe_first_image(const struct dit *d);
 
 int moe_exchange_new(struct dit *d); // from d->options.ranks
+int moe_exchange_windows(struct dit *d); // after plan_new
 void moe_exchange_free(struct moe_exchange *m);
+struct peer_windows *moe_windows(const struct dit *d); // or NULL
+// Can a pass be recorded? Not where the host takes part, or copies go on between passes.
+bool moe_exchange_recorded(const struct dit *d);
 
 // Declares what this rank keeps of the rows it receives in layer `layer`.
 int moe_exchange_plan(struct dit *d, int layer);
 
-// Forward, the layer's routing and a->rows being on the device: tells the others how many rows
-// come, writes the balance loss's fractions over all ranks' tokens, and sends the rows; and later
-// a->y = what the experts made of them. The device may work in between on what does not touch
-// these.
+// Forward, the layer's routing and a->rows being on the device (with peer windows h2 does instead
+// of rows): tells the others how many rows come, writes the balance loss's fractions over all
+// ranks' tokens, and sends the rows; then computes what the experts of this rank make of theirs,
+// and sends it; then a->y = what all experts made of this rank's rows. In between the device may
+// work on what does not touch these.
 int moe_exchange_send(struct dit *d, int layer);
-int moe_exchange_forward(struct dit *d, int layer);
-// Backward: sends d y (in a->y); gradients of the experts held here, and a->y becomes d rows.
+int moe_exchange_serve(struct dit *d, int layer);
+int moe_exchange_take(struct dit *d, int layer);
+// Backward: sends d y (in a->y); gradients of the experts held here; and a->y becomes d rows.
 int moe_exchange_send_back(struct dit *d, int layer);
-int moe_exchange_backward(struct dit *d, int layer);
+int moe_exchange_serve_back(struct dit *d, int layer);
+int moe_exchange_take_back(struct dit *d, int layer);
 
 // Tokens of all ranks that each expert got in the last forward pass: load[E].
-void moe_exchange_load(const struct dit *d, int layer, int32_t *load);
+int moe_exchange_load(const struct dit *d, int layer, int32_t *load);
 
-// What a layer's transfers were since the last call with `reset`: rows sent to other ranks and
-// received, forward; seconds waited, both passes.
+// What a layer's transfers were since the last call: rows sent to other ranks and received,
+// forward; seconds waited, both passes.
 struct moe_traffic {
     int64_t sent, received;
     double waited;
 };
-struct moe_traffic moe_exchange_traffic(struct dit *d, int layer, bool reset);
+int moe_exchange_traffic(struct dit *d, int layer, struct moe_traffic *out);
+// Seconds that the device has stood still for other ranks' rows since the last call; waits for it.
+int moe_exchange_waited(struct dit *d, double *seconds);
 
 #endif

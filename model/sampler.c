@@ -277,15 +277,18 @@ static int run_pass(struct sampler *s, const struct part *b, int pass)
     struct context *c = &s->dit->ctx;
     const int ahead = s->dit->options.ahead;
     const size_t bytes = tensor_bytes(&s->update);
+    if (s->options.ranks)
+        TRY(exchange_watched(s->options.ranks->exchange));
     if (s->batch == 0)
-        return device_pass(s);
+        return moe_exchange_recorded(s->dit) ? recording_run(c, &s->pass, device_pass, s)
+                                             : device_pass(s);
     if (pass % ahead == 0)
         TRY(condition_ahead(s, pass));
     TRY(dit_use_step(s->dit, pass % ahead));
     TRY(c->dev->api->copy(c->stream, s->update.mem, 0, s->updates.mem, (size_t)pass * bytes,
                           bytes));
     TRY(write_noise(s, b, pass));
-    if (s->options.ranks || s->dit->streamed) // the host takes part, or copies go on between passes
+    if (!moe_exchange_recorded(s->dit))
         return device_pass(s);
     return recording_run(c, &s->pass, device_pass, s);
 }

@@ -217,6 +217,7 @@ int trainer_commit(struct trainer *t)
 {
     TRY(dit_commit(t->dit));
     TRY(optimiser_commit(t));
+    TRY(reduction_commit(t));
     TRY(tensor_zero(&t->dit->ctx, &t->control));
     return tensor_zero(&t->dit->ctx, &t->counts);
 }
@@ -227,7 +228,7 @@ void trainer_free(struct trainer *t)
         return;
     for (int i = 0; t->passes && i < t->options.accumulate; i++)
         recording_reset(&t->dit->ctx, &t->passes[i]);
-    reduction_free(t->reduction);
+    reduction_free(t);
     dit_free(t->dit);
     free(t->t_host), free(t->at_host), free(t->y_host), free(t->entropy), free(t->passes);
     free(t->spans);
@@ -317,7 +318,7 @@ static int write_inputs(struct trainer *t, int64_t micro, const float *images, c
     TRY(tensor_write(c, &d->labels, t->y_host));
     if (t->reduction)
         return reduction_noise(t, micro);
-    return op_normal(c, &t->noise, t->options.seed, rng_stream(RNG_NOISE, (uint64_t)micro));
+    return op_normal(c, &t->noise, t->options.seed, rng_stream(RNG_NOISE, (uint64_t)micro), 0);
 }
 
 int trainer_micro(struct trainer *t, const float *images, const int32_t *labels, bool *done)
@@ -325,7 +326,8 @@ int trainer_micro(struct trainer *t, const float *images, const int32_t *labels,
     const int A = t->options.accumulate;
     *done = false;
     TRY(write_inputs(t, t->step * A + t->micro, images, labels));
-    if (t->reduction || t->dit->streamed) // the host takes part, or copies: nothing to record
+    TRY(reduction_watched(t));
+    if (!reduction_recorded(t))
         TRY(micro_pass(t));
     else
         TRY(recording_run(&t->dit->ctx, &t->passes[t->micro], micro_pass, t));

@@ -3,6 +3,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "model/train_peers.h"
 #include "runtime/ops.h"
 #include "runtime/rng.h"
 #include "runtime/window.h"
@@ -21,6 +22,7 @@ struct piece {
 struct reduction {
     struct exchange *exchange;
     struct roads *roads;
+    struct peer_sums *peers; // where ranks have peer windows, which then do it all; or NULL
     struct transfers *transfers;
     // In the order of the backward pass: blocks descending, then the rest; of a block first what
     // all ranks have, which is the same list on each, then experts that some have.
@@ -150,6 +152,8 @@ int reduction_new(struct trainer *t)
     if (!r->noise)
         return fail(ERR_NOMEM, "no host memory for noise");
     TRY(PLAN_TENSOR(t->dit->plan, "mean loss", PLAN_INPUT, F32, 0, PLAN_FOREVER, &t->mean, 1));
+    if (moe_windows(t->dit))
+        return peer_sums_new(t, moe_windows(t->dit), &r->peers);
     TRY(list_pieces(t));
     return transfers_new(r->exchange, &r->transfers);
 }
@@ -159,10 +163,31 @@ bool reduction_nothing(const struct reduction *r)
     return r && r->nothing;
 }
 
-void reduction_free(struct reduction *r)
+int reduction_commit(struct trainer *t)
 {
+    struct reduction *r = t->reduction;
+    return r && r->peers ? peer_sums_commit(t, r->peers) : 0;
+}
+
+int reduction_watched(const struct trainer *t)
+{
+    if (!t->reduction)
+        return 0;
+    exchange_doing(t->reduction->exchange, "at work", -1);
+    return exchange_watched(t->reduction->exchange);
+}
+
+bool reduction_recorded(const struct trainer *t)
+{
+    return moe_exchange_recorded(t->dit) && (!t->reduction || t->reduction->peers);
+}
+
+void reduction_free(struct trainer *t)
+{
+    struct reduction *r = t->reduction;
     if (!r)
         return;
+    peer_sums_free(t, r->peers);
     transfers_free(r->transfers);
     window_close(r->host);
     free(r->pieces), free(r->holders), free(r->noise);
@@ -224,6 +249,8 @@ int reduction_block(void *trainer, int layer)
     struct reduction *r = t->reduction;
     if (t->micro + 1 < t->options.accumulate)
         return 0;
+    if (r->peers)
+        return peer_sums_block(t, r->peers, layer);
     exchange_doing(r->exchange, "summing gradients", layer);
     TRY(sum_straight(t, layer));
     TRY(sum_taken(t)); // of the block before, while the device was at this one
@@ -377,6 +404,8 @@ int reduction_finish(struct trainer *t)
     const bool first = exchange_rank(r->exchange) == 0;
     double shared = 0, experts = 0, twice = 0, loss = 0;
     float streamed = 0;
+    if (r->peers)
+        return peer_sums_finish(t, r->peers);
     exchange_doing(r->exchange, "waiting for sums of gradients", -1);
     if (t->dit->streamed) // added up as they came
         TRY(c->dev->api->read(c->stream, t->control.mem, CONTROL_NORM2 * sizeof streamed, &streamed,
@@ -413,6 +442,9 @@ int reduction_noise(struct trainer *t, int64_t micro)
     if (count == 0)
         return 0;
     const uint64_t first = (uint64_t)t->first * (count / (size_t)t->options.batch);
+    if (first % 4 == 0)
+        return op_normal(&t->dit->ctx, &t->noise, t->options.seed,
+                         rng_stream(RNG_NOISE, (uint64_t)micro), first);
     rng_normal_fill(t->options.seed, rng_stream(RNG_NOISE, (uint64_t)micro), first, r->noise,
                     count);
     return tensor_write(&t->dit->ctx, &t->noise, r->noise);

@@ -9,11 +9,14 @@ struct reduction;
 
 // For t->options.ranks; NULL: nothing to do. After dit_new, before dit_layout.
 int reduction_new(struct trainer *t);
-void reduction_free(struct reduction *r);
 // Has this rank neither images nor experts? It keeps out of sums of gradients and updates nothing,
 // so its weights are old; rank 0, which writes checkpoints, never does. And: is there such a rank?
 bool reduction_nothing(const struct reduction *r); // of NULL: false
 bool reduction_idle(const struct placement *p);
+int reduction_commit(struct trainer *t); // when the plan's memory is there
+void reduction_free(struct trainer *t);
+int reduction_watched(const struct trainer *t); // before a step: ERR_LOST when a rank is lost
+bool reduction_recorded(const struct trainer *t); // can a step be? Not where the host takes part
 
 // dit_options.block_ready: sums what is shared of a block's gradients, or the rest's (-1), at the
 // last micro-batch of a step.

@@ -3,6 +3,7 @@
 #include <dlfcn.h>
 #include <errno.h>
 #include <limits.h>
+#include <pthread.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdio.h>
@@ -32,6 +33,7 @@ struct exchange {
     struct transfers *once; // of the calls that wait
     double patience;        // seconds that a wait may take
     struct exchange_figures figures;
+    struct watch *watch; // or NULL
     char library[FABRIC_LIBRARY];
 };
 
@@ -234,20 +236,82 @@ static void describe(const struct notice *n, char *out, size_t size)
     snprintf(out, size, "%.63s%s%s", n->what[0] ? n->what : "starting", step, layer);
 }
 
+// Is rank number i of this machine's no more?
+static bool is_gone(const struct exchange *x, int i)
+{
+    const int32_t pid = __atomic_load_n(&x->board[i].pid, __ATOMIC_ACQUIRE);
+    return i != x->node_rank && pid > 0 && kill(pid, 0) != 0 && errno == ESRCH;
+}
+
 // Have all ranks of this machine been alive a moment ago?
 static int look_around(const struct exchange *x)
 {
     char was[160];
     for (int i = 0; i < x->node_ranks; i++) {
         const struct notice *n = &x->board[i];
-        const int32_t pid = __atomic_load_n(&n->pid, __ATOMIC_ACQUIRE);
-        if (i == x->node_rank || pid <= 0 || kill(pid, 0) == 0 || errno != ESRCH)
+        if (!is_gone(x, i))
             continue;
         describe(n, was, sizeof was);
         return fail(ERR_LOST, "rank %d (process %d) %s; it was: %s; start the run again", n->rank,
-                    pid, n->leaving ? "has left" : "has died", was);
+                    (int)n->pid, n->leaving ? "has left" : "has died", was);
     }
     return 0;
+}
+
+// ---- the watch ----------------------------------------------------------------------------------
+
+struct watch {
+    const struct exchange *x;
+    void (*lost)(void *user);
+    void *user;
+    pthread_t thread;
+    int32_t over, lost_one;
+};
+
+static void *watch(void *user)
+{
+    struct watch *w = user;
+    bool lost = false;
+    while (!lost && !__atomic_load_n(&w->over, __ATOMIC_ACQUIRE)) {
+        nanosleep(&(struct timespec){.tv_nsec = 50000000}, NULL);
+        for (int i = 0; i < w->x->node_ranks; i++)
+            lost = lost || (w->x->board[i].leaving ? false : is_gone(w->x, i));
+    }
+    if (lost) {
+        __atomic_store_n(&w->lost_one, 1, __ATOMIC_RELEASE);
+        w->lost(w->user);
+    }
+    return NULL;
+}
+
+int exchange_watch(struct exchange *x, void (*lost)(void *user), void *user)
+{
+    struct watch *w = calloc(1, sizeof *w);
+    if (!w)
+        return fail(ERR_NOMEM, "no host memory for a thread");
+    *w = (struct watch){.x = x, .lost = lost, .user = user};
+    if (pthread_create(&w->thread, NULL, watch, w) != 0) {
+        free(w);
+        return fail(ERR_NOMEM, "no thread to be had that watches the other ranks");
+    }
+    x->watch = w;
+    return 0;
+}
+
+int exchange_watched(struct exchange *x)
+{
+    const bool lost = x && x->watch && __atomic_load_n(&x->watch->lost_one, __ATOMIC_ACQUIRE);
+    return lost ? look_around(x) : 0;
+}
+
+void exchange_unwatch(struct exchange *x)
+{
+    if (!x || !x->watch)
+        return;
+    __atomic_store_n(&x->watch->over, 1, __ATOMIC_RELEASE);
+    pthread_join(x->watch->thread, NULL);
+    free(x->watch);
+    x->watch = NULL;
 }
 
 // ---- waiting ------------------------------------------------------------------------------------

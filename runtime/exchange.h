@@ -48,6 +48,14 @@ void exchange_step(struct exchange *x, int64_t step);
 // True for the first rank of a machine that asks: it tells what went wrong, the others are silent.
 bool exchange_first_to_tell(struct exchange *x);
 
+// Starts a thread that looks 20 times a second whether the other ranks of this machine live,
+// and calls lost(user) there, once, when one has died: for what waits elsewhere than in
+// exchange_wait().
+int exchange_watch(struct exchange *x, void (*lost)(void *user), void *user);
+void exchange_unwatch(struct exchange *x);
+// ERR_LOST, with who and what it was doing, once the watch has seen that; does not look itself.
+int exchange_watched(struct exchange *x);
+
 // ---- transfers ----------------------------------------------------------------------------------
 
 int transfers_new(struct exchange *x, struct transfers **out); // of NULL: *out NULL

@@ -382,9 +382,10 @@ int op_sample_step(struct context *c, struct tensor *z, struct tensor *kept,
                    const struct tensor *out, const struct tensor *noise, const struct tensor *k,
                    int channels);
 
-// Standard normal noise: element i of out (f32) depends on (seed, stream, i) alone, and has the
-// same bits on every device and on the host (runtime/rng.h rng_normal).
-int op_normal(struct context *c, struct tensor *out, uint64_t seed, uint64_t stream);
+// Standard normal noise: element i of out (f32) depends on (seed, stream, first + i) alone, and has
+// the same bits on every device and on the host (runtime/rng.h rng_normal). first: a multiple of 4.
+int op_normal(struct context *c, struct tensor *out, uint64_t seed, uint64_t stream,
+              uint64_t first);
 // The same for a batch, where the stream is an image's own: element i of row n of out[N,...] is
 // that of (seed, stream + image[n], i); image [N] int32, and the stream's low 32 bits are 0.
 int op_normal_images(struct context *c, struct tensor *out, const struct tensor *image,

@@ -101,15 +101,15 @@ int op_sample_step(struct context *c, struct tensor *z, struct tensor *kept,
                   UINT(N), UINT(P), UINT(Q));
 }
 
-int op_normal(struct context *c, struct tensor *out, uint64_t seed, uint64_t stream)
+int op_normal(struct context *c, struct tensor *out, uint64_t seed, uint64_t stream, uint64_t first)
 {
-    BUG_IF(out->dtype != F32);
+    BUG_IF(out->dtype != F32 || first % 4 != 0);
     int64_t count = tensor_count(out), chunk = op_chunk(c, count, 64, 1 << 16) / 64 * 64;
     if (c->dev->cpu_forms)
         return LAUNCH(c, KERNEL_normal_cpu, cover(count, chunk), 1, 1, BUF(out), HALVES(count),
-                      HALVES(seed), HALVES(stream), UINT(chunk));
+                      HALVES(seed), HALVES(stream), UINT((int64_t)(first / 4)), UINT(chunk));
     return LAUNCH(c, KERNEL_normal, cover(cover(count, 4), NORMAL_GROUP), 1, 1, BUF(out),
-                  HALVES(count), HALVES(seed), HALVES(stream));
+                  HALVES(count), HALVES(seed), HALVES(stream), UINT((int64_t)(first / 4)));
 }
 
 int op_normal_images(struct context *c, struct tensor *out, const struct tensor *image,

@@ -42,6 +42,8 @@ struct plan {
     enum plan_class host[PLAN_CLASSES]; // itself where it is no guest
     struct entry *gaps;                 // that guests leave, alive for ever
     int gap_count;
+    bool shared[PLAN_CLASSES];
+    unsigned char share_id[PLAN_CLASSES][SHARE_ID]; // of the first slab
     struct mem **made; // every view, in the order they were made
     int made_count, made_capacity;
     bool laid_out, committed;
@@ -54,6 +56,7 @@ static const char *const class_names[PLAN_CLASSES] = {
     [PLAN_INPUT] = "input and results", [PLAN_PACKED] = "packed weights",
     [PLAN_HALF] = "bf16 weights",       [PLAN_LOW] = "weights' low bits",
     [PLAN_STREAMED] = "expert buffers",
+    [PLAN_WINDOWS] = "windows of others",
 };
 
 const char *plan_class_name(enum plan_class class)
@@ -104,6 +107,22 @@ void plan_host(struct plan *p, enum plan_class host, enum plan_class guest)
         BUG_IF(k != (int)host && k != (int)guest && p->host[k] == host);
     p->host[guest] = host;
     p->laid_out = false;
+}
+
+void plan_share(struct plan *p, enum plan_class class)
+{
+    BUG_IF(p->committed || !p->dev->api->alloc_shared);
+    p->shared[class] = true;
+}
+
+int plan_share_id(const struct plan *p, enum plan_class class, unsigned char id[SHARE_ID])
+{
+    BUG_IF(!p->committed || !p->shared[class]);
+    if (p->slabs[class].count > 1)
+        return fail(ERR_NODEVICE, "%s are too much for one allocation of %s, which other ranks could map",
+                    class_names[class], p->dev->info.key);
+    memcpy(id, p->share_id[class], SHARE_ID);
+    return 0;
 }
 
 static bool is_guest(const struct plan *p, int class)
@@ -419,7 +438,10 @@ static int allocate_slabs(struct plan *p, struct stream *stream)
         if (is_guest(p, k))
             continue;
         for (int i = 0; i < s->count; i++) {
-            int code = api->alloc(p->dev, slab_bytes(s, i), &s->flat[i].mem);
+            const size_t bytes = slab_bytes(s, i);
+            const int code = p->shared[k] && i == 0
+                                 ? api->alloc_shared(p->dev, bytes, &s->flat[i].mem, p->share_id[k])
+                                 : api->alloc(p->dev, bytes, &s->flat[i].mem);
             if (code < 0)
                 return fail_in(code, "%s", class_names[k]);
         }

@@ -23,6 +23,7 @@ enum plan_class {
     PLAN_PACKED, // weights once more, in the form that products read
     PLAN_ACTIVATIONS,
     PLAN_INPUT, // batch, noise, results
+    PLAN_WINDOWS, // what other ranks' devices write (runtime/peers.h)
     PLAN_CLASSES
 };
 const char *plan_class_name(enum plan_class class);
@@ -51,6 +52,12 @@ int plan_tensor(struct plan *p, const char *name, enum plan_class class, enum dt
     plan_tensor(p, name, class, type, first, last, t,                                              \
                 (int)(sizeof((int64_t[]){__VA_ARGS__}) / sizeof(int64_t)),                         \
                 (int64_t[]){__VA_ARGS__})
+
+// The slabs of a class are memory that other processes of the machine can map (device.h:
+// alloc_shared).
+void plan_share(struct plan *p, enum plan_class class);
+// After the commit: the id of a shared class, for reach(). ERR_NODEVICE when it is not one slab.
+int plan_share_id(const struct plan *p, enum plan_class class, unsigned char id[SHARE_ID]);
 
 // Gives offsets (deterministic). Fails with ERR_NOMEM, naming need and limit, when the total is
 // more than `limit` bytes (0: what is left of the device's memory), or when one tensor is larger

@@ -239,6 +239,7 @@ const char *accelerated_name(enum accelerated op)
         [ACCELERATE_ADAMW] = "adamw",
         [ACCELERATE_CONV2D] = "conv2d",
         [ACCELERATE_GROUP_NORM] = "group_norm",
+        [ACCELERATE_PEER_ROWS] = "peer_rows",
     };
     return names[op];
 }

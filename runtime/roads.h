@@ -19,6 +19,7 @@ enum road_choice {
     ROADS_AUTO,     // straight where possible
     ROADS_HOST,     // never straight
     ROADS_STRAIGHT, // every pair, or fail with why not
+    ROADS_PEER,     // none of these: all pairs by peer windows (runtime/peers.h)
 };
 
 enum road_lane { LANE_ROWS, LANE_SUMS, LANES };

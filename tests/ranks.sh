@@ -108,6 +108,16 @@ done
 cmp <(cut -d, -f1-5 uniform2/log.csv) <(cut -d, -f1-5 apart-uniform2/log.csv) >/dev/null 2>&1 &&
     ok "windows and messages give the same bits" || bad "windows and messages" "losses differ"
 
+# peer windows: devices wait for each other, the host does not
+for case in "uniform 2" "unequal 3" "empty 3" "first 2" "uniform 4"; do
+    set -- $case
+    placed=()
+    [ -f "$1.json" ] && placed=(--placement "$1.json")
+    rm -rf peers
+    ranks "$2" "${train[@]}" --steps 20 --out peers --fabric peer "${placed[@]}"
+    same "$2 ranks by peer windows, $1" peers one 20
+done
+
 # ---- other ways to train ------------------------------------------------------------------------------
 other() { # other NAME RANKS OPTIONS...: six steps on one process and on ranks
     local name=$1 n=$2
@@ -119,8 +129,12 @@ other() { # other NAME RANKS OPTIONS...: six steps on one process and on ranks
 }
 other "recompute, accumulate, clip" 2 --recompute --accumulate 2 --clip 0.5
 other "balance per sequence, experts in every other block" 3 --balance-per-sequence --moe alternate --layers 3
+other "peer windows, recompute, accumulate, clip" 2 --recompute --accumulate 2 --clip 0.5 --fabric peer
+other "peer windows, balance per sequence, every other block" 3 --balance-per-sequence --moe alternate --layers 3 \
+    --fabric peer
 export DITMOE_FORMS=gpu # what GPUs keep of the forward pass, and their kernels
 other "as on GPUs" 3 --precision f32
+other "peer windows, as on GPUs" 3 --precision f32 --fabric peer
 unset DITMOE_FORMS
 other "DDPM" 2 --diffusion ddpm
 other "no shared expert, q and k normed, stratified times" 2 --shared 0 --qk-norm --time stratified --flip
@@ -179,6 +193,11 @@ run "$ditmoe" "${draw[@]}" --sampler ddpm --latents noisy.safetensors
 ranks 3 "${draw[@]}" --sampler ddpm --latents 3.safetensors
 cmp noisy.safetensors 3.safetensors >/dev/null 2>&1 && ok "and with noise in every step" ||
     bad "samples with noise on 3 ranks" "exit status $status, or they differ"
+for n in 2 3; do
+    ranks $n "${draw[@]}" --latents peer$n.safetensors --fabric peer
+    cmp one.safetensors peer$n.safetensors >/dev/null 2>&1 && ok "samples of $n ranks by peer windows" ||
+        bad "samples of $n ranks by peer windows" "exit status $status, or they differ"
+done
 DITMOE_SHARE=0 ranks 2 "${draw[@]}" --latents apart.safetensors
 cmp one.safetensors apart.safetensors >/dev/null 2>&1 && ok "and without windows" ||
     bad "samples of 2 ranks without windows" "exit status $status, or they differ"
@@ -250,6 +269,10 @@ ranks 2 "${train[@]}" --out no --headroom 0.5 --steps 2
 complains "too little room for rows" "layer 0: .* rows for the experts of rank .* --headroom"
 ranks 2 "${train[@]}" --out no --memory 1MiB
 complains "too little memory" "not enough memory: needs .*--headroom 2"
+ranks 2 "${train[@]}" --out no --placement replicated --fabric peer
+complains "peer windows and copies" "--fabric peer: .*--placement replicated"
+ranks 2 "${train[@]}" --out no --headroom 2 --fabric peer
+complains "peer windows and headroom" "--fabric peer: .*--headroom"
 ldd "$ditmoe" | grep -qi libmpi && bad "the program links no MPI" "it does" || ok "the program links no MPI"
 ranks 2 "${train[@]}" --out no --layers x
 complains "a mistake on all ranks is told once" "--layers x: not a number"
@@ -267,21 +290,28 @@ complains "early updates" "early updates are for one rank"
 
 # A rank dies: the others end within seconds, say who and where, and the run goes on from its checkpoint.
 slow=("${train[@]}" --lr 1e-4 --checkpoint-every 5)
-mpirun --oversubscribe --bind-to none -n 3 "$ditmoe" "${slow[@]}" --steps 100000 --out killed \
-    >out 2>err </dev/null &
-launcher=$!
-for ((i = 0; i < 600; i++)); do
-    [ -f killed/step-00000005.safetensors ] && break
-    sleep 0.05
-done
-for p in $(pgrep -P $launcher); do
-    grep -qz '^OMPI_COMM_WORLD_RANK=1$' /proc/"$p"/environ && kill -9 "$p"
-done
-start=$SECONDS
-wait $launcher
-status=$?
-complains "a rank that dies" "rank 1 \(process [0-9]+\) has died; it was: .* in step [0-9]+.* with --resume, which goes on from step"
-[ $((SECONDS - start)) -le 8 ] && ok "the others end soon" || bad "the others end soon" "$((SECONDS - start)) s"
+lose() { # lose NAME SECONDS OPTIONS...: the others end within that time
+    rm -rf killed
+    mpirun --oversubscribe --bind-to none -n 3 "$ditmoe" "${slow[@]}" --steps 100000 --out killed "${@:3}" \
+        >out 2>err </dev/null &
+    launcher=$!
+    for ((i = 0; i < 600; i++)); do
+        [ -f killed/step-00000005.safetensors ] && break
+        sleep 0.05
+    done
+    for p in $(pgrep -P $launcher); do
+        grep -qz '^OMPI_COMM_WORLD_RANK=1$' /proc/"$p"/environ && kill -9 "$p"
+    done
+    start=$SECONDS
+    wait $launcher
+    status=$?
+    complains "$1" "rank 1 \(process [0-9]+\) has died; it was: .* in step [0-9]+.* with --resume, which goes on from step"
+    [ $((SECONDS - start)) -le "$2" ] && ok "the others end soon" || bad "the others end soon" "$((SECONDS - start)) s"
+}
+export OMPI_MCA_odls_base_sigkill_timeout=4 # devices that wait on few cores take their time
+lose "a rank that dies for which devices wait" 20 --fabric peer
+unset OMPI_MCA_odls_base_sigkill_timeout
+lose "a rank that dies" 8
 steps=$(ls killed | sed -n 's/^step-0*\([0-9]*\).safetensors$/\1/p' | sort -n | tail -n 1)
 steps=$((${steps:-0} + 5))
 ranks 2 "${slow[@]}" --steps $steps --out killed --resume

@@ -184,8 +184,7 @@ static int take_waited(struct subject *s, double *seconds)
     static double before;
     const double now = exchange_figures(ranks_exchange()).waited;
     *seconds = 0;
-    if (s->ranks.ranks.roads)
-        TRY(roads_waited(s->ranks.ranks.roads, LANE_ROWS, seconds));
+    TRY(moe_exchange_waited(subject_dit(s), seconds));
     *seconds += now - before;
     before = now;
     return 0;

@@ -21,7 +21,7 @@
 
 enum { MOST_DEVICES = 64 };
 
-static const char *const fabric_choices[] = {"auto", "mpi", "nccl", NULL}; // as in enum road_choice
+static const char *const fabric_choices[] = {"auto", "mpi", "nccl", "peer", NULL}; // as in enum road_choice
 
 #define AT(member) offsetof(struct rank_options, member)
 const struct option_spec rank_option_list[] = {
@@ -41,9 +41,9 @@ const struct option_spec rank_option_list[] = {
      "memory for tokens that come from other ranks, as a multiple of an even load; 0: for any load",
      AT(headroom), 0, 1e6, NULL},
     {"fabric", 0, OPTION_CHOICE, "ROAD", "auto",
-     "how bytes pass between devices: nccl (NVIDIA GPUs only), mpi (through the hosts), auto (nccl "
-     "for "
-     "every pair that can)",
+     "how bytes pass between devices: peer (straight into each other's memory: devices of one machine that "
+     "can), nccl (NVIDIA GPUs only), mpi (through the hosts), auto (nccl for every pair that "
+     "can)",
      AT(fabric), 0, 0, fabric_choices},
     {0},
 };
@@ -53,6 +53,7 @@ const struct option_spec rank_option_list[] = {
 
 static struct exchange *exchange;
 static struct roads *roads;
+static struct peers *peers;
 static struct device *connected; // the device that they begin at
 static bool told;                // this rank has said what went wrong
 
@@ -394,6 +395,17 @@ static int note_streamed(struct rank_plan *p, const char *name)
     return 0;
 }
 
+// Has an expert more than one home?
+static bool has_copies(const struct placement *p)
+{
+    for (int l = 0; l < p->layers; l++)
+        for (int e = 0; e < p->experts; e++)
+            for (int g = 1; g < p->groups; g++)
+                if (*placement_owner(p, g, l, e) != *placement_owner(p, 0, l, e))
+                    return true;
+    return false;
+}
+
 int ranks_plan(const struct rank_options *o, const struct config *c, const struct rank_work *w,
                struct rank_plan *out)
 {
@@ -410,8 +422,9 @@ int ranks_plan(const struct rank_options *o, const struct config *c, const struc
     ranks_place_say(o, w, &place);
     TRY(note_streamed(out, name));
     if (exchange)
-        out->ranks =
-            (struct dit_ranks){exchange, &out->placement, w->copies, roads, (double)o->headroom};
+        out->ranks = (struct dit_ranks){exchange, &out->placement, w->copies, roads,
+                                        has_copies(&out->placement) ? NULL : peers,
+                                        (double)o->headroom};
     return 0;
 }
 
@@ -436,8 +449,21 @@ int ranks_replan(const struct rank_plan *from, int batch, int copies, struct ran
     memcpy(q->home, p->home, places * sizeof *p->home);
     q->batch = p->batch;
     placement_rescale(q, batch);
-    out->ranks = (struct dit_ranks){exchange, q, copies, roads, from->ranks.headroom};
+    out->ranks =
+        (struct dit_ranks){exchange, q, copies, roads, from->ranks.peers, from->ranks.headroom};
     return 0;
+}
+
+// Peer windows where they are asked for; not for experts with copies nor with --headroom.
+static int open_peers(const struct rank_options *o, struct device *dev)
+{
+    const bool suits = o->headroom <= 0 && !(o->placement && !strcmp(o->placement, "replicated"));
+    char why[200] = "there are none for --headroom and --placement replicated";
+    if (o->fabric != ROADS_PEER)
+        return 0;
+    if (suits)
+        TRY(peers_open(exchange, dev, &peers, why, sizeof why));
+    return peers ? 0 : fail(ERR_NODEVICE, "--fabric peer: %s", why);
 }
 
 int ranks_connect(const struct rank_options *o, struct device *dev, struct stream *stream)
@@ -445,7 +471,14 @@ int ranks_connect(const struct rank_options *o, struct device *dev, struct strea
     connected = dev;
     if (!exchange)
         return 0;
+    TRY(open_peers(o, dev));
+    if (peers)
+        say("ranks: %d, all pairs by each other's memory\n", ranks_count());
+    if (peers && (!o->placement || !strcmp(o->placement, "uniform")))
+        return 0; // nothing else asks how fast other roads are
     TRY(roads_open(exchange, dev, stream, (enum road_choice)o->fabric, &roads));
+    if (peers)
+        return 0;
     double members = roads_members(roads);
     TRY(exchange_sum(exchange, &members, 1)); // each member says how many: n squared
     const int straight = (int)(sqrt(members) + 0.5), all = ranks_count();
@@ -470,6 +503,8 @@ void ranks_disconnect(const struct device *dev)
         return;
     roads_close(roads);
     roads = NULL;
+    peers_close(peers);
+    peers = NULL;
     connected = NULL;
 }
 

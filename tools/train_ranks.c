@@ -42,14 +42,14 @@ void train_ranks_free(struct train_ranks *r)
 
 // One rank's figures since the last time, [layers + 1, 3]: of each layer rows sent, rows received
 // and seconds waited; then seconds, seconds waited in all, bytes summed.
-static void own_figures(struct train_ranks *r, struct trainer *t, double *out)
+static int own_figures(struct train_ranks *r, struct trainer *t, double *out)
 {
     const int L = t->dit->config.layers;
     const struct exchange_figures f = exchange_figures(ranks_exchange());
     for (int l = 0; l < L; l++) {
         struct moe_traffic m = {0};
         if (config_is_moe(&t->dit->config, l))
-            m = moe_exchange_traffic(t->dit, l, true);
+            TRY(moe_exchange_traffic(t->dit, l, &m));
         out[3 * l] = (double)m.sent, out[3 * l + 1] = (double)m.received, out[3 * l + 2] = m.waited;
     }
     const double now = now_seconds();
@@ -58,6 +58,7 @@ static void own_figures(struct train_ranks *r, struct trainer *t, double *out)
     out[3 * L + 2] = (double)(f.summed - r->before.summed);
     r->began = now;
     r->before = f;
+    return 0;
 }
 
 // Empty where it is not known.
@@ -120,8 +121,9 @@ int train_ranks_note(struct train_ranks *r, struct trainer *t, bool last)
     double *mine = calloc((size_t)width * (size_t)(ranks_count() + 1), sizeof *mine);
     if (!mine)
         return fail(ERR_NOMEM, "out of memory");
-    own_figures(r, t, mine);
-    int code = exchange_gather(ranks_exchange(), mine, mine + width, (size_t)width * sizeof *mine);
+    int code = own_figures(r, t, mine);
+    if (code >= 0)
+        code = exchange_gather(ranks_exchange(), mine, mine + width, (size_t)width * sizeof *mine);
     if (code >= 0 && ranks_first())
         code = append(r, t, t->step - r->noted, mine + width);
     sum_up(r, mine + width, L);
