@@ -2,6 +2,7 @@
 // images or their statistics (docs/evaluation.md).
 #include "tools/eval_fid.h"
 
+#include <errno.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -250,7 +251,10 @@ static int save_stats(struct state *s, const char *path)
 static int run(const struct fid_settings *o, struct state *s)
 {
     struct figures figures;
+    struct stat info;
     TRY(lapack_open());
+    if (o->samples && stat(o->samples, &info) < 0) // before the reference is looked at
+        return fail(ERR_IO, "%s: cannot be opened: %s", o->samples, strerror(errno));
     if (o->save_stats && ranks_first()) // first of all: a place that cannot be written is told before the work
         TRY(zip_create(o->save_stats, &s->stats));
     TRY(session_open(&o->device, &s->session));
