@@ -13,12 +13,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-static int enter(const struct cuda_device *dev)
-{
-    CU(dev->api, dev->api->context_set(dev->context), "cuCtxSetCurrent");
-    return 0;
-}
-
 // ---- open and close ----------------------------------------------------------------------------
 
 static void cuda_close(struct device *base)

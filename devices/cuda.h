@@ -64,6 +64,13 @@ int cuda_fail(const struct cuda_api *api, cuda_result code, const char *what);
             return cuda_fail(api, cu_code, what); \
     } while (0)
 
+// The device's context becomes this thread's: first of all in whatever calls the driver.
+static inline int enter(const struct cuda_device *dev)
+{
+    CU(dev->api, dev->api->context_set(dev->context), "cuCtxSetCurrent");
+    return 0;
+}
+
 // cuda_list.c: see list and note in device.h.
 int cuda_list(struct device_info *out, int max);
 const char *cuda_note(void);

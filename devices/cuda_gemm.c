@@ -192,7 +192,7 @@ static int multiply(struct stream *s, const struct cuda_gemm *gemm, const struct
         const void *bias = pointer(g->bias->address);
         code = gemm->api->desc_set(p->desc, CUBLASLT_DESC_BIAS_POINTER, &bias, sizeof bias);
     }
-    CU(s->dev->api, s->dev->api->context_set(s->dev->context), "cuCtxSetCurrent");
+    TRY(enter(s->dev));
     if (code == 0)
         code = gemm->api->matmul(gemm->handle, p->desc, &one, pointer(g->b->address), p->b,
                                  pointer(g->a->address), p->a, &beta, c, p->c, c, p->c,

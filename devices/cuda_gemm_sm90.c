@@ -312,7 +312,7 @@ static int launch_early(struct stream *s, cuda_function function, int blocks, un
                                        .stream = s->cu,
                                        .attributes = &early,
                                        .count = 1};
-    CU(api, api->context_set(s->dev->context), "cuCtxSetCurrent");
+    TRY(enter(s->dev));
     CU(api, api->launch_with(&config, function, values, NULL), "cuLaunchKernelEx");
     return 0;
 }

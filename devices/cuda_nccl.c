@@ -74,12 +74,6 @@ static int nccl_fail(const struct group *g, unsigned code, const char *what, int
 
 // ---- groups -------------------------------------------------------------------------------------
 
-static int enter(const struct cuda_device *dev)
-{
-    CU(dev->api, dev->api->context_set(dev->context), "cuCtxSetCurrent");
-    return 0;
-}
-
 int cuda_group_id(struct device *dev, unsigned char id[GROUP_ID])
 {
     nccl_id made;

@@ -107,7 +107,7 @@ int cuda_tuned_launch(struct stream *s, cuda_function function, const unsigned g
     const struct cuda_api *api = s->dev->api;
     if (grid[0] == 0 || grid[1] == 0 || grid[2] == 0)
         return 0;
-    CU(api, api->context_set(s->dev->context), "cuCtxSetCurrent");
+    TRY(enter(s->dev));
     CU(api,
        api->launch(function, grid[0], grid[1], grid[2], threads, 1, 1, shared, s->cu, arguments,
                    NULL),

@@ -551,7 +551,7 @@ fails 1 "rectified flow is not respaced" "only DDPM models" \
     "$ditmoe" sample --ckpt whole --classes 0 --respacing 5 --latents no.safetensors
 check "the log has both parts of the loss" bash -c "head -n 1 noisy/log.csv | grep -q ',skipped,mse,vb,entropy_0'"
 check "which add up" awk -F, 'NR > 1 { d = $2 - $10 - $11; if (d < 0) d = -d; if (d > 1e-5 * $2 || $11 <= 0) exit 1 }' noisy/log.csv
-fails 2 "eta without ddim" "--eta goes with --sampler ddim, not with auto" "${noisy[@]}" --eta 0.5 --latents no.safetensors
+fails 2 "eta without ddim" "--eta 0.5 goes with --sampler ddim, not with auto" "${noisy[@]}" --eta 0.5 --latents no.safetensors
 fails 2 "steps said twice" "--steps and --respacing both" "${noisy[@]}" --steps 4 --respacing 4 --latents no.safetensors
 fails 2 "an interval of no guidance" "--cfg-to: with --cfg 1 nothing is guided" \
     "$ditmoe" sample --ckpt noisy --cfg 1 --cfg-to 0.5 --latents no.safetensors

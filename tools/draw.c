@@ -87,11 +87,12 @@ void draw_way_text(const struct sample_options *s, char *out, size_t size)
 
 int draw_check(const char *command, struct draw_options *o)
 {
-    static const char *const guidance[] = {"cfg-channels", "cfg-from", "cfg-to", NULL};
-    const char *extra = options_given_of(guidance);
+    static const char *const interval[] = {"cfg-from", "cfg-to", NULL};
+    const char *extra = options_given_of(interval);
     const char *sampler = draw_samplers[o->sampler];
-    if (options_given("eta") && strcmp(sampler, "ddim"))
-        return usage_error(command, "--eta goes with --sampler ddim, not with %s", sampler);
+    if (o->eta > 0 && strcmp(sampler, "ddim"))
+        return usage_error(command, "--eta %g goes with --sampler ddim, not with %s",
+                           (double)o->eta, sampler);
     if (o->respacing && options_given("steps"))
         return usage_error(command, "--steps and --respacing both say how many steps: give one");
     if (extra && options_given("cfg") && o->cfg == 1)
