@@ -18,12 +18,6 @@ struct shared_id {
     int32_t pid;
 };
 
-static int enter(const struct cuda_device *dev)
-{
-    CU(dev->api, dev->api->context_set(dev->context), "cuCtxSetCurrent");
-    return 0;
-}
-
 static bool has_functions(const struct cuda_api *api)
 {
     return api->ipc_get && api->ipc_open && api->ipc_close;
