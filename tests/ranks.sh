@@ -177,7 +177,7 @@ same "experts that even the load out" evened one 50
 grep -q 'experts move after step' err && ok "and say so" || bad "and say so" "no such line"
 
 # ---- samples -----------------------------------------------------------------------------------------------
-draw=(sample --ckpt one --steps 3 --cfg 3 --batch 4 --per-class 1 --device opencl:0)
+draw=(sample --ckpt one --steps 3 --cfg 3 --batch 4 --device opencl:0)
 run "$ditmoe" "${draw[@]}" --latents one.safetensors
 for n in 2 3; do
     ranks $n "${draw[@]}" --latents "$n.safetensors"
