@@ -86,6 +86,63 @@ int model_memory(const struct config *c, const struct cost_options *o, int batch
     return memory_with(c, o, batch, NULL, NULL, true, bytes);
 }
 
+static int training_offload(const struct config *c, const struct cost_options *o, int batch,
+                            uint64_t limit, int *layers, double *bytes)
+{
+    struct device dev = paper_device(o);
+    struct train_options t = train_defaults();
+    struct trainer *trainer = NULL;
+    t.batch = batch;
+    t.recompute = o->recompute;
+    t.early = o->early;
+    t.limit = limit;
+    t.offload.blocks = OFFLOAD_AUTO;
+    int code = trainer_new(&dev, NULL, c, &t, &trainer);
+    if (trainer) {
+        *layers = streamed_figures(trainer->dit).blocks;
+        *bytes = (double)plan_total(trainer->dit->plan);
+        trainer_free(trainer);
+        return 0;
+    }
+    return code;
+}
+
+static int sampling_with(const struct config *c, const struct cost_options *o, int batch,
+                         int layers, double *bytes)
+{
+    struct device dev = paper_device(o);
+    const struct dit_options options = {.batch = batch,
+                                        .ahead = sampler_ahead(&dev, c, batch, PASSES),
+                                        .offload.blocks = layers};
+    struct dit *d = NULL;
+    TRY(dit_new(&dev, NULL, c, &options, &d));
+    int code = dit_layout(d);
+    *bytes = (double)plan_total(d->plan);
+    dit_free(d);
+    return code;
+}
+
+int model_offload(const struct config *c, const struct cost_options *o, int batch, double limit,
+                  int *layers, double *bytes)
+{
+    if (o->train)
+        return training_offload(c, o, batch, (uint64_t)limit, layers, bytes);
+    int too_few = 0, enough = 0;
+    for (int l = 0; l < c->layers; l++)
+        enough += config_is_moe(c, l);
+    *layers = 0;
+    TRY(sampling_with(c, o, batch, 0, bytes));
+    if (*bytes <= limit || enough == 0)
+        return 0;
+    while (enough - too_few > 1) {
+        const int half = (too_few + enough) / 2;
+        TRY(sampling_with(c, o, batch, half, bytes));
+        *(*bytes > limit ? &too_few : &enough) = half;
+    }
+    *layers = enough;
+    return sampling_with(c, o, batch, enough, bytes);
+}
+
 // Without an exchange a process is rank 0: so the rank in question changes places with it.
 int model_memory_rank(const struct config *c, const struct cost_options *o,
                       const struct placement *place, int rank, double *bytes)

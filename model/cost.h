@@ -27,4 +27,10 @@ int model_memory(const struct config *c, const struct cost_options *o, int batch
 int model_memory_rank(const struct config *c, const struct cost_options *o,
                       const struct placement *place, int rank, double *bytes);
 
+// What a process by itself does with `batch` images at a time (guidance's copies included) and `limit`
+// bytes: of how many layers it keeps experts in host memory, and the bytes of its plan, which are more
+// than `limit` where all of them are too few.
+int model_offload(const struct config *c, const struct cost_options *o, int batch, double limit,
+                  int *layers, double *bytes);
+
 #endif

@@ -88,6 +88,30 @@ static int memory_of_ranks(void)
     return PASSED;
 }
 
+// A process by itself keeps experts of as few layers in host memory as it can: with a byte less, of one more.
+static int offload_alone(void)
+{
+    for (int train = 0; train < 2; train++) {
+        const struct cost_options o = {.kind = DEVICE_GPU, .bf16 = true, .train = train};
+        struct config c;
+        double all, bytes, limit;
+        int layers;
+        CHECK(open_model("B/4-8E2A", &c) == PASSED, "model");
+        c.layers = 8;
+        OK(model_offload(&c, &o, 4, 1e12, &layers, &all));
+        CHECK(layers == 0, "all fits, but %d layers are streamed", layers);
+        limit = 0.7 * all;
+        for (int before = 0; before < c.layers; before = layers) {
+            OK(model_offload(&c, &o, 4, limit, &layers, &bytes));
+            CHECK(layers > before && (bytes <= limit || layers == c.layers),
+                  "%d layers take %.4g of %.4g bytes", layers, bytes, limit);
+            limit = bytes - 1;
+        }
+        CHECK(bytes < 0.7 * all, "%.4g of %.4g bytes", bytes, all);
+    }
+    return PASSED;
+}
+
 // Products and parameters are those that `ditmoe info` counts.
 static int counts(void)
 {
@@ -118,6 +142,7 @@ static int counts(void)
 const struct test cost_tests[] = {
     {"counts", counts},
     {"memory_of_one", memory_of_one},
+    {"offload_alone", offload_alone},
     {"memory_of_ranks", memory_of_ranks},
     {0},
 };

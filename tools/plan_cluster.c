@@ -6,6 +6,7 @@
 #include <string.h>
 #include <strings.h>
 
+#include "devices/host.h"
 #include "tools/plan.h"
 
 // Shares of nominal rates that transfers get, and what starting one costs, where nothing was
@@ -247,7 +248,8 @@ static int fill_host(struct machines *m, const struct plan_settings *o, const st
                      struct device_rates *out, uint64_t *memory)
 {
     *out = (struct device_rates){0};
-    *memory = (uint64_t)(HOST_USABLE * (double)topology_memory(t));
+    const uint64_t free = o->here ? host_memory("") : UINT64_MAX; // as a run here will ask
+    *memory = free < UINT64_MAX ? free : (uint64_t)(HOST_USABLE * (double)topology_memory(t));
     for (int a = 0; o->host && a < t->accelerators; a++) {
         const struct topology_object *k = &t->objects[t->accelerator[a]];
         if (k->accelerator == DEVICE_CPU && !is_rank(t, o, a))

@@ -268,11 +268,40 @@ static int plan_each_rank(struct plan_result *r, double *over)
     return 0;
 }
 
+// A process by itself, with no file to follow: its experts in host memory are those that a run would take
+// there by itself (--offload auto).
+static int place_alone(struct plan_result *r, int images)
+{
+    const struct cluster_rank *k = &r->cluster.rank[0];
+    struct placement *p = &r->one;
+    int layers, left;
+    double bytes;
+    TRY(model_offload(&r->config, &r->options, images * r->cost.passes, (double)k->memory, &layers,
+                      &bytes));
+    left = layers * p->experts;
+    for (int e = 0; e < p->experts; e++) // evenly: copies go on from layer to layer
+        for (int l = 0; l < p->layers; l++)
+            if (r->cost.moe[l])
+                *placement_home(p, 0, l, e) = left-- > 0 ? HOME_STREAMED : HOME_DEVICE;
+    forecast_free(&r->forecast);
+    TRY(forecast_step(&r->cluster, &r->cost, r->load, p, &r->forecast));
+    placement_stream_whole(p);
+    struct rank_forecast *f = &r->forecast.rank[0];
+    f->memory = bytes;
+    TRY(missing_at_hosts(r, &r->forecast.missing));
+    r->forecast.missing_rank = bytes > (double)k->memory ? 0 : -1;
+    r->forecast.missing += fmax(0, bytes - (double)k->memory);
+    return 0;
+}
+
 static int place_exactly(const struct plan_settings *o, bool compare, struct plan_result *r,
                          int images)
 {
     double over;
     TRY(place(o, compare, r, images));
+    if (r->cluster.ranks == 1 && r->cluster.rank[0].kind != DEVICE_CPU && !o->placement &&
+        !at_host(&r->one))
+        return place_alone(r, images);
     TRY(plan_each_rank(r, &over));
     if (over <= 0 || o->placement)
         return 0;
