@@ -221,9 +221,10 @@ static void cmyk_to_rgb(const uint8_t *in, uint8_t *out, int width, bool inverte
 // which hardly anyone uses, can do with less.
 static int jpeg_check_size(const struct jpeg_reader *r)
 {
-    const uint64_t across = (r->jpeg.image_width + 7) / 8, down = (r->jpeg.image_height + 7) / 8;
+    const uint64_t width = r->jpeg.image_width, height = r->jpeg.image_height;
+    const uint64_t across = (width + 7) / 8, down = (height + 7) / 8;
     const uint64_t bits = 8 * (uint64_t)r->jpeg.src->bytes_in_buffer;
-    if (64 * across * down > IMAGE_MAX_PIXELS)
+    if (width * height > IMAGE_MAX_PIXELS)
         return 0; // image_new() says so
     if (across * down > (r->jpeg.arith_code ? 16 * bits : bits))
         return fail(ERR_INPUT, "%s: damaged JPEG image: it is cut short", r->name);

@@ -398,6 +398,10 @@ static int test_bad_jpeg(void)
     memset(data + at + 5, 0xfe, 4);
     CHECK(image_decode(data, bytes, path, 0, &image) == ERR_INPUT && says(path, "beyond the limit"),
           "%s", error_message());
+    const uint8_t sides[4] = {49711 >> 8, 49711 & 255, 2009 >> 8, 2009 & 255}; // just below it
+    memcpy(data + at + 5, sides, 4);
+    CHECK(image_decode(data, bytes, path, 0, &image) == ERR_INPUT && says(path, "it is cut short"),
+          "%s", error_message());
     return PASSED;
 }
 
