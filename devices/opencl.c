@@ -1,8 +1,8 @@
 // The OpenCL backend: the verbs of device.h on any OpenCL 1.2 driver.
 //
 // Memory is one cl_mem an allocation; a view is an offset into it, which kernels take beside the
-// buffer (VIEW in kernels.cl). A stream is an in-order queue with profiling, so that events can time anything; the
-// queue's order is the only ordering that a single stream needs.
+// buffer (VIEW in kernels.cl). A stream is an in-order queue with profiling, so that events can
+// time anything; the queue's order is the only ordering that a single stream needs.
 #include "devices/opencl.h"
 #include "devices/opencl_gemm.h"
 
@@ -181,7 +181,8 @@ static int enqueue_write(struct stream *s, struct mem *dst, size_t offset, const
 {
     BUG_IF(!inside(dst, offset, bytes));
     if (bytes)
-        CL(clEnqueueWriteBuffer(s->queue, dst->cl, wait, dst->offset + offset, bytes, src, 0, NULL, NULL),
+        CL(clEnqueueWriteBuffer(s->queue, dst->cl, wait, dst->offset + offset, bytes, src, 0, NULL,
+                                NULL),
            "clEnqueueWriteBuffer");
     return 0;
 }
@@ -191,7 +192,8 @@ static int enqueue_read(struct stream *s, const struct mem *src, size_t offset, 
 {
     BUG_IF(!inside(src, offset, bytes));
     if (bytes)
-        CL(clEnqueueReadBuffer(s->queue, src->cl, wait, src->offset + offset, bytes, dst, 0, NULL, NULL),
+        CL(clEnqueueReadBuffer(s->queue, src->cl, wait, src->offset + offset, bytes, dst, 0, NULL,
+                               NULL),
            "clEnqueueReadBuffer");
     return 0;
 }
