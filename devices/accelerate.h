@@ -128,4 +128,11 @@ struct group_norm_forward {
     float eps;
 };
 
+// op_pool
+struct pool_forward {
+    accelerate_mem y, x;
+    int images, height, width, channels, out_height, out_width;
+    int size, stride, padding, maximum, columns, column;
+};
+
 #endif

@@ -297,7 +297,7 @@ static int qk_norm_backward(struct stream *s, const void *args)
     return launch(s, sums, cover(4 * a.head, WARP), 1, WARP * STRIPES, (void *[]){&a, &parts});
 }
 
-// ---- GroupNorm ----------------------------------------------------------------------------------
+// ---- GroupNorm, pooling -------------------------------------------------------------------------
 
 static cuda_function group_sums_kernel(struct stream *s, int per)
 {
@@ -332,6 +332,24 @@ static int group_norm(struct stream *s, const void *args)
     TRY(launch(s, sums, chunks, a.images, THREADS, (void *[]){&a, &chunk}));
     TRY(launch(s, totals, cover(a.groups, 4), a.images, 4 * WARP, (void *[]){&a, &chunk, &chunks}));
     return launch(s, map, cover(a.pixels, part), a.images, THREADS, (void *[]){&a, &part});
+}
+
+static int pool(struct stream *s, const void *args)
+{
+    enum { OUTS = 4 };
+    TAKE(pool_forward, a, images);
+    if (a.size != 3 || a.stride > 2 || a.channels % VECTOR || a.columns % VECTOR ||
+        a.column % VECTOR)
+        return NOT_MINE;
+    cuda_function function =
+        a.maximum ? a.stride == 1 ? KERNEL_OF(s, "pool_maximum_1") : KERNEL_OF(s, "pool_maximum_2")
+        : a.stride == 1 ? KERNEL_OF(s, "pool_mean_1")
+                        : KERNEL_OF(s, "pool_mean_2");
+    const int64_t items =
+        (int64_t)a.images * a.out_height * cover(a.out_width, OUTS) * (a.channels / VECTOR);
+    if (!function || items > INT32_MAX)
+        return NOT_MINE;
+    return launch(s, function, cover(items, THREADS), 1, THREADS, (void *[]){&a});
 }
 
 // ---- sums and the optimiser ---------------------------------------------------------------------
@@ -427,6 +445,8 @@ int cuda_fused(struct stream *s, enum accelerated op, const void *args)
         return adamw(s, args);
     case ACCELERATE_GROUP_NORM:
         return group_norm(s, args);
+    case ACCELERATE_POOL:
+        return pool(s, args);
     default:
         return NOT_MINE;
     }

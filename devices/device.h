@@ -180,6 +180,7 @@ enum accelerated {
     ACCELERATE_CONV2D,      // struct convolution
     ACCELERATE_GROUP_NORM,  // struct group_norm_forward
     ACCELERATE_PEER_ROWS,   // struct peer_rows
+    ACCELERATE_POOL,        // struct pool_forward
     ACCELERATE_COUNT
 };
 enum { NOT_MINE = 1 }; // accelerate()'s polite refusal: the portable kernel runs instead

@@ -5,5 +5,6 @@
 #include "devices/fused_moe.cuh"
 #include "devices/fused_norm.cuh"
 #include "devices/fused_peers.cuh"
+#include "devices/fused_pool.cuh"
 #include "devices/fused_qk.cuh"
 #include "devices/fused_train.cuh"

@@ -25,6 +25,23 @@ int op_pool(struct context *c, struct tensor *y, int64_t column, const struct te
     BUG_IF(!is_act(c, x) || !has_shape2(x, (int64_t)p->images * p->height * p->width, channels));
     BUG_IF(!is_act(c, y) || y->ndim != 2 || y->shape[0] != rows || rows > INT32_MAX);
     BUG_IF(column < 0 || column + channels > y->shape[1]);
+    const struct pool_forward a = {.y = y->mem,
+                                   .x = x->mem,
+                                   .images = p->images,
+                                   .height = p->height,
+                                   .width = p->width,
+                                   .channels = arg_int(channels),
+                                   .out_height = arg_int(pool_height(p)),
+                                   .out_width = arg_int(pool_width(p)),
+                                   .size = p->size,
+                                   .stride = p->stride,
+                                   .padding = p->padding,
+                                   .maximum = p->maximum,
+                                   .columns = arg_int(y->shape[1]),
+                                   .column = arg_int(column)};
+    const int code = ACCELERATE(c, ACCELERATE_POOL, &a, y, x);
+    if (code != NOT_MINE)
+        return code;
     const bool quads = channels % 4 == 0 && column % 4 == 0 && y->shape[1] % 4 == 0;
     const int64_t across = channels / (quads ? 4 : 1), chunk = op_chunk(c, rows, 1, 64);
     if (c->dev->cpu_forms)

@@ -240,6 +240,7 @@ const char *accelerated_name(enum accelerated op)
         [ACCELERATE_CONV2D] = "conv2d",
         [ACCELERATE_GROUP_NORM] = "group_norm",
         [ACCELERATE_PEER_ROWS] = "peer_rows",
+        [ACCELERATE_POOL] = "pool",
     };
     return names[op];
 }
