@@ -4757,21 +4757,8 @@ void adamw_cpu(GLOBAL float *VIEW(w), GLOBAL float *VIEW(m), GLOBAL float *VIEW(
     uint n = line_ / (uint)(height)
 
 // GPU form: an item takes four columns of CONV_ROWS rows, which lie in one tap where the number of
-// channels is a multiple of four.
-enum { CONV_ROWS = 16 };
-
-// One element; k counts gathered columns.
-inline float conv_element(const GLOBAL act *x, int k, int channels, int height, int width,
-                          int kernel_w, int doubled, size_t image, int y, int xx)
-{
-    const int tap = k / channels;
-    y += tap / kernel_w;
-    xx += tap % kernel_w;
-    if (y < 0 || xx < 0 || y >= height << doubled || xx >= width << doubled)
-        return 0.0f;
-    return act_load(x, (image + (size_t)(y >> doubled) * width + (xx >> doubled)) * channels +
-                           k % channels);
-}
+// channels is a multiple of four. Items go through the columns, then through the rows.
+enum { CONV_ROWS = 16, CONV_NOWHERE = -(1 << 28) };
 
 KERNEL(64, 1)
 void conv_gather(GLOBAL act *VIEW(out), const GLOBAL act *VIEW(x), int channels, int height,
@@ -4780,31 +4767,37 @@ void conv_gather(GLOBAL act *VIEW(out), const GLOBAL act *VIEW(x), int channels,
 {
     OFFSETS2(out, x)
     const int columns = kernel_h * kernel_w * channels;
-    const int pitch = CONV_GATHERED(kernel_h * kernel_w, channels);
-    const int k = (int)get_global_id(0) * 4, tap = k / channels;
-    const int ky = tap / kernel_w, kx = tap % kernel_w;
-    const int whole = channels % 4 == 0 && k < columns;
-    uint row = (uint)get_group_id(1) * CONV_ROWS;
+    const int pitch = CONV_GATHERED(kernel_h * kernel_w, channels), whole = channels % 4 == 0;
+    const uint item = get_global_id(0), quads = (uint)(pitch / 4);
+    const int k = (int)(item % quads) * 4;
+    uint row = item / quads * CONV_ROWS;
     const uint end = min(row + CONV_ROWS, rows);
-    if (k >= pitch)
+    int ky[4], kx[4], c[4]; // of each column: its tap and channel
+    if (row >= rows)
         return;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const int tap = (k + i) / channels;
+        ky[i] = k + i < columns ? tap / kernel_w : CONV_NOWHERE;
+        kx[i] = tap % kernel_w;
+        c[i] = (k + i) % channels;
+    }
     CONV_PIXEL(first + row, out_height, out_width, n, oy, ox);
     for (; row < end; row++) {
-        const size_t image = (size_t)n * height * width;
         const int y = oy * stride - top, xx = ox * stride - left;
+        const size_t image = (size_t)n * height * width;
         float v[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-        if (whole) {
-            const int vy = y + ky, vx = xx + kx;
-            if (vy >= 0 && vx >= 0 && vy < height << doubled && vx < width << doubled)
-                load4(v, x,
-                      (image + (size_t)(vy >> doubled) * width + (vx >> doubled)) * channels +
-                          k % channels,
-                      ACT_IS_BF16);
-        } else {
-            for (int i = 0; i < 4; i++)
-                v[i] = k + i < columns ? conv_element(x, k + i, channels, height, width, kernel_w,
-                                                      doubled, image, y, xx)
-                                       : 0.0f;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int vy = y + ky[i], vx = xx + kx[i];
+            const size_t at =
+                (image + (size_t)(vy >> doubled) * width + (vx >> doubled)) * channels + c[i];
+            if (vy < 0 || vx < 0 || vy >= height << doubled || vx >= width << doubled)
+                continue;
+            if (!whole)
+                v[i] = act_load(x, at);
+            else if (i == 0)
+                load4(v, x, at, ACT_IS_BF16);
         }
         store4(out, (size_t)row * pitch + k, v, ACT_IS_BF16);
         if (++ox == out_width) {

@@ -109,9 +109,9 @@ struct adamw_step {
     float beta1, rest1, beta2, rest2, eps, decay;
 };
 
-// op_conv2d with bf16 weights; bias may be NULL. y: bf16, or f32 (to_f32) of its own columns alone
-// and without ReLU, from row `first` on. space: CONV_SPACE bytes of scratch, and 32 * channels *
-// out where doubled.
+// op_conv2d with weights of the type of activations; bias may be NULL. y: bf16, or f32 (to_f32) of
+// its own columns alone and without ReLU, from row `first` on. space: CONV_SPACE bytes of scratch,
+// and 32 * channels * out where doubled.
 struct convolution {
     accelerate_mem y, x, w, bias, space;
     int images, height, width, channels, out, columns, column, first;

@@ -2,17 +2,15 @@
 // images themselves, tap by tap, so that no matrix of gathered pixels is written.
 #include "devices/gemm_sm90_kernel.cuh"
 
-#define ALL_WIDTHS(KERNEL, name, form) \
-    KERNEL(name, form, TO_BF16, 32)    \
-    KERNEL(name, form, TO_BF16, 96)    \
-    WIDTHS(KERNEL, name, form, TO_BF16)
+#define ALL_WIDTHS(KERNEL)               \
+    KERNEL(conv_bf16, CONV, TO_BF16, 32) \
+    KERNEL(conv_bf16, CONV, TO_BF16, 96) \
+    WIDTHS(KERNEL, conv_bf16, CONV, TO_BF16)
 
-ALL_WIDTHS(GEMM, conv_bf16, CONV)
-ALL_WIDTHS(GEMM_REST, conv_bf16, CONV)
-ALL_WIDTHS(GEMM, conv_narrow, CONV_NARROW)
-ALL_WIDTHS(GEMM_REST, conv_narrow, CONV_NARROW)
-GEMM(conv_f32, CONV, TO_F32, 64)
-GEMM_REST(conv_f32, CONV, TO_F32, 64)
+ALL_WIDTHS(GEMM)
+ALL_WIDTHS(GEMM_REST)
+GEMM(conv_f32, CONV, TO_F32, 32)
+GEMM_REST(conv_f32, CONV, TO_F32, 32)
 
 // The weights of struct gemm_sm90_pixels, doubled: v[out, 4, 2, 2, channels] of w[out, 3, 3,
 // channels]. Of an even line of y (or place in it) the first tap of two meets what the kernel's

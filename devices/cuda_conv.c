@@ -6,7 +6,7 @@
 #include "devices/cuda_gemm_sm90.h"
 #include "devices/gemm_gpu.h"
 
-enum { UNIT = 8, OFFSET_MAX = 255, NARROW = 32, THREADS = 128 };
+enum { UNIT = 8, OFFSET_MAX = 255, THREADS = 128 };
 
 static bool aligned(const struct mem *mem)
 {
@@ -44,48 +44,78 @@ static int double_weights(struct stream *s, const struct convolution *a, struct 
                              (void *[]){&to->address, &a->w->address, &out, &units});
 }
 
-int cuda_conv2d(struct stream *s, const struct convolution *a)
+// In f32 convolutions of single pixels alone: products of cuBLASLt. Rows of weights have zeros up to
+// a multiple of UNIT, which x does not have.
+static int conv_f32(struct stream *s, const struct convolution *a, struct mem *y)
+{
+    if (a->kernel_h != 1 || a->kernel_w != 1 || a->stride != 1 || a->top || a->bottom || a->left ||
+        a->right || a->doubled || a->channels % UNIT)
+        return NOT_MINE;
+    const struct gemm g = {.m = a->images * a->height * a->width,
+                           .n = a->out,
+                           .k = a->channels,
+                           .trans_b = true,
+                           .accumulate = a->add,
+                           .a = a->x,
+                           .b = a->w,
+                           .c = y,
+                           .type_a = F32,
+                           .type_b = F32,
+                           .type_c = F32,
+                           .bias = a->bias,
+                           .groups = 1,
+                           .space = a->space};
+    return cuda_gemm_into(s, &g, a->columns, a->relu);
+}
+
+// A doubled convolution is one of 2 x 2 for each of the four pixels of y at a pixel of x.
+static struct gemm_sm90_pixels pixels_of(const struct convolution *a)
+{
+    const int kernel_h = a->doubled ? 2 : a->kernel_h, kernel_w = a->doubled ? 2 : a->kernel_w;
+    return (struct gemm_sm90_pixels){.width = a->doubled ? a->width : a->out_width,
+                                     .height = a->doubled ? a->height : a->out_height,
+                                     .stride = a->stride,
+                                     .left = a->left,
+                                     .top = a->top,
+                                     .taps = kernel_h * kernel_w,
+                                     .kernel_w = kernel_w,
+                                     .chunks = gemm_cover(a->channels, GEMM_SM90_DEPTH),
+                                     .pitch = a->columns,
+                                     .relu = a->relu,
+                                     .doubled = a->doubled};
+}
+
+// Where the kernel can begin: of a doubled one up to a pixel before the last, for the first of its
+// four pixels of y; the others' taps are moved by one.
+static bool describe_pixels(struct cuda_device *dev, struct cuda_map *map,
+                            const struct convolution *a)
+{
+    const int sizes[] = {a->channels, a->width, a->height, a->images};
+    const int before[] = {a->left, a->top};
+    const int after[] = {a->doubled ? -1 : a->right - (a->kernel_w - 1),
+                         a->doubled ? -1 : a->bottom - (a->kernel_h - 1)};
+    return cuda_tuned_pixel_map(dev, map, a->x->address, sizes, before, after, a->stride,
+                                GEMM_SM90_ROWS);
+}
+
+static int conv_bf16(struct stream *s, const struct convolution *a, struct mem *y)
 {
     struct cuda_map map;
-    if (!suits(s->dev, a))
+    if (!suits(s->dev, a) || !describe_pixels(s->dev, &map, a))
         return NOT_MINE;
-    const int kernel_h = a->doubled ? 2 : a->kernel_h, kernel_w = a->doubled ? 2 : a->kernel_w;
-    // channels in 32s where that leaves out half a stage of zeros
-    const bool narrow = !a->to_f32 && gemm_cover(a->channels, NARROW) % 2;
-    const int wide = narrow ? NARROW : GEMM_SM90_DEPTH, chunks = gemm_cover(a->channels, wide);
-    const int after_w = a->doubled ? -1 : a->right - (kernel_w - 1);
-    const int after_h = a->doubled ? -1 : a->bottom - (kernel_h - 1);
-    if (!cuda_tuned_pixel_map(
-            s->dev, &map, a->x->address, (int[]){a->channels, a->width, a->height, a->images},
-            (int[]){a->left, a->top}, (int[]){after_w, after_h}, a->stride, wide, GEMM_SM90_ROWS))
-        return NOT_MINE;
-    struct mem w = *a->w, y = *a->y, space = {.dev = s->dev, .bytes = CONV_SPACE};
+    struct mem w = *a->w, space = {.dev = s->dev, .address = a->space->address};
+    space.bytes = CONV_SPACE;
     if (a->doubled)
         TRY(double_weights(s, a, &w));
-    space.address = a->space->address;
-    y.address += ((cuda_address)a->first * (cuda_address)a->columns + (cuda_address)a->column) *
-                 (a->to_f32 ? sizeof(float) : sizeof(uint16_t));
-    const struct gemm_sm90_pixels x = {.width = a->doubled ? a->width : a->out_width,
-                                       .height = a->doubled ? a->height : a->out_height,
-                                       .stride = a->stride,
-                                       .left = a->left,
-                                       .top = a->top,
-                                       .taps = kernel_h * kernel_w,
-                                       .kernel_w = kernel_w,
-                                       .chunks = chunks,
-                                       .pitch = a->columns,
-                                       .relu = a->relu,
-                                       .doubled = a->doubled,
-                                       .narrow = narrow};
+    const struct gemm_sm90_pixels x = pixels_of(a);
     const struct gemm g = {.m = a->images * a->out_height * a->out_width,
                            .n = a->out,
-                           .k = gemm_cover(x.taps * chunks * wide, GEMM_SM90_DEPTH) *
-                                GEMM_SM90_DEPTH,
+                           .k = x.taps * x.chunks * GEMM_SM90_DEPTH,
                            .trans_b = true,
                            .accumulate = a->add,
                            .a = a->x,
                            .b = &w,
-                           .c = &y,
+                           .c = y,
                            .type_a = BF16,
                            .type_b = BF16,
                            .type_c = a->to_f32 ? F32 : BF16,
@@ -93,4 +123,14 @@ int cuda_conv2d(struct stream *s, const struct convolution *a)
                            .groups = 1,
                            .space = &space};
     return cuda_conv_sm90(s, &g, &x, &map, a->channels);
+}
+
+int cuda_conv2d(struct stream *s, const struct convolution *a)
+{
+    const bool f32 = s->dev->base.act == F32;
+    const size_t size = f32 || a->to_f32 ? sizeof(float) : sizeof(uint16_t);
+    struct mem y = *a->y;
+    y.address +=
+        ((cuda_address)a->first * (cuda_address)a->columns + (cuda_address)a->column) * size;
+    return f32 ? conv_f32(s, a, &y) : conv_bf16(s, a, &y);
 }

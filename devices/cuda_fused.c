@@ -330,7 +330,7 @@ static int group_norm(struct stream *s, const void *args)
     int chunk = group_chunk(s, &a, GROUP_ROWS), part = group_chunk(s, &a, 1);
     int chunks = cover(a.pixels, chunk);
     TRY(launch(s, sums, chunks, a.images, THREADS, (void *[]){&a, &chunk}));
-    TRY(launch(s, totals, cover(a.groups, 4), a.images, 4 * WARP, (void *[]){&a, &chunk, &chunks}));
+    TRY(launch(s, totals, a.groups, a.images, THREADS, (void *[]){&a, &chunk, &chunks}));
     return launch(s, map, cover(a.pixels, part), a.images, THREADS, (void *[]){&a, &part});
 }
 

@@ -13,12 +13,13 @@
 #include "devices/cuda_gemm_sm90.h"
 #include "devices/gemm_gpu.h"
 
-enum { SPACE = 8 << 20, PLANS_MAX = 512 };
+enum { SPACE = 8 << 20, PLANS_MAX = 512, C_ALIGNMENT = 16 };
 
 // A product made ready: the shape it is for, and cuBLASLt's objects.
 struct plan {
     int m, n, k;
-    bool trans_a, trans_b, bias, spacious;
+    int pitch; // elements from one row of C to the next
+    bool trans_a, trans_b, bias, spacious, relu;
     enum dtype type_ab, type_c;
     bool usable; // false: cuBLASLt has no algorithm, the own kernels do it
     cublaslt_desc desc;
@@ -97,11 +98,13 @@ static bool suits(const struct gemm *g)
     return !g->bias || g->type_c == F32; // a bias is f32, and has C's type in cuBLASLt
 }
 
-static struct plan plan_key(const struct gemm *g)
+static struct plan plan_key(const struct gemm *g, int pitch, bool relu)
 {
     return (struct plan){.m = g->m,
                          .n = g->n,
                          .k = g->k,
+                         .pitch = pitch,
+                         .relu = relu,
                          .trans_a = g->trans_a,
                          .trans_b = g->trans_b,
                          .bias = g->bias != NULL,
@@ -112,29 +115,31 @@ static struct plan plan_key(const struct gemm *g)
 
 static bool same(const struct plan *a, const struct plan *b)
 {
-    return a->m == b->m && a->n == b->n && a->k == b->k && a->trans_a == b->trans_a &&
-           a->trans_b == b->trans_b && a->bias == b->bias && a->spacious == b->spacious &&
-           a->type_ab == b->type_ab && a->type_c == b->type_c;
+    return a->m == b->m && a->n == b->n && a->k == b->k && a->pitch == b->pitch &&
+           a->relu == b->relu && a->trans_a == b->trans_a && a->trans_b == b->trans_b &&
+           a->bias == b->bias && a->spacious == b->spacious && a->type_ab == b->type_ab &&
+           a->type_c == b->type_c;
 }
 
 // The operation and the three matrices; false when the library refuses.
 static bool describe(const struct cublaslt_api *api, struct plan *p)
 {
-    unsigned transpose = CUBLASLT_OP_T, epilogue = CUBLASLT_ADD_BIAS, ab = data_type(p->type_ab);
+    unsigned transpose = CUBLASLT_OP_T, ab = data_type(p->type_ab);
+    unsigned epilogue = (p->bias ? CUBLASLT_ADD_BIAS : 0) | (p->relu ? CUBLASLT_RELU : 0);
     uint64_t m = (uint64_t)p->m, n = (uint64_t)p->n, k = (uint64_t)p->k;
     bool good = api->desc_create(&p->desc, CUBLASLT_COMPUTE_32F, CUBLASLT_R_32F) == 0;
     if (good && p->trans_b)
         good = api->desc_set(p->desc, CUBLASLT_DESC_TRANSA, &transpose, sizeof transpose) == 0;
     if (good && p->trans_a)
         good = api->desc_set(p->desc, CUBLASLT_DESC_TRANSB, &transpose, sizeof transpose) == 0;
-    if (good && p->bias)
+    if (good && epilogue)
         good = api->desc_set(p->desc, CUBLASLT_DESC_EPILOGUE, &epilogue, sizeof epilogue) == 0;
     return good &&
            api->layout_create(&p->b, ab, p->trans_b ? k : n, p->trans_b ? n : k,
                               p->trans_b ? p->k : p->n) == 0 &&
            api->layout_create(&p->a, ab, p->trans_a ? m : k, p->trans_a ? k : m,
                               p->trans_a ? p->m : p->k) == 0 &&
-           api->layout_create(&p->c, data_type(p->type_c), n, m, p->n) == 0;
+           api->layout_create(&p->c, data_type(p->type_c), n, m, p->pitch) == 0;
 }
 
 // The algorithm that the library thinks fastest.
@@ -144,7 +149,7 @@ static bool find_algorithm(const struct cuda_gemm *gemm, struct plan *p)
     cublaslt_preference preference = NULL;
     cublaslt_heuristic found;
     size_t space = p->spacious ? SPACE : 0;
-    unsigned reduction = CUBLASLT_REDUCE_IN_F32;
+    unsigned reduction = CUBLASLT_REDUCE_IN_F32, aligned = C_ALIGNMENT;
     int count = 0;
     memset(&found, 0, sizeof found);
     if (api->pref_create(&preference) != 0)
@@ -152,6 +157,8 @@ static bool find_algorithm(const struct cuda_gemm *gemm, struct plan *p)
     bool good =
         api->pref_set(preference, CUBLASLT_PREF_WORKSPACE, &space, sizeof space) == 0 &&
         api->pref_set(preference, CUBLASLT_PREF_REDUCTION, &reduction, sizeof reduction) == 0 &&
+        api->pref_set(preference, CUBLASLT_PREF_ALIGNMENT_C, &aligned, sizeof aligned) == 0 &&
+        api->pref_set(preference, CUBLASLT_PREF_ALIGNMENT_D, &aligned, sizeof aligned) == 0 &&
         api->heuristic(gemm->handle, p->desc, p->b, p->a, p->c, p->c, preference, 1, &found,
                        &count) == 0;
     api->pref_destroy(preference);
@@ -160,9 +167,9 @@ static bool find_algorithm(const struct cuda_gemm *gemm, struct plan *p)
 }
 
 // The plan for g, made at its first use; NULL when there is no room for another.
-static struct plan *plan_for(struct cuda_gemm *gemm, const struct gemm *g)
+static struct plan *plan_for(struct cuda_gemm *gemm, const struct gemm *g, int pitch, bool relu)
 {
-    struct plan key = plan_key(g);
+    struct plan key = plan_key(g, pitch, relu);
     for (int i = 0; i < gemm->count; i++)
         if (same(&gemm->plans[i], &key))
             return &gemm->plans[i];
@@ -202,12 +209,16 @@ static int multiply(struct stream *s, const struct cuda_gemm *gemm, const struct
                             g->n, g->k, code);
 }
 
-// A product by cuBLASLt; NOT_MINE when it does not suit.
+int cuda_gemm_into(struct stream *s, const struct gemm *g, int pitch, bool relu)
+{
+    struct cuda_gemm *gemm = suits(g) && g->c->address % C_ALIGNMENT == 0 ? library(s->dev) : NULL;
+    struct plan *p = gemm ? plan_for(gemm, g, pitch, relu) : NULL;
+    return p && p->usable ? multiply(s, gemm, p, g) : NOT_MINE;
+}
+
 int cuda_gemm_by_library(struct stream *s, const struct gemm *g)
 {
-    struct cuda_gemm *gemm = suits(g) ? library(s->dev) : NULL;
-    struct plan *p = gemm ? plan_for(gemm, g) : NULL;
-    return p && p->usable ? multiply(s, gemm, p, g) : NOT_MINE;
+    return cuda_gemm_into(s, g, g->n, false);
 }
 
 // ---- the verbs ----------------------------------------------------------------------------------

@@ -11,18 +11,7 @@
 
 enum { WIDTHS = 5 };
 
-enum kind {
-    NT_BF16,
-    NT_F32,
-    NT_SWIGLU,
-    NN_BF16,
-    NN_SWIGLU,
-    TN_F32,
-    CONV_BF16,
-    CONV_NARROW,
-    CONV_F32,
-    KINDS
-};
+enum kind { NT_BF16, NT_F32, NT_SWIGLU, NN_BF16, NN_SWIGLU, TN_F32, CONV_BF16, CONV_F32, KINDS };
 
 static const int widths[WIDTHS] = {32, 64, 96, 128, 192};
 
@@ -44,8 +33,7 @@ static const char *const names[KINDS][WIDTHS] = {
     [NN_SWIGLU] = {NULL, "gemm_nn_swiglu_64", NULL, "gemm_nn_swiglu_128", NULL},
     [TN_F32] = NAMES("gemm_tn_f32", ""),
     [CONV_BF16] = ALL_NAMES("conv_bf16", ""),
-    [CONV_NARROW] = ALL_NAMES("conv_narrow", ""),
-    [CONV_F32] = {NULL, "conv_f32_64", NULL, NULL, NULL},
+    [CONV_F32] = {"conv_f32_32", NULL, NULL, NULL, NULL},
 };
 static const char *const rests[KINDS][WIDTHS] = {
     [NT_BF16] = NAMES("gemm_nt_bf16", "_rest"),
@@ -53,8 +41,7 @@ static const char *const rests[KINDS][WIDTHS] = {
     [NN_BF16] = NAMES("gemm_nn_bf16", "_rest"),
     [TN_F32] = NAMES("gemm_tn_f32", "_rest"),
     [CONV_BF16] = ALL_NAMES("conv_bf16", "_rest"),
-    [CONV_NARROW] = ALL_NAMES("conv_narrow", "_rest"),
-    [CONV_F32] = {NULL, "conv_f32_64_rest", NULL, NULL, NULL},
+    [CONV_F32] = {"conv_f32_32_rest", NULL, NULL, NULL, NULL},
 };
 
 // ---- what is taken ------------------------------------------------------------------------------
@@ -369,7 +356,7 @@ bool cuda_conv_sm90_here(struct cuda_device *dev)
 int cuda_conv_sm90(struct stream *s, const struct gemm *g, const struct gemm_sm90_pixels *x,
                    const struct cuda_map *pixels, int channels)
 {
-    const enum kind kind = g->type_c == F32 ? CONV_F32 : x->narrow ? CONV_NARROW : CONV_BF16;
+    const enum kind kind = g->type_c == F32 ? CONV_F32 : CONV_BF16;
     const struct way way = choose(s->dev, g, kind, -1);
     const int width = widths[way.w], groups = x->doubled ? 4 : 1, taps = groups * x->taps;
     const size_t parts =
@@ -381,8 +368,7 @@ int cuda_conv_sm90(struct stream *s, const struct gemm *g, const struct gemm_sm9
     if (p.space && parts > g->space->bytes)
         p.space = NULL;
     TRY(describe(s->dev, &map[1], g->b, 3, (int[]){channels, taps, g->n},
-                 (int64_t[]){channels, (int64_t)channels * taps},
-                 (int[]){x->narrow ? 32 : 64, 1, width}));
+                 (int64_t[]){channels, (int64_t)channels * taps}, (int[]){64, 1, width}));
     return launch(s, kind, &way, map, &p,
                   (int64_t)groups * gemm_cover(g->m / groups, GEMM_SM90_ROWS) *
                       gemm_cover(g->n, width));

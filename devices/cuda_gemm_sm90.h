@@ -34,7 +34,9 @@ bool cuda_conv_sm90_here(struct cuda_device *dev);
 int cuda_conv_sm90(struct stream *s, const struct gemm *g, const struct gemm_sm90_pixels *x,
                    const struct cuda_map *pixels, int channels);
 
-// By cuBLASLt (cuda_gemm.c); NOT_MINE where that has nothing for it.
+// By cuBLASLt (cuda_gemm.c); NOT_MINE where that has nothing for it. Into rows of C that are
+// `pitch` elements apart, with ReLU behind it where wanted.
 int cuda_gemm_by_library(struct stream *s, const struct gemm *g);
+int cuda_gemm_into(struct stream *s, const struct gemm *g, int pitch, bool relu);
 
 #endif

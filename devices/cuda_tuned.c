@@ -141,9 +141,9 @@ int cuda_tuned_map(const struct cuda_device *dev, struct cuda_map *map, cuda_add
 
 bool cuda_tuned_pixel_map(const struct cuda_device *dev, struct cuda_map *map, cuda_address address,
                           const int sizes[4], const int before[2], const int after[2], int stride,
-                          int channels, int count)
+                          int count)
 {
-    enum { STRIDE_MAX = 8, CORNER_MAX = 127 };
+    enum { CHANNELS = 64, STRIDE_MAX = 8, CORNER_MAX = 127 };
     uint64_t size[4], bytes[3], pitch = 2;
     const int lower[2] = {-before[0], -before[1]};
     const uint32_t steps[4] = {1, (uint32_t)stride, (uint32_t)stride, 1};
@@ -158,9 +158,8 @@ bool cuda_tuned_pixel_map(const struct cuda_device *dev, struct cuda_map *map, c
     }
     return stride <= STRIDE_MAX &&
            dev->api->pixel_map((cuda_tensor_map *)(void *)map, CUDA_MAP_BF16, 4,
-                               (void *)(uintptr_t)address, size, bytes, lower, after,
-                               (uint32_t)channels, (uint32_t)count, steps, 0,
-                               channels == 64 ? CUDA_MAP_SWIZZLE_128 : CUDA_MAP_SWIZZLE_64,
+                               (void *)(uintptr_t)address, size, bytes, lower, after, CHANNELS,
+                               (uint32_t)count, steps, 0, CUDA_MAP_SWIZZLE_128,
                                CUDA_MAP_PROMOTE_256, 0) == CUDA_OK;
 }
 

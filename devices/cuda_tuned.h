@@ -45,13 +45,13 @@ int cuda_tuned_map(const struct cuda_device *dev, struct cuda_map *map, cuda_add
                    bool swizzled);
 
 // Describes images of bf16, channels innermost (`sizes`: channels, width, height, images; multiples
-// of 8 channels), and how a convolution meets them: boxes of 64 or 32 `channels` of `count` pixels,
+// of 8 channels), and how a convolution meets them: boxes of 64 channels of `count` pixels,
 // swizzled as above, of those where the kernel can begin, from (-before[0], -before[1]) on, up to
 // after[0] and after[1] beyond the last (both x, then y), `stride` apart. False where that is out
 // of the engine's bounds.
 bool cuda_tuned_pixel_map(const struct cuda_device *dev, struct cuda_map *map, cuda_address address,
                           const int sizes[4], const int before[2], const int after[2], int stride,
-                          int channels, int count);
+                          int count);
 
 // The images that have code for a device of this compute capability (90 for 9.0): "attention,
 // fused".

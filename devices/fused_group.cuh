@@ -121,27 +121,33 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     group_sums<4>(a, chunk);
 }
 
-// total[image, 2, channels] = weight / std | mean. A warp takes a group of an image.
-extern "C" __global__ void __launch_bounds__(4 * WARP)
+// total[image, 2, channels] = weight / std | mean. A block takes a group of an image.
+extern "C" __global__ void __launch_bounds__(THREADS)
     group_norm_totals(const __grid_constant__ group_norm_forward a, int chunk, int chunks)
 {
-    const int lane = threadIdx.x % WARP, group = blockIdx.x * 4 + threadIdx.x / WARP;
+    __shared__ moments shared[WARPS];
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, group = blockIdx.x;
     const int per = a.channels / a.groups;
-    if (group >= a.groups)
-        return;
     const float2 *partial =
         static_cast<const float2 *>(a.partial) + (size_t)blockIdx.y * chunks * a.groups + group;
     moments all = {};
-    for (int i = lane; i < chunks; i += WARP) {
+#pragma unroll 4
+    for (int i = threadIdx.x; i < chunks; i += THREADS) {
         const float2 part = partial[(size_t)i * a.groups];
         const int pixels = min(chunk, a.pixels - i * chunk);
         all = join(all, {(float)pixels * (float)per, part.x, part.y});
     }
     all = join_lanes(all);
+    if (lane == 0)
+        shared[warp] = all;
+    __syncthreads();
+    all = shared[0];
+    for (int w = 1; w < WARPS; w++)
+        all = join(all, shared[w]);
     const float scale = rsqrtf(all.squares / all.count + a.eps);
     const float *weight = static_cast<const float *>(a.weight);
     float *total = static_cast<float *>(a.total) + (size_t)blockIdx.y * 2 * a.channels;
-    for (int c = group * per + lane; c < (group + 1) * per; c += WARP) {
+    for (int c = group * per + threadIdx.x; c < (group + 1) * per; c += THREADS) {
         total[c] = scale * weight[c];
         total[a.channels + c] = all.mean;
     }

@@ -1,5 +1,5 @@
-// Pooling over windows of 3 x 3 (op_pool). A thread makes eight channels of OUTS pixels side by side,
-// so that it reads most pixels once for all windows that they lie in.
+// Pooling over windows of 3 x 3 (op_pool). A thread makes eight channels of OUTS pixels side by
+// side, so that it reads most pixels once for all windows that they lie in.
 #include "devices/fused.cuh"
 
 template <int STRIDE, bool MAXIMUM> INLINE void pool_3x3(const pool_forward &a)

@@ -217,14 +217,6 @@ template <bool ACROSS> __device__ __forceinline__ uint64_t descriptor(uint32_t a
 // What a descriptor grows by for the next 16 of k.
 template <bool ACROSS> constexpr int DESCRIPTOR_STEP = (ACROSS ? 16 * 128 : 16 * 2) >> 4;
 
-// The same for rows of 64 bytes (32 elements of a row), with the 64-byte swizzle: eight rows to
-// 512.
-__device__ __forceinline__ uint64_t narrow_descriptor(uint32_t address)
-{
-    return (uint64_t)((address & 0x3ffff) >> 4) | (uint64_t)1 << 16 | (uint64_t)(512 >> 4) << 32 |
-           (uint64_t)2 << 62;
-}
-
 __device__ __forceinline__ void wgmma_begin()
 {
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");

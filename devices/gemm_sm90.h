@@ -14,8 +14,8 @@ enum {
 };
 
 // What A of a product is that is a convolution: a row of it holds what the kernel meets of x at one
-// pixel of y, tap by tap (ky, kx), 64 channels (narrow: 32) `chunks` times for each, zeros behind
-// the last, up to a multiple of 64. B is [n, taps, channels].
+// pixel of y, tap by tap (ky, kx), 64 channels `chunks` times for each, zeros behind the last: k =
+// taps * chunks * 64. B is [n, taps, channels].
 //
 // Doubled (a kernel of 3 x 3 on pixels that count four times): the four pixels of y at one pixel of
 // x meet 2 x 2 pixels of x each, with weights that are sums of the kernel's. They are four groups
@@ -25,7 +25,7 @@ struct gemm_sm90_pixels {
     int stride, left, top; // the first pixel of y meets x from (-left, -top)
     int taps, kernel_w, chunks;
     int pitch; // elements from one row of C to the next, where that is bf16
-    int relu, doubled, narrow;
+    int relu, doubled;
 };
 
 // A product C[m,n] = op(A) op(B) as a kernel sees it; see struct gemm. The matrices A and B, and

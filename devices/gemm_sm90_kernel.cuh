@@ -118,10 +118,7 @@ __device__ __forceinline__ void multiply_tile(float (&sum)[BLOCKS][WIDTH / 2], c
         barrier_wait(s.full + 8 * at.stage, at.phase);
         if (K::RAGGED_K && length - k < DEPTH)
             clear_tail<WIDTH>(stage, length - k);
-        if constexpr (K::CHANNELS < DEPTH)
-            multiply_narrow<WIDTH>(sum, stage, k);
-        else
-            multiply_stage<K, WIDTH>(sum, stage, k);
+        multiply_stage<K, WIDTH>(sum, stage, k);
         wgmma_wait<1>();
         release(s, done);
         done = at.stage;

@@ -11,9 +11,9 @@ namespace
 
 // ---- loading ------------------------------------------------------------------------------------
 
-// Where a tile's first row meets x with the kernel's first tap; and the tap and channels that are
-// next, CHANNELS of them. Behind the last tap are channels that x does not have: zeros.
-template <int CHANNELS> struct walk {
+// Where a tile's first row meets x with the kernel's first tap; and the tap and channels of a
+// stage.
+struct walk {
     int x, y, image;
     int channel, kx, ky, tap;
 
@@ -21,22 +21,22 @@ template <int CHANNELS> struct walk {
     {
         const gemm_sm90_pixels &g = p.pixels;
         const int row = t.row - t.group * (p.m / p.groups), line = row / g.width;
-        const int piece = t.k / CHANNELS;
+        const int stage = t.k / DEPTH;
         image = line / g.height;
         x = (row - line * g.width) * g.stride - g.left;
         y = (line - image * g.height) * g.stride - g.top;
-        tap = piece / g.chunks;
-        channel = (piece - tap * g.chunks) * CHANNELS;
+        tap = stage / g.chunks;
+        channel = (stage - tap * g.chunks) * DEPTH;
         ky = tap / g.kernel_w;
         kx = tap - ky * g.kernel_w;
     }
     __device__ __forceinline__ void next(const gemm_sm90_pixels &g)
     {
-        channel += CHANNELS;
-        if (channel < g.chunks * CHANNELS)
+        channel += DEPTH;
+        if (channel < g.chunks * DEPTH)
             return;
-        if (++tap < g.taps)
-            channel = 0;
+        channel = 0;
+        tap++;
         if (++kx == g.kernel_w) {
             kx = 0;
             ky++;
@@ -54,41 +54,18 @@ __device__ __forceinline__ void load_pixels(const shared &s, const tensor_map *a
     const int items = of.whole + of.rest * of.parts;
     for (int i = blockIdx.x; i < items; i += gridDim.x) {
         const tile t = find_tile<K>(s, p, of, i, &group);
-        walk<K::CHANNELS> w;
+        walk w;
         w.begin(p, t);
-        for (int k = 0; k < t.length; k += DEPTH, at.next()) {
+        for (int k = 0; k < t.length; k += DEPTH, at.next(), w.next(p.pixels)) {
             const uint32_t to = s.stages + at.stage * K::STAGE, full = s.full + 8 * at.stage;
             barrier_wait(s.empty + 8 * at.stage, at.phase ^ 1);
             barrier_expect(full, K::STAGE);
-#pragma unroll
-            for (int piece = 0; piece < DEPTH; piece += K::CHANNELS, w.next(p.pixels)) {
-                load_pixel_box(to + ROWS * piece * 2, a, full, w.channel, w.x, w.y, w.image,
-                               w.kx + t.group % 2, w.ky + t.group / 2);
-                load_box(to + (ROWS * DEPTH + WIDTH * piece) * 2, b, full, w.channel,
-                         w.tap + t.group * p.pixels.taps, t.column);
-            }
+            load_pixel_box(to, a, full, w.channel, w.x, w.y, w.image, w.kx + t.group % 2,
+                           w.ky + t.group / 2);
+            load_box(to + ROWS * DEPTH * 2, b, full, w.channel, w.tap + t.group * p.pixels.taps,
+                     t.column);
         }
     }
-}
-
-// multiply_stage() for a stage of two pieces of 32 channels.
-template <int WIDTH>
-__device__ __forceinline__ void multiply_narrow(float (&sum)[BLOCKS][WIDTH / 2], uint32_t stage,
-                                                int add)
-{
-    constexpr int PIECE = DEPTH / 2;
-    const uint64_t a = narrow_descriptor(stage), b = narrow_descriptor(stage + ROWS * DEPTH * 2);
-    wgmma_begin();
-#pragma unroll
-    for (int step = 0; step < DEPTH / 16; step++)
-#pragma unroll
-        for (int i = 0; i < BLOCKS; i++) {
-            const int piece = step / 2, across = step % 2 * 32;
-            wgmma<WIDTH, false, false>::run(
-                sum[i], a + ((piece * ROWS * PIECE * 2 + i * 64 * PIECE * 2 + across) >> 4),
-                b + ((piece * WIDTH * PIECE * 2 + across) >> 4), add | step);
-        }
-    wgmma_commit();
 }
 
 // ---- the way out --------------------------------------------------------------------------------

@@ -17,16 +17,14 @@ typedef __nv_bfloat16 bf16;
 constexpr int ROWS = GEMM_SM90_ROWS, DEPTH = GEMM_SM90_DEPTH;
 constexpr int BLOCKS = ROWS / 64;     // of the rows that one wgmma takes
 constexpr int BLOCK = 64 * DEPTH * 2; // bytes of 64 columns of a matrix that runs across
-// Which of A and B run along k: both, A, none; CONV: both, and A is pixels (gemm_sm90_pixels.cuh),
-// with 64 channels of one tap in a stage, or NARROW, 32 channels of each of two.
-enum form { NT, NN, TN, CONV, CONV_NARROW };
+// Which of A and B run along k: both, A, none; CONV: both, and A is pixels (gemm_sm90_pixels.cuh).
+enum form { NT, NN, TN, CONV };
 enum finish { TO_BF16, TO_F32, SWIGLU_FWD, SWIGLU_BWD };
 
 // How a kernel is made up.
 template <form FORM, finish FINISH, int WIDTH> struct kernel {
     static constexpr bool ACROSS_A = FORM == TN, ACROSS_B = FORM == NN || FORM == TN;
-    static constexpr bool RAGGED_K = FORM == TN, PIXELS = FORM == CONV || FORM == CONV_NARROW;
-    static constexpr int CHANNELS = FORM == CONV_NARROW ? 32 : 64; // of a tap, in a stage
+    static constexpr bool RAGGED_K = FORM == TN, PIXELS = FORM == CONV;
     static constexpr int STRIPS = FINISH == SWIGLU_BWD ? GEMM_SM90_STRIPS : 0; // of g | u a warp
     static constexpr int STAGES = GEMM_SM90_STAGES(WIDTH, STRIPS);
     static constexpr bool DIVIDES = FINISH == TO_BF16 || FINISH == TO_F32; // tiles along k

@@ -14,7 +14,6 @@ enum {
     CONV_TILE = 128,           // rows and columns of the products' tiles on GPUs
     CONV_BLOCK_CPU = 4 << 20,  // bytes of gathered pixels at a time
     CONV_BLOCK_GPU = 64 << 20, // more where one product would not occupy the whole device
-    CONV_BLOCK_ROWS = 1 << 19, // most rows of a block: groups along y are limited
     SCORES_ROWS = 1024,        // queries at a time in op_attention_single
 };
 
@@ -85,7 +84,6 @@ static int64_t conv_block(const struct context *c, const struct conv_plan *p, in
         cover((int64_t)c->dev->info.compute_units, cover(p->out, CONV_TILE)) * CONV_TILE;
     if (!c->dev->cpu_forms && rows < wave)
         rows = wave;
-    rows = rows > CONV_BLOCK_ROWS ? CONV_BLOCK_ROWS : rows;
     rows = cover(p->rows, cover(p->rows, rows < 1 ? 1 : rows)); // even blocks
     return cover(rows, multiple) * multiple;
 }
@@ -122,9 +120,9 @@ static int gather(struct context *c, struct tensor *out, const struct tensor *x,
                   const struct conv *g, const struct conv_plan *p, int64_t first)
 {
     const int64_t rows = out->shape[0], chunk = op_chunk(c, rows, 1, 256);
-    const int64_t across = c->dev->cpu_forms ? cover(rows, chunk) : cover(p->pitch, 4 * 64);
-    const int64_t down = c->dev->cpu_forms ? 1 : cover(rows, CONV_ROWS);
-    return LAUNCH(c, FORM(c, conv_gather), across, down, 1, BUF(out), BUF(x), INT(p->channels),
+    const int64_t groups =
+        c->dev->cpu_forms ? cover(rows, chunk) : cover(cover(rows, CONV_ROWS) * (p->pitch / 4), 64);
+    return LAUNCH(c, FORM(c, conv_gather), groups, 1, 1, BUF(out), BUF(x), INT(p->channels),
                   INT(g->height), INT(g->width), INT(p->out_height), INT(p->out_width),
                   INT(g->kernel_h), INT(g->kernel_w), INT(g->stride), INT(g->top), INT(g->left),
                   INT(g->doubled), UINT(first), UINT(rows), UINT(chunk));
@@ -145,7 +143,7 @@ static int conv_accelerated(struct context *c, struct tensor *y, int64_t first, 
                             const struct tensor *bias, const struct conv *g)
 {
     const int64_t channels = x->shape[1], out = w->shape[0];
-    if (c->dev->cpu_forms || w->dtype != BF16 || c->dev->act != BF16)
+    if (c->dev->cpu_forms || !c->dev->api->accelerate || w->dtype != c->dev->act)
         return NOT_MINE;
     op_want_space(c, CONV_SPACE + (g->doubled ? (size_t)(32 * channels * out) : 0));
     const struct convolution a = {.y = y->mem,
@@ -352,9 +350,9 @@ int op_softmax(struct context *c, struct tensor *p, const struct tensor *s, floa
     return LAUNCH(c, KERNEL_softmax_rows, rows, 1, 1, BUF(p), BUF(s), INT(columns), FLOAT(scale));
 }
 
-// What op_attention_single works on: keys and values of one image, a block of queries and of outputs,
-// their scores and probabilities. Scores and probabilities are scratch; so are the others, as copies,
-// where rows of an image do not begin where a view may.
+// What op_attention_single works on: keys and values of one image, a block of queries and of
+// outputs, their scores and probabilities. Scores and probabilities are scratch; so are the others,
+// as copies, where rows of an image do not begin where a view may.
 enum { AT_KEYS, AT_VALUES, AT_QUERIES, AT_OUTPUTS, AT_SCORES, AT_SHARES, AT_COUNT };
 struct attention_blocks {
     int64_t tokens, width, block;

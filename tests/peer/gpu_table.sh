@@ -26,3 +26,5 @@ for precision in bf16 f32; do # features of images, beside PyTorch
     python3 "$here/peer_inception.py" "$out/inception-$precision.json" 32 128 $([ $precision = f32 ] && echo --f32)
     "$1/ditmoe" bench inception --device cuda:0 --precision $precision --batch 32,128 --compare "$out/inception-$precision.json"
 done
+python3 "$here/peer_vae.py" "$out/vae.json" # and decoding
+"$1/ditmoe" bench vae --device cuda:0 --precision bf16 --batch 1,4,16 --image-size 256,512 --compare "$out/vae.json"
