@@ -264,6 +264,11 @@ works "resume to 6" "$ditmoe" train --resume --steps 6 --out halves
 check "resumed checkpoint is the same to the bit" cmp whole/step-00000006.safetensors halves/step-00000006.safetensors
 untimed() { cut -d, -f1-6,9- "$1"; }
 check "resumed log is the same but for times" cmp <(untimed whole/log.csv) <(untimed halves/log.csv)
+cp -r halves older
+rm older/step-00000006.safetensors
+sed -i '1s/loss/lost/' older/log.csv
+works "resume where the log has other columns" "$ditmoe" train --resume --steps 4 --out older
+check "the old one is kept" bash -c "head -n 1 older/log.csv.old | grep -q lost && head -n 1 older/log.csv | grep -q loss"
 works "resume with nothing left to do" "$ditmoe" train --resume --out halves
 check "says that all is done" grep -q "done already" err
 fails 1 "an old run is not overwritten" "holds a run already: continue it with --resume" "${train[@]}" --out halves

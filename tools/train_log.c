@@ -58,8 +58,8 @@ static size_t rows_until(const char *text, int64_t step)
     return (size_t)(kept - text);
 }
 
-// Keeps the rows of an earlier run up to `step`; a log that is not there or has other columns is
-// replaced.
+// Keeps the rows of an earlier run up to `step`; a log with other columns, of another version,
+// becomes log.csv.old.
 static int log_cut(const char *path, const char *header, int64_t step)
 {
     size_t bytes = 0, n = strlen(header);
@@ -68,6 +68,12 @@ static int log_cut(const char *path, const char *header, int64_t step)
     if (same) {
         bytes = rows_until(text, step);
     } else {
+        char old[4200];
+        snprintf(old, sizeof old, "%s.old", path);
+        if (text && bytes && rename(path, old) < 0) {
+            free(text);
+            return fail(ERR_IO, "%s: cannot be renamed: %s", path, strerror(errno));
+        }
         free(text);
         text = malloc(n + 2);
         if (!text)
