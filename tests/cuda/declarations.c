@@ -65,6 +65,7 @@ EQUAL(offsetof(cuda_launch_config, shared), offsetof(CUlaunchConfig, sharedMemBy
 EQUAL(offsetof(cuda_launch_config, stream), offsetof(CUlaunchConfig, hStream));
 EQUAL(offsetof(cuda_launch_config, attributes), offsetof(CUlaunchConfig, attrs));
 EQUAL(offsetof(cuda_launch_config, count), offsetof(CUlaunchConfig, numAttrs));
+EQUAL(sizeof(cuda_ipc_memory), sizeof(CUipcMemHandle));
 EQUAL(CUDA_MAP_BF16, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16);
 EQUAL(CUDA_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_SWIZZLE_NONE);
 EQUAL(CUDA_MAP_SWIZZLE_128, CU_TENSOR_MAP_SWIZZLE_128B);
@@ -77,6 +78,7 @@ EQUAL(CUDA_FUNCTION_MAX_SHARED, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES)
 // cuda.h names the current version of a function by a macro; the symbol we look up must be the one
 // whose type is compared. cuEventElapsedTime is left out: its two versions have the same type.
 #define cuda_launch_config CUlaunchConfig // our names become the driver's own
+#define cuda_ipc_memory CUipcMemHandle
 #define TEXT_OF(name) #name
 #define TEXT(name) TEXT_OF(name)
 #define CHECK(field, function, symbol, parameters)                      \
