@@ -276,8 +276,10 @@ static struct gemm_sm90 arguments(const struct cuda_device *dev, const struct ge
 size_t cuda_gemm_sm90_space(const struct cuda_device *dev, const struct gemm *g)
 {
     const struct way way = choose(dev, g, kind_of(g), -1);
-    const size_t tile = sizeof(float) * GEMM_SM90_ROWS * (size_t)widths[way.w];
-    return way.divide ? tile * (size_t)units_of(dev) : 0;
+    const size_t row = sizeof(float) * GEMM_SM90_ROWS, units = (size_t)units_of(dev);
+    if (g->ragged != GEMM_PLAIN) // with fewer rows, as other ranks send them, another way may be chosen
+        return row * (size_t)widths[sizeof widths / sizeof *widths - 1] * units;
+    return way.divide ? row * (size_t)widths[way.w] * units : 0;
 }
 
 int cuda_gemm_sm90_norms(const struct cuda_device *dev, const struct gemm *g)

@@ -371,10 +371,10 @@ static int profile_round(struct subject *s, struct bench_profile *out)
 // ---- all rows -----------------------------------------------------------------------------------
 
 // Where one rank has not the memory, none goes on.
-static int agree(int code)
+static int agree(int code, bool alone)
 {
     bool failed;
-    if (code < 0 && code != ERR_NOMEM)
+    if (alone || (code < 0 && code != ERR_NOMEM))
         return code;
     TRY(exchange_any(ranks_exchange(), code < 0, &failed));
     return failed && code >= 0 ? fail(ERR_NOMEM, "another rank has not the memory") : code;
@@ -385,7 +385,7 @@ static int bench_one(struct subject *s, const struct step_settings *o, bool trai
                      FILE *table)
 {
     json_t *peers = json_array();
-    int code = agree(subject_open(s, train, o));
+    int code = agree(subject_open(s, train, o), o->alone);
     if (code >= 0)
         code = measure_beside_peer(s, o, train, peers);
     if (code >= 0)

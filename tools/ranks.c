@@ -473,23 +473,11 @@ int ranks_connect(const struct rank_options *o, struct device *dev, struct strea
         return 0;
     TRY(open_peers(o, dev));
     if (peers)
-        say("ranks: %d, all pairs by each other's memory\n", ranks_count());
+        say("ranks   %d: each other's memory, between all\n", ranks_count());
     if (peers && (!o->placement || !strcmp(o->placement, "uniform")))
         return 0; // nothing else asks how fast other roads are
     TRY(roads_open(exchange, dev, stream, (enum road_choice)o->fabric, &roads));
-    if (peers)
-        return 0;
-    double members = roads_members(roads);
-    TRY(exchange_sum(exchange, &members, 1)); // each member says how many: n squared
-    const int straight = (int)(sqrt(members) + 0.5), all = ranks_count();
-    if (straight == all)
-        say("ranks: %d, all pairs by NCCL\n", all);
-    else if (straight > 1)
-        say("ranks: %d, pairs among %d of them by NCCL, the others through the host and MPI\n", all,
-            straight);
-    else
-        say("ranks: %d, all pairs through the host and MPI\n", all);
-    return 0;
+    return peers ? 0 : ranks_say_roads(exchange, roads);
 }
 
 struct roads *ranks_roads(void)

@@ -65,6 +65,8 @@ int ranks_same(const void *data, size_t bytes, const char *what);
 int ranks_connect(const struct rank_options *o, struct device *dev, struct stream *stream);
 void ranks_disconnect(const struct device *dev);
 struct roads *ranks_roads(void); // NULL: none is straight
+// "ranks   3: NCCL 0-1; windows 0-2, 1-2" on rank 0's stderr. A collective call (ranks_roads.c).
+int ranks_say_roads(struct exchange *x, const struct roads *roads);
 
 // What a run does, as far as its placement and forecast depend on it.
 struct rank_work {
