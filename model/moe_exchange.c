@@ -5,6 +5,8 @@
 
 #include "runtime/window.h"
 
+enum { COUNTS_TAG = 32766 };
+
 // ---- who has what -------------------------------------------------------------------------------
 
 int moe_owner(const struct moe_exchange *m, int source, int layer, int expert)
@@ -67,6 +69,21 @@ static int make_layers(struct moe_exchange *m, const struct config *c, double he
     return 0;
 }
 
+static int find_apart(struct moe_exchange *m)
+{
+    bool any = false;
+    m->apart = calloc((size_t)m->ranks, sizeof *m->apart);
+    if (!m->apart)
+        return fail(ERR_NOMEM, "no host memory for %d ranks", m->ranks);
+    for (int r = 0; r < m->ranks; r++)
+        any |= m->apart[r] = placement_nothing(m->place, r);
+    if (!any) {
+        free(m->apart);
+        m->apart = NULL;
+    }
+    return 0;
+}
+
 static int make(struct moe_exchange *m, struct dit *d, const struct dit_ranks *o)
 {
     const struct config *c = &d->config;
@@ -92,6 +109,7 @@ static int make(struct moe_exchange *m, struct dit *d, const struct dit_ranks *o
         m->first_image += r < m->rank ? o->placement->share[r] : 0;
     }
     BUG_IF(o->placement->share[m->rank] * o->copies != d->options.batch);
+    TRY(find_apart(m));
     TRY(make_layers(m, c, o->headroom));
     return transfers_new(m->exchange, &m->transfers);
 }
@@ -131,7 +149,7 @@ void moe_exchange_free(struct moe_exchange *m)
     transfers_free(m->transfers);
     peer_windows_free(m->windows);
     window_close(m->out), window_close(m->in);
-    free(m->tokens), free(m->layers), free(m->served), free(m->numbers);
+    free(m->apart), free(m->tokens), free(m->layers), free(m->served), free(m->numbers);
     free(m->own_at), free(m->served_at);
     free(m);
 }
@@ -169,7 +187,9 @@ static int open_windows(struct dit *d)
     if (m->out || !m->by_host)
         return 0;
     TRY(window_open(m->exchange, c->dev, c->stream, own, &m->out));
-    return window_open(m->exchange, c->dev, c->stream, m->in_bytes, &m->in);
+    TRY(window_open(m->exchange, c->dev, c->stream, m->in_bytes, &m->in));
+    window_apart(m->out, m->apart), window_apart(m->in, m->apart);
+    return 0;
 }
 
 // The shared expert's work comes between sending rows and the experts' work on them, in the
@@ -293,6 +313,23 @@ static int write_fractions(struct dit *d, int layer)
     return tensor_write(&d->ctx, &r->fraction, fraction);
 }
 
+// all[ranks][E] from every rank's mine[E]; where some keep out, the others tell each other.
+static int gather_counts(struct moe_exchange *m, const int32_t *mine, int32_t *all)
+{
+    const int E = m->experts;
+    const size_t bytes = (size_t)E * sizeof *mine;
+    if (!m->apart)
+        return exchange_gather(m->exchange, mine, all, bytes);
+    memcpy(all + m->rank * E, mine, bytes);
+    for (int r = 0; r < m->ranks; r++) {
+        if (r == m->rank || m->apart[r] || m->apart[m->rank])
+            continue;
+        TRY(exchange_receive(m->transfers, all + r * E, bytes, r, COUNTS_TAG));
+        TRY(exchange_send(m->transfers, mine, bytes, r, COUNTS_TAG));
+    }
+    return exchange_wait(m->transfers);
+}
+
 static int exchange_counts(struct dit *d, int layer)
 {
     struct moe_exchange *m = d->moe;
@@ -306,7 +343,7 @@ static int exchange_counts(struct dit *d, int layer)
             mine[e] = m->numbers[e + 1] - m->numbers[e];
     }
     exchange_doing(m->exchange, "waiting for the counts of rows", layer);
-    TRY(exchange_gather(m->exchange, mine, y->counts, (size_t)E * sizeof *mine));
+    TRY(gather_counts(m, mine, y->counts));
     TRY(check_room(d, layer));
     TRY(write_fractions(d, layer));
     list_segments(m, layer);

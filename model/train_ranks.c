@@ -50,19 +50,11 @@ static int list_holders(const struct placement *p, int layer, int expert, int *l
     return count;
 }
 
-static bool has_nothing(const struct placement *p, int rank)
-{
-    bool none = rank > 0 && p->share[rank] == 0;
-    for (int l = 0; l < p->layers && none; l++)
-        none = placement_list(p, rank, l, NULL) == 0;
-    return none;
-}
-
 bool reduction_idle(const struct placement *p)
 {
     bool idle = false;
     for (int r = 1; r < p->ranks; r++)
-        idle = idle || has_nothing(p, r);
+        idle = idle || placement_nothing(p, r);
     return idle;
 }
 
@@ -70,7 +62,7 @@ static int list_busy(const struct placement *p, int *list)
 {
     int count = 0;
     for (int r = 0; r < p->ranks; r++)
-        if (!has_nothing(p, r))
+        if (!placement_nothing(p, r))
             list[count++] = r;
     return count;
 }
@@ -147,7 +139,7 @@ int reduction_new(struct trainer *t)
         return fail(ERR_NOMEM, "no host memory for a sum over ranks");
     r->exchange = ranks->exchange;
     r->roads = ranks->roads;
-    r->nothing = has_nothing(ranks->placement, exchange_rank(r->exchange));
+    r->nothing = placement_nothing(ranks->placement, exchange_rank(r->exchange));
     r->noise = malloc(tensor_bytes(&t->noise) + sizeof *r->noise);
     if (!r->noise)
         return fail(ERR_NOMEM, "no host memory for noise");

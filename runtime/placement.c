@@ -186,6 +186,14 @@ int placement_list(const struct placement *p, int rank, int layer, int *list)
     return count;
 }
 
+bool placement_nothing(const struct placement *p, int rank)
+{
+    bool none = rank > 0 && p->share[rank] == 0;
+    for (int l = 0; l < p->layers && none; l++)
+        none = placement_list(p, rank, l, NULL) == 0;
+    return none;
+}
+
 // ---- checking -----------------------------------------------------------------------------------
 
 static int check_ranks(const struct placement *p)

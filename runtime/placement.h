@@ -78,6 +78,10 @@ void placement_stream_whole(struct placement *p);
 // many.
 int placement_list(const struct placement *p, int rank, int layer, int *list);
 
+// Has the rank neither images nor experts? Such a rank keeps out of the exchange, of sums and
+// updates; never the first, which writes files.
+bool placement_nothing(const struct placement *p, int rank);
+
 // ERR_INPUT with one line that names the first thing that contradicts itself.
 int placement_check(const struct placement *p);
 // ERR_INPUT with one line when the placement is for another number of ranks or another model.

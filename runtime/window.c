@@ -24,6 +24,7 @@ struct window {
     int rank, ranks;
     bool all;
     struct view *views; // [ranks]
+    const bool *apart;  // [ranks] or NULL
 };
 
 // How another process finds a rank's memory.
@@ -198,10 +199,16 @@ int window_give(struct window *w, int rank, size_t at, struct mem *dst, size_t o
     return w->dev->api->write_begin(w->stream, dst, offset, w->views[rank].at + at, bytes);
 }
 
+void window_apart(struct window *w, const bool *apart)
+{
+    w->apart = apart;
+}
+
 int window_meet(struct window *w, struct transfers *t)
 {
     for (int r = 0; r < w->ranks; r++) {
-        if (r == w->rank || !w->views[r].at)
+        const bool apart = w->apart && (w->apart[r] || w->apart[w->rank]);
+        if (r == w->rank || !w->views[r].at || apart)
             continue;
         TRY(exchange_receive(t, &w->views[r].heard, 1, r, MEETING_TAG));
         TRY(exchange_send(t, &w->views[r].said, 1, r, MEETING_TAG));

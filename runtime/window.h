@@ -35,6 +35,10 @@ int window_done(struct window *w);
 int window_give(struct window *w, int rank, size_t at, struct mem *dst, size_t offset,
                 size_t bytes);
 
+// Ranks that keep out of meetings from now on, [ranks], NULL: none; if this one is among them it
+// meets nobody.
+void window_apart(struct window *w, const bool *apart);
+
 // Tells all ranks that see this one's memory that it is ready, and expects the same of them; done
 // when the set is.
 int window_meet(struct window *w, struct transfers *t);

@@ -25,10 +25,11 @@ int calibrate_device(struct device *dev, struct stream *stream, const struct cal
 int calibrate_pairs(struct exchange *x, struct roads *roads, struct device *dev,
                     struct stream *stream, struct rates *rates);
 
-// Real steps of each rank alone and of every pair, an image each, for what they take beside the
-// work that is counted (struct link_rate). Collective; the rates of all devices and roads must be
-// known on rank 0.
+// Real steps of each rank (devices [ranks]) alone and of every pair, an image each, for what they
+// take beside the work that is counted (struct link_rate). Collective; the rates of all devices and
+// roads must be known on rank 0.
 int calibrate_steps(struct exchange *x, struct device *dev, struct stream *stream,
-                    const struct calibrate_settings *o, int experts, struct rates *rates);
+                    const struct calibrate_settings *o, int experts, struct device_rates *devices,
+                    struct rates *rates);
 
 #endif

@@ -9,6 +9,8 @@
 #include "tools/bench_step.h"
 
 enum { SHALLOW = 1, DEEP = 3, BUSY = 8 }; // layers; characters of a rank in a placement
+enum { MANY = 64, FEW = 8 };              // images of a GPU and a CPU
+static const double MOST = 5;             // times as long as forecast is not believed
 
 // "1:0:1/4:0:4": ranks a and b have an image each and the experts between them.
 static void name_placement(int ranks, int a, int b, int experts, char *out, size_t size)
@@ -37,7 +39,7 @@ static int time_step(struct device *dev, struct stream *stream, const struct cal
     FILE *nowhere = fopen("/dev/null", "w");
     snprintf(batch, sizeof batch, "%d", images);
     s.overrides.layers = layers;
-    s.rounds = 7;
+    s.rounds = 5;
     s.steps = 4;
     s.what = train ? 1 : 2;
     s.ranks.placement = placement;
@@ -53,17 +55,63 @@ static int time_step(struct device *dev, struct stream *stream, const struct cal
     return code;
 }
 
+// Seconds of a layer, and of what is beside the layers; and what the forecast says of these.
+struct times {
+    double layer, rest, forecast_layer, forecast_rest;
+};
+
 static int measure(struct device *dev, struct stream *stream, const struct calibrate_settings *o,
-                   const char *placement, int images, bool train, struct link_rate *out)
+                   const char *placement, int images, bool train, struct times *t)
 {
     double shallow, deep, less, more;
     TRY(time_step(dev, stream, o, placement, images, SHALLOW, train, &shallow, &less));
     TRY(time_step(dev, stream, o, placement, images, DEEP, train, &deep, &more));
-    if (less <= 0 || more <= 0) // no forecast: of another machine, whose cache is not ours
-        return 0;
-    const double layer = (deep - shallow - (more - less)) / (DEEP - SHALLOW);
-    out->layer[train] = fmax(layer, 1e-9);
-    out->step[train] = fmax(shallow - less - SHALLOW * fmax(layer, 0), 1e-9);
+    t->layer = (deep - shallow) / (DEEP - SHALLOW);
+    t->rest = shallow - SHALLOW * t->layer;
+    t->forecast_layer = (more - less) / (DEEP - SHALLOW);
+    t->forecast_rest = less - SHALLOW * t->forecast_layer;
+    return 0;
+}
+
+static const double LITTLE = 1e-9; // seconds: measured, and next to nothing
+
+static void beside(const struct times *t, double scale, bool train, struct link_rate *out)
+{
+    out->layer[train] = fmax(t->layer - scale * t->forecast_layer, LITTLE);
+    out->step[train] = fmax(t->rest - t->forecast_rest, LITTLE);
+}
+
+// One rank at work, with one image and with many: the difference says how much longer its work
+// takes than the forecast has it, what is left of one image's time is beside all work.
+static int measure_alone(struct device *dev, struct stream *stream,
+                         const struct calibrate_settings *o, int experts, int rank, int ranks,
+                         char *placement, size_t size, struct device_rates *rates,
+                         struct link_rate *out)
+{
+    const int many = rates->pci[0] ? MANY : FEW; // a CPU has no place on PCI
+    for (int train = 0; train < 2; train++) {
+        struct times one, all;
+        name_placement(ranks, rank, rank, experts, placement, size);
+        TRY(measure(dev, stream, o, placement, 1, train, &one));
+        TRY(measure(dev, stream, o, placement, many, train, &all));
+        const double work = all.forecast_layer - one.forecast_layer;
+        double scale = work > 0 ? (all.layer - one.layer) / work : 1;
+        scale = scale > MOST ? MOST : scale > 1 / MOST ? scale : 1;
+        *(train ? &rates->train : &rates->sample) *= scale;
+        beside(&one, scale, train, out);
+    }
+    return 0;
+}
+
+static int measure_pair(struct device *dev, struct stream *stream,
+                        const struct calibrate_settings *o, const char *placement,
+                        struct link_rate *out)
+{
+    for (int train = 0; train < 2; train++) {
+        struct times t;
+        TRY(measure(dev, stream, o, placement, 2, train, &t));
+        beside(&t, 1, train, out);
+    }
     return 0;
 }
 
@@ -82,40 +130,57 @@ static int store(struct rates *rates, const char *from, const char *to, const st
     return rates_put_link(rates, from, to, road);
 }
 
-int calibrate_steps(struct exchange *x, struct device *dev, struct stream *stream,
-                    const struct calibrate_settings *o, int experts, struct rates *rates)
+static int store_both(struct rates *rates, const char *a, const char *b,
+                      const struct link_rate *new)
+{
+    TRY(store(rates, a, b, new));
+    return store(rates, b, a, new);
+}
+
+// The forecasts of the steps to come read what is stored.
+static int publish(struct exchange *x, const struct rates *rates)
+{
+    if (exchange_node_rank(x) == 0)
+        rates_store(rates);
+    return exchange_barrier(x);
+}
+
+static int all_steps(struct exchange *x, struct device *dev, struct stream *stream,
+                     const struct calibrate_settings *o, int experts, struct device_rates *devices,
+                     char (*names)[160], char *placement, size_t size, struct rates *rates)
 {
     const int ranks = exchange_ranks(x);
-    const struct link_rate none = {.layer = {1e-9, 1e-9}, .step = {1e-9, 1e-9}};
-    const size_t size = (size_t)ranks * 2 * BUSY;
-    char mine[160], (*all)[160] = calloc((size_t)ranks, sizeof *all), *placement = malloc(size);
-    rates_identity(&dev->info, mine);
-    int code = all && placement ? exchange_gather(x, mine, all, sizeof mine)
-                                : fail(ERR_NOMEM, "no host memory for %d ranks", ranks);
-    for (int a = 0; a < ranks && code >= 0; a++)
-        for (int b = a; b < ranks && code >= 0; b++) {
-            code = store(rates, all[a], all[b], &none);
-            if (code >= 0)
-                code = store(rates, all[b], all[a], &none);
-        }
-    if (exchange_node_rank(x) == 0 && code >= 0)
-        rates_store(rates); // the forecasts of these steps read it
-    code = code >= 0 ? exchange_barrier(x) : code;
-    struct link_rate *found = calloc((size_t)(ranks * ranks), sizeof *found);
-    code = code >= 0 && !found ? fail(ERR_NOMEM, "no host memory for %d ranks", ranks) : code;
+    struct link_rate found = {.layer = {LITTLE, LITTLE}, .step = {LITTLE, LITTLE}};
     for (int a = 0; a < ranks; a++)
         for (int b = a; b < ranks; b++)
-            for (int train = 0; train < 2 && code >= 0; train++) {
-                name_placement(ranks, a, b, experts, placement, size);
-                code = measure(dev, stream, o, placement, a == b ? 1 : 2, train,
-                               &found[a * ranks + b]);
-            }
-    for (int a = 0; a < ranks; a++) // of alike devices what a pair takes counts, not one alone
-        for (int b = a; b < ranks && code >= 0; b++) {
-            code = store(rates, all[a], all[b], &found[a * ranks + b]);
-            if (code >= 0)
-                code = store(rates, all[b], all[a], &found[a * ranks + b]);
+            TRY(store_both(rates, names[a], names[b], &found));
+    TRY(publish(x, rates));
+    for (int a = 0; a < ranks; a++) {
+        TRY(measure_alone(dev, stream, o, experts, a, ranks, placement, size, &devices[a], &found));
+        TRY(rates_put(rates, &devices[a]));
+        TRY(store(rates, names[a], names[a], &found));
+    }
+    TRY(publish(x, rates));
+    for (int a = 0; a < ranks; a++)
+        for (int b = a + 1; b < ranks; b++) { // of alike devices: in place of what one alone takes
+            name_placement(ranks, a, b, experts, placement, size);
+            TRY(measure_pair(dev, stream, o, placement, &found));
+            TRY(store_both(rates, names[a], names[b], &found));
         }
-    free(found), free(all), free(placement);
+    return 0;
+}
+
+int calibrate_steps(struct exchange *x, struct device *dev, struct stream *stream,
+                    const struct calibrate_settings *o, int experts, struct device_rates *devices,
+                    struct rates *rates)
+{
+    const size_t ranks = (size_t)exchange_ranks(x), size = ranks * 2 * BUSY;
+    char mine[160], (*names)[160] = calloc(ranks, sizeof *names), *placement = malloc(size);
+    rates_identity(&dev->info, mine);
+    int code = names && placement ? exchange_gather(x, mine, names, sizeof mine)
+                                  : fail(ERR_NOMEM, "no host memory for %zu ranks", ranks);
+    if (code >= 0)
+        code = all_steps(x, dev, stream, o, experts, devices, names, placement, size, rates);
+    free(names), free(placement);
     return code;
 }

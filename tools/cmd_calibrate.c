@@ -74,7 +74,7 @@ static void print_links(const struct rates *r)
 // All ranks know the rates of all; roads, and steps on several ranks, which are forecast from
 // these.
 static int measure_together(const struct calibrate_settings *o, const struct session *s,
-                            int experts, struct rates *rates, const struct device_rates *mine)
+                            int experts, struct rates *rates, struct device_rates *mine)
 {
     struct exchange *x = ranks_exchange();
     struct device_rates *all = calloc((size_t)ranks_count(), sizeof *all);
@@ -82,10 +82,16 @@ static int measure_together(const struct calibrate_settings *o, const struct ses
                    : fail(ERR_NOMEM, "no host memory for %d ranks", ranks_count());
     for (int r = 0; code >= 0 && r < ranks_count(); r++)
         code = rates_put(rates, &all[r]);
-    free(all);
     if (code >= 0)
         code = calibrate_pairs(x, ranks_roads(), s->dev, s->stream, rates);
-    return code < 0 ? code : calibrate_steps(x, s->dev, s->stream, o, experts, rates);
+    if (code >= 0)
+        code = calibrate_steps(x, s->dev, s->stream, o, experts, all, rates);
+    if (code >= 0) // rank 0 has made them better
+        code = exchange_broadcast(x, all, (size_t)ranks_count() * sizeof *all, 0);
+    if (code >= 0)
+        *mine = all[ranks_number()];
+    free(all);
+    return code;
 }
 
 // Devices are measured one after the other, for they may share cores; those that do, CPUs of one

@@ -285,6 +285,9 @@ int train_ranks_move(struct train_ranks *r, const struct rank_plan *now, uint64_
         return fail(ERR_INPUT,
                     "--replan: this placement has experts in host memory; with --offload N "
                     "they may move");
+    // ranks that keep out of the exchange know of no load
+    TRY(exchange_broadcast(ranks_exchange(), r->load,
+                           (size_t)p->layers * (size_t)p->experts * sizeof *r->load, 0));
     TRY(ranks_replan(now, p->batch, now->ranks.copies, next));
     if (at_random(&next->placement, seed, step)) {
         *moved = true;
