@@ -277,7 +277,7 @@ size_t cuda_gemm_sm90_space(const struct cuda_device *dev, const struct gemm *g)
 {
     const struct way way = choose(dev, g, kind_of(g), -1);
     const size_t row = sizeof(float) * GEMM_SM90_ROWS, units = (size_t)units_of(dev);
-    if (g->ragged != GEMM_PLAIN) // with fewer rows, as other ranks send them, another way may be chosen
+    if (g->ragged != GEMM_PLAIN) // with fewer rows, as ranks send them, the way may be another
         return row * (size_t)widths[sizeof widths / sizeof *widths - 1] * units;
     return way.divide ? row * (size_t)widths[way.w] * units : 0;
 }

@@ -47,7 +47,7 @@ struct moe_exchange {
     struct transfers *transfers;
     struct window *out, *in; // host: a->rows and the served rows, laid out as on the device
     size_t in_bytes;
-    bool *apart;      // [ranks] which have neither images nor experts, NULL: none. They keep out of all
+    bool *apart;      // [ranks] keep out: have neither images nor experts; NULL: none does
     bool by_host;                // not every rank is reached straight
     int32_t *numbers;            // host scratch [E+1]
     int64_t *own_at, *served_at; // host scratch [ranks]

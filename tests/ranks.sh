@@ -97,6 +97,12 @@ for case in "unequal 3" "empty 3" "first 2" "idle 3" "copies 2" "mixed 4"; do
     ranks "$2" "${train[@]}" --steps 50 --out "$1" --placement "$1.json"
     same "$2 ranks, placement $1" "$1" one 50
 done
+ranks 2 "${train[@]}" --steps 6 --out numbers --placement 4:2/3:1
+[ "$status" -eq 0 ] && grep -q '^plan    4:2/3:1: images 4:2, experts 6:2' err && ok "a placement in numbers" || bad "a placement in numbers" "status $status"
+ranks 2 "${train[@]}" --steps 6 --out no --placement 4:2/3:2
+complains "numbers that do not add up" "--placement 4:2/3:2: not the images of 2 ranks"
+DITMOE_CACHE=$work/empty ranks 2 "${train[@]}" --steps 6 --out no --placement cost
+complains "no rates" "the rates of rank 0 .* are not known; first run: ditmoe calibrate --device opencl:0,opencl:0"
 # by messages alone, as between machines: the same bits on two ranks, whose sums have one order
 for case in "uniform2 2" "copies 2" "mixed 4"; do
     set -- $case
