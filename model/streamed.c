@@ -98,6 +98,12 @@ static int view(struct dit *d, const struct tensor *buffer, int layer, struct ma
                      down->ndim, down->shape);
 }
 
+static size_t page_round(uint64_t bytes)
+{
+    const size_t page = (size_t)sysconf(_SC_PAGESIZE);
+    return ((size_t)bytes + page - 1) / page * page;
+}
+
 static int plan_buffers(struct dit *d)
 {
     struct streamed *s = d->streamed;
@@ -140,17 +146,12 @@ int streamed_plan(struct dit *d)
             s->piece_count++;
         }
     }
+    s->bytes += (uint64_t)s->piece_count * page_round(1); // each begins a page
     TRY(plan_buffers(d));
     return d->options.optimiser ? streamed_plan_update(d) : 0;
 }
 
 // ---- host memory --------------------------------------------------------------------------------
-
-static size_t page_round(uint64_t bytes)
-{
-    const size_t page = (size_t)sysconf(_SC_PAGESIZE);
-    return ((size_t)bytes + page - 1) / page * page;
-}
 
 // DITMOE_HOST_MEMORY=BYTES: as if there were no more, for tests.
 static uint64_t memory_of_host(void)
@@ -159,19 +160,44 @@ static uint64_t memory_of_host(void)
     return asked ? strtoull(asked, NULL, 10) : host_memory("");
 }
 
-static int take_memory(const struct dit *d)
+struct wish {
+    int32_t machine, padding;
+    uint64_t bytes;
+};
+
+// What the ranks of this machine want of its memory in all. A collective call.
+static int wanted_here(const struct dit *d, uint64_t *out)
+{
+    struct exchange *x = d->options.ranks ? d->options.ranks->exchange : NULL;
+    struct wish mine = {.bytes = d->streamed ? d->streamed->bytes : 0};
+    *out = mine.bytes;
+    if (!x)
+        return 0;
+    struct wish *all = calloc((size_t)exchange_ranks(x), sizeof *all);
+    if (!all)
+        return fail(ERR_NOMEM, "no host memory for %d ranks", exchange_ranks(x));
+    mine.machine = exchange_machine(x);
+    int code = exchange_gather(x, &mine, all, sizeof mine);
+    *out = 0;
+    for (int r = 0; r < exchange_ranks(x); r++)
+        *out += all[r].machine == mine.machine ? all[r].bytes : 0;
+    free(all);
+    return code;
+}
+
+// `have` and `wanted`: of the machine, before any of its ranks took some.
+static int take_memory(const struct dit *d, uint64_t have, uint64_t wanted)
 {
     struct streamed *s = d->streamed;
-    const uint64_t have = memory_of_host();
     const double gib = 1 << 30;
-    // the pieces are rounded up to pages
-    s->bytes += (uint64_t)s->piece_count * page_round(1);
-    if (s->bytes > have)
-        return fail(
-            ERR_NOMEM,
-            "experts of %d blocks need %.1f GiB of the host's memory, and %.1f GiB are free: "
-            "%.0f MiB are missing; stream fewer (--offload), or spread them over ranks",
-            s->count, (double)s->bytes / gib, (double)have / gib, mib(s->bytes - have));
+    if (wanted > have)
+        return fail(ERR_NOMEM,
+                    "experts of %d blocks need %.1f GiB of the host's memory%s, and %.1f GiB are "
+                    "free: %.0f MiB are missing; stream fewer (--offload), or spread them over "
+                    "more machines",
+                    s->count, (double)wanted / gib,
+                    wanted > s->bytes ? " with those of the machine's other ranks" : "",
+                    (double)have / gib, mib(wanted - have));
     void *at = mmap(NULL, (size_t)s->bytes, PROT_READ | PROT_WRITE,
                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (at == MAP_FAILED)
@@ -194,9 +220,7 @@ static void lock(const struct dit *d, unsigned char *at, size_t bytes)
 static int settle_in(struct dit *d)
 {
     struct streamed *s = d->streamed;
-    unsigned char *at;
-    TRY(take_memory(d));
-    at = s->memory;
+    unsigned char *at = s->memory;
     s->locked = calloc((size_t)s->piece_count, sizeof *s->locked);
     if (!s->locked)
         return fail(ERR_NOMEM, "no host memory for %d pieces", s->piece_count);
@@ -241,8 +265,12 @@ int streamed_commit(struct dit *d)
 {
     struct streamed *s = d->streamed;
     const struct backend *api = d->ctx.dev->api;
+    const uint64_t have = memory_of_host();
+    uint64_t wanted;
+    TRY(wanted_here(d, &wanted));
     if (!s)
         return 0;
+    TRY(take_memory(d, have, wanted));
     TRY(settle_in(d));
     s->layers = d->config.layers;
     s->dev = d->ctx.dev;

@@ -287,6 +287,9 @@ complains "copies do not move" "--replan: this placement has copies"
 place twice.json 2 '[4, 2]' '[{"ranks": [0], "owner": [[0, 0, 0, 0]], "home": ["ssss"]}, {"ranks": [1], "owner": [[1, 1, 1, 1]]}]'
 ranks 2 "${train[@]}" --out no --placement twice.json
 complains "copies in host memory" "lives in the host memory of a rank and has copies on others"
+DITMOE_HOST_MEMORY=1500000 ranks 2 "${train[@]}" --out no --offload 2 # enough for one of them
+complains "host memory for one rank of two" "with those of the machine's other ranks, .* are missing"
+rm -rf no
 ranks 2 "${train[@]}" --out stays --steps 3 --replan 1 --placement home.json
 complains "experts in host memory by a placement do not move" "--replan: this placement has experts in host memory"
 DITMOE_REPLAN=random ranks 3 "${train[@]}" --steps 50 --out wander --replan 9 --offload 1
