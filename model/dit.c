@@ -193,7 +193,7 @@ static enum lean lean_for(const struct dit *d)
     const enum lean least = share > 0.4 ? LEAN_PRODUCTS : share > 0.2 ? LEAN_PASSES : LEAN_NOTHING;
     if (!o->train || o->recompute || d->ctx.dev->cpu_forms)
         return LEAN_NOTHING;
-    if (o->ranks || o->as_ranks) // each plans by itself what all must do alike
+    if (o->as_ranks || (o->ranks && !o->ranks->peers)) // each plans by itself what all must do alike
         return LEAN_PASSES;
     return least > o->lean ? least : o->lean;
 }
@@ -379,6 +379,7 @@ static int serve_backward(struct dit *d)
             TRY(moe_backward(d, l));
         TRY(block_ready(d, l));
     }
+    TRY(embed_serve_backward(d));
     TRY(block_ready(d, -1));
     d->ctx.fresh_gradients = false;
     return streamed_end_backward(d);

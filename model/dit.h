@@ -59,6 +59,8 @@ struct embed_act {
     struct tensor dcs, dts;           // [N,D] gradients
     // In sampling these hold the rows of several steps, and so do:
     struct tensor mods;               // [N,W] modulations of all layers
+    struct tensor all_dmod, all_cs;   // windows: d modulations and cs of all ranks' images
+    int dmod_number, cs_number;
 };
 
 struct final_act {
@@ -172,6 +174,10 @@ int embed_plan(struct dit *d);
 int embed_forward(struct dit *d);     // input -> x[0]
 int condition_forward(struct dit *d); // t, labels -> embed.mods
 int embed_backward(struct dit *d);    // dx, dmod -> gradients
+// Whether embed_backward() leaves the gradient of all ranks' images of a tensor, not of this one's
+// alone; the part of it that a rank without images has, too.
+bool embed_gathers(const struct dit *d, const struct tensor *gradient);
+int embed_serve_backward(struct dit *d);
 
 // Blocks meet at a residual sum followed by the next LayerNorm, which are one operation: so a block
 // begins at its h1 and ends at the next block's h1 (the last: at the head's h); backward, it begins

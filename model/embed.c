@@ -24,6 +24,26 @@ static int plan_condition(struct dit *d)
     return plan_view(d->plan, &a->mods, 0, &d->mod, 2, (int64_t[]){N, W});
 }
 
+// With peer windows, the modulations' weight, a large part of all that every rank has, is not
+// summed over ranks: what its gradient is a product of is gathered, one row an image, which is far
+// less.
+static int plan_gathered(struct dit *d)
+{
+    struct embed_act *a = &d->embed;
+    const enum dtype act = d->ctx.dev->act;
+    const int64_t D = d->config.hidden, W = config_modulations(&d->config);
+    const int64_t N = moe_all_tokens(d) / config_tokens(&d->config);
+    struct peer_windows *w = moe_windows(d);
+    if (!w)
+        return 0;
+    TRY(PLAN_TENSOR(d->plan, "dmod of all", PLAN_WINDOWS, act, 0, PLAN_FOREVER, &a->all_dmod, N, W));
+    TRY(PLAN_TENSOR(d->plan, "cs of all", PLAN_WINDOWS, act, 0, PLAN_FOREVER, &a->all_cs, N, D));
+    a->dmod_number = peer_windows_add(w, PLAN_WINDOWS, &a->all_dmod);
+    TRY(a->dmod_number);
+    a->cs_number = peer_windows_add(w, PLAN_WINDOWS, &a->all_cs);
+    return a->cs_number < 0 ? a->cs_number : 0;
+}
+
 int embed_plan(struct dit *d)
 {
     struct embed_act *a = &d->embed;
@@ -41,6 +61,7 @@ int embed_plan(struct dit *d)
         return 0;
     TRY(PLAN_TENSOR(d->plan, "dmod", PLAN_ACTIVATIONS, act, first, end, &d->dmod, N,
                     config_modulations(c)));
+    TRY(plan_gathered(d));
     TRY(PLAN_TENSOR(d->plan, "embed.dcs", PLAN_ACTIVATIONS, act, from, end, &a->dcs, N, D));
     return PLAN_TENSOR(d->plan, "embed.dts", PLAN_ACTIVATIONS, act, from, end, &a->dts, N, D);
 }
@@ -68,12 +89,42 @@ int condition_forward(struct dit *d)
     return op_linear(c, &a->mods, &a->cs, &d->w.ada_w, &d->w.ada_b);
 }
 
+bool embed_gathers(const struct dit *d, const struct tensor *gradient)
+{
+    return d->embed.all_dmod.ndim && (gradient == &d->g.ada_w || gradient == &d->g.ada_b);
+}
+
+static int modulation_backward(struct dit *d)
+{
+    struct context *c = &d->ctx;
+    struct embed_act *a = &d->embed;
+    struct peer_windows *w = moe_windows(d);
+    const bool any = d->options.batch > 0;
+    if (!a->all_dmod.ndim)
+        return op_linear_dw(c, &d->g.ada_w, &d->g.ada_b, &d->dmod, &a->cs);
+    if (!c->dry) {
+        TRY(peer_windows_meet(w));
+        if (any)
+            TRY(peer_give_rows(c, w, a->dmod_number, moe_first_image(d), &d->dmod));
+        if (any)
+            TRY(peer_give_rows(c, w, a->cs_number, moe_first_image(d), &a->cs));
+        TRY(peer_say(c, w, PEER_ROWS));
+        TRY(peer_wait(c, w, PEER_ROWS, NULL));
+    }
+    return op_linear_dw(c, &d->g.ada_w, &d->g.ada_b, &a->all_dmod, &a->all_cs);
+}
+
+int embed_serve_backward(struct dit *d)
+{
+    return d->embed.all_dmod.ndim ? modulation_backward(d) : 0;
+}
+
 static int condition_backward(struct dit *d)
 {
     struct context *c = &d->ctx;
     struct embed_act *a = &d->embed;
     struct tensor *dcond = &a->dcs; // in place
-    TRY(op_linear_dw(c, &d->g.ada_w, &d->g.ada_b, &d->dmod, &a->cs));
+    TRY(modulation_backward(d));
     TRY(op_linear_dx(c, &a->dcs, &d->dmod, &d->w.ada_w, false));
     TRY(op_silu_bwd(c, dcond, &a->dcs, &a->cond));
     TRY(op_embed_bwd(c, &d->g.labels, dcond, &d->labels));

@@ -179,7 +179,7 @@ static int fitting_trainer(struct device *dev, struct stream *stream, const stru
 {
     int code = new_trainer(dev, stream, c, o, LEAN_NOTHING, blocks, out);
     while (code == ERR_NOMEM && *out && (*out)->dit->lean < LEAN_PRODUCTS && !dev->cpu_forms &&
-           !o->recompute && !o->ranks && !o->as_ranks) {
+           !o->recompute && (!o->ranks || o->ranks->peers) && !o->as_ranks) {
         const enum lean leaner = (*out)->dit->lean + 1;
         trainer_free(*out);
         code = new_trainer(dev, stream, c, o, leaner, blocks, out);

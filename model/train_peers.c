@@ -72,8 +72,11 @@ static int list_pieces(struct trainer *t, struct peer_sums *s)
                         "copies, use --fabric nccl or mpi");
         if (p->frozen || p->expert != NO_EXPERT || p->start != 0)
             continue;
+        const struct tensor *gradient = param_tensor(&t->dit->g, p);
+        if (embed_gathers(t->dit, gradient))
+            continue;
         struct piece *piece = &s->pieces[s->count++];
-        *piece = (struct piece){.gradient = param_tensor(&t->dit->g, p), .block = p->block};
+        *piece = (struct piece){.gradient = gradient, .block = p->block};
         piece->number = peer_windows_add(s->windows, PLAN_GRADIENTS, piece->gradient);
         TRY(piece->number);
     }

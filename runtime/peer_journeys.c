@@ -138,6 +138,16 @@ int peer_take_rows(struct context *c, struct peer_windows *w, const struct peer_
     return peer_wait(c, w, PEER_ROWS, &map->traffic);
 }
 
+int peer_give_rows(struct context *c, struct peer_windows *w, int to, int64_t first,
+                   const struct tensor *rows)
+{
+    const size_t row = (size_t)rows->shape[1] * dtype_size(rows->dtype);
+    for (int i = 0; i < peer_windows_ranks(w); i++)
+        TRY(c->dev->api->copy(c->stream, peer_windows_at(w, to, nth(w, i)), (size_t)first * row,
+                              rows->mem, 0, tensor_bytes(rows)));
+    return 0;
+}
+
 int peer_total(struct context *c, struct peer_windows *w, int number, const struct tensor *all,
                struct tensor *control, const struct tensor *losses, struct tensor *mean,
                float scale)

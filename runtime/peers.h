@@ -73,6 +73,10 @@ int peer_send_rows(struct context *c, struct peer_windows *w, const struct peer_
                    enum peer_way way, int to, const struct tensor *from,
                    const struct tensor *index);
 int peer_take_rows(struct context *c, struct peer_windows *w, const struct peer_map *map);
+// Copies `rows`, a matrix, into window `to` of every rank, from its row `first` on. After the next
+// peer_wait() all ranks' are there.
+int peer_give_rows(struct context *c, struct peer_windows *w, int to, int64_t first,
+                   const struct tensor *rows);
 // control[0] = the sum over ranks of control[0]; mean[1] = scale * the sum of all ranks' losses.
 // `all` [M,2] f32 is window `number`.
 int peer_total(struct context *c, struct peer_windows *w, int number, const struct tensor *all,

@@ -30,6 +30,29 @@ static int held_by(const struct placement *p, int rank)
     return held;
 }
 
+// How many times its even share of rows the busiest rank's experts get, the mean over blocks: what
+// it takes longer there, the others wait. Of placements without copies.
+static json_t *busiest(const json_t *load, const struct placement *p)
+{
+    double sum = 0;
+    int blocks = 0;
+    for (int l = 0; l < p->layers && p->groups == 1; l++) {
+        const json_t *list = json_array_get(load, (size_t)l);
+        double all = 0, most = 0;
+        for (int r = 0; r < p->ranks && json_is_array(list); r++) {
+            double rows = 0;
+            for (int e = 0; e < p->experts; e++)
+                if (*placement_owner(p, 0, l, e) == r)
+                    rows += json_number_value(json_array_get(list, (size_t)e));
+            all += rows;
+            most = rows > most ? rows : most;
+        }
+        sum += all > 0 ? most * p->ranks / all : 0;
+        blocks += all > 0;
+    }
+    return blocks > 0 ? json_real(sum / blocks) : json_null();
+}
+
 int bench_ranks_add(json_t *row, const char *name, const struct rank_plan *p, double seconds,
                     double waited)
 {
@@ -47,6 +70,7 @@ int bench_ranks_add(json_t *row, const char *name, const struct rank_plan *p, do
         json_array_append_new(waits, json_real(all[r]));
     }
     free(all);
+    json_object_set_new(row, "busiest", busiest(json_object_get(row, "load"), &p->placement));
     json_object_set_new(row, "placement", json_string(name));
     json_object_set_new(row, "predicted_ms", real_or_null(1e3 * p->predicted));
     json_object_set_new(row, "off", real_or_null(p->predicted / seconds - 1));
@@ -89,9 +113,13 @@ void bench_ranks_print(const json_t *row, FILE *table)
     if (isfinite(number(row, "predicted_ms")))
         snprintf(forecast, sizeof forecast, "predicted %.2f ms (%+.1f%%)",
                  number(row, "predicted_ms"), 100 * number(row, "off"));
-    fprintf(table, "%-12s on %.0f ranks, %s: %s; they wait %s of the time for each other\n", "",
+    fprintf(table, "%-12s on %.0f ranks, %s: %s; they wait %s of the time for each other", "",
             number(row, "ranks"), name, forecast,
             join(json_object_get(row, "waited"), "%.0f%%", 100, " ", waits));
+    if (isfinite(number(row, "busiest")))
+        fprintf(table, "; the busiest rank's experts get %.2f times an even share",
+                number(row, "busiest"));
+    fputc('\n', table);
 }
 
 void bench_ranks_table(const json_t *rows, FILE *table)

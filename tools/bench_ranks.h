@@ -7,10 +7,10 @@
 
 #include "tools/ranks.h"
 
-// Adds to a row {"placement", "predicted_ms" (null: not known), "off" (predicted over measured,
-// less 1), "images": [rank], "experts": [rank], "waited": [rank] (shares of the time), "forecast":
-// [{"dense", "experts", "exchange", "stream", "reduce", "update", "wait"} of a rank, seconds]}. A
-// collective call; `waited` is of this rank.
+// Adds to a row {"busiest" (see there; of "load", which the row has), "placement", "predicted_ms"
+// (null: not known), "off" (predicted over measured, less 1), "images": [rank], "experts": [rank],
+// "waited": [rank] (shares of the time), "forecast": [{"dense", "experts", "exchange", "stream",
+// "reduce", "update", "wait"} of a rank, seconds]}. A collective call; `waited` is of this rank.
 int bench_ranks_add(json_t *row, const char *name, const struct rank_plan *p, double seconds,
                     double waited);
 // Under the row: a line.

@@ -315,6 +315,25 @@ static void print_row(FILE *table, const json_t *row)
     fflush(table);
 }
 
+// Rows that each expert got in the last pass: a list a block, null of one without experts.
+static int add_load(struct subject *s, json_t *row)
+{
+    const struct config *c = s->config;
+    json_t *layers = json_array();
+    int32_t load[512];
+    json_object_set_new(row, "load", layers);
+    for (int l = 0; l < c->layers; l++) {
+        json_t *list = config_is_moe(c, l) ? json_array() : json_null();
+        json_array_append_new(layers, list);
+        if (!config_is_moe(c, l))
+            continue;
+        TRY(dit_read_load(subject_dit(s), l, load));
+        for (int e = 0; e < c->experts; e++)
+            json_array_append_new(list, json_integer(load[e]));
+    }
+    return 0;
+}
+
 static int add_row(struct subject *s, const struct ceilings *ceilings, json_t *peers, json_t *rows,
                    FILE *table)
 {
@@ -341,6 +360,7 @@ static int add_row(struct subject *s, const struct ceilings *ceilings, json_t *p
                                           "offload_out", (json_int_t)f.out, "offload_wait",
                                           s->copying));
     json_array_append_new(rows, row);
+    TRY(add_load(s, row));
     TRY(bench_ranks_add(row, s->placement, &s->ranks, seconds, s->waited / s->seconds));
     print_row(table, row);
     return 0;

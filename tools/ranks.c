@@ -42,8 +42,8 @@ const struct option_spec rank_option_list[] = {
      AT(headroom), 0, 1e6, NULL},
     {"fabric", 0, OPTION_CHOICE, "ROAD", "auto",
      "how bytes pass between devices: peer (straight into each other's memory: devices of one machine that "
-     "can), nccl (NVIDIA GPUs only), mpi (through the hosts), auto (nccl for every pair that "
-     "can)",
+     "can), nccl (NVIDIA GPUs only), mpi (through the hosts), auto (peer between GPUs "
+     "of one machine, else nccl for every pair that can)",
      AT(fabric), 0, 0, fabric_choices},
     {0},
 };
@@ -454,16 +454,20 @@ int ranks_replan(const struct rank_plan *from, int batch, int copies, struct ran
     return 0;
 }
 
-// Peer windows where they are asked for; not for experts with copies nor with --headroom.
+// Peer windows where they are asked for, and by themselves between GPUs, whose waiting costs nobody
+// anything; not for experts with copies nor with --headroom.
 static int open_peers(const struct rank_options *o, struct device *dev)
 {
     const bool suits = o->headroom <= 0 && !(o->placement && !strcmp(o->placement, "replicated"));
     char why[200] = "there are none for --headroom and --placement replicated";
-    if (o->fabric != ROADS_PEER)
+    const bool asked = o->fabric == ROADS_PEER;
+    bool other;
+    TRY(exchange_any(exchange, dev->info.kind != DEVICE_GPU, &other));
+    if (!asked && (o->fabric != ROADS_AUTO || other))
         return 0;
     if (suits)
         TRY(peers_open(exchange, dev, &peers, why, sizeof why));
-    return peers ? 0 : fail(ERR_NODEVICE, "--fabric peer: %s", why);
+    return peers || !asked ? 0 : fail(ERR_NODEVICE, "--fabric peer: %s", why);
 }
 
 int ranks_connect(const struct rank_options *o, struct device *dev, struct stream *stream)
