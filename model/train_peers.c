@@ -225,10 +225,12 @@ int peer_sums_block(struct trainer *t, struct peer_sums *s, int block)
 {
     const struct context *main = &t->dit->ctx;
     struct context c = *main;
-    c.stream = s->stream;
     TRY(peer_windows_meet(s->windows));
-    TRY(c.dev->api->record(main->stream, s->start));
-    TRY(c.dev->api->wait(s->stream, s->start));
+    if (s->stream) {
+        c.stream = s->stream;
+        TRY(c.dev->api->record(main->stream, s->start));
+        TRY(c.dev->api->wait(s->stream, s->start));
+    }
     TRY(peer_say(&c, s->windows, PEER_SUMS));
     TRY(peer_wait(&c, s->windows, PEER_SUMS, NULL));
     for (int i = 0; i < s->count; i++)
@@ -246,12 +248,15 @@ static int join(struct trainer *t, struct peer_sums *s)
 {
     struct context c = t->dit->ctx;
     struct stream *main = c.stream;
-    c.stream = s->stream;
     if (!s->begun)
         return 0;
+    if (s->stream)
+        c.stream = s->stream;
     TRY(peer_say(&c, s->windows, PEER_SUMS));
     TRY(peer_wait(&c, s->windows, PEER_SUMS, NULL));
     s->begun = false;
+    if (!s->stream)
+        return 0;
     TRY(c.dev->api->record(s->stream, s->done));
     return c.dev->api->wait(main, s->done);
 }

@@ -350,12 +350,17 @@ struct tensor *peer_windows_own(struct peer_windows *w)
 int peer_stream(struct device *dev, struct stream **out)
 {
     const struct backend *api = dev->api;
+    *out = NULL;
+    if (dev->info.kind == DEVICE_CPU)
+        return 0;
     return api->stream_urgent ? api->stream_urgent(dev, out) : api->stream_new(dev, out);
 }
 
 int peer_beside(const struct context *c, struct peer_windows *w, struct context *beside)
 {
     *beside = *c;
+    if (!w->beside)
+        return 0;
     beside->stream = w->beside;
     beside->profile = NULL;
     TRY(c->dev->api->record(c->stream, w->start));
@@ -364,10 +369,10 @@ int peer_beside(const struct context *c, struct peer_windows *w, struct context 
 
 int peer_beside_end(struct peer_windows *w)
 {
-    return w->peers->dev->api->record(w->beside, w->done);
+    return w->beside ? w->peers->dev->api->record(w->beside, w->done) : 0;
 }
 
 int peer_join(const struct context *c, struct peer_windows *w)
 {
-    return c->dev->api->wait(c->stream, w->done);
+    return w->beside ? c->dev->api->wait(c->stream, w->done) : 0;
 }

@@ -85,7 +85,8 @@ int peer_total(struct context *c, struct peer_windows *w, int number, const stru
 
 int peer_windows_rank(const struct peer_windows *w);
 int peer_windows_ranks(const struct peer_windows *w);
-// A stream of the device whose work goes before others', where it has such.
+// A stream of the device whose work goes before others', where it has such; NULL on CPU devices,
+// whose few threads must not all wait in kernels: there everything goes on one stream.
 int peer_stream(struct device *dev, struct stream **out);
 // For journeys: what is put on `beside` comes after what c's stream holds now; until
 // peer_beside_end(), which peer_join() makes c's stream wait for.
