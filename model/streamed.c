@@ -498,7 +498,7 @@ struct streamed_figures streamed_figures(const struct dit *d)
     f.blocks = s->count;
     f.of = streamed_most(d);
     f.host = s->bytes;
-    f.locked = !d->ctx.dev->api->pin || s->locked_count == s->piece_count;
+    f.locked = !d->ctx.dev->api->pin || !s->dev || s->locked_count == s->piece_count;
     return f;
 }
 

@@ -68,7 +68,7 @@ int streamed_update(struct dit *d, struct tensor *control, const struct adamw *h
 struct streamed_figures {
     int blocks, of, experts;
     uint64_t host, in, out;
-    bool locked; // all host memory is page-locked, or the device does not ask for it
+    bool locked; // all host memory is page-locked, or not taken yet, or needs it not
 };
 struct streamed_figures streamed_figures(const struct dit *d);
 // Seconds of the last pass in which the device had nothing to do but wait for copies; the device
