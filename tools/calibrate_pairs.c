@@ -7,6 +7,7 @@
 #include "tools/measure.h"
 
 enum { LARGE = 8 << 20, STRAIGHT = 64 << 20, ROUNDS = 7, TAG = 77, SMALL = 64 };
+enum { PIECE = 512 << 10 }; // of an expert's rows from one rank, about
 
 struct pair {
     struct exchange *x;
@@ -40,14 +41,20 @@ static void close_pair(struct pair *p)
         p->dev->api->free(p->other);
 }
 
-// As rows of experts go (model/moe_exchange.c): by a window, where the peer's is seen, or by
-// messages.
+static size_t piece_of(size_t bytes, size_t at)
+{
+    return bytes - at < PIECE ? bytes - at : PIECE;
+}
+
+// As rows of experts go, one after the other (model/moe_exchange.c): by a window, where the peer's
+// is seen, or by messages.
 static int send_it(struct pair *p, int peer, size_t bytes, bool device)
 {
     const bool seen = window_of(p->window, peer) != NULL && device;
     if (device) {
         TRY(window_after(p->window));
-        TRY(window_take(p->window, p->mem, 0, 0, bytes));
+        for (size_t at = 0; at < bytes; at += PIECE)
+            TRY(window_take(p->window, p->mem, at, at, piece_of(bytes, at)));
         TRY(window_done(p->window));
     }
     const void *from = seen ? (void *)&p->said : window_of(p->window, exchange_rank(p->x));
@@ -64,7 +71,8 @@ static int receive_it(struct pair *p, int peer, size_t bytes, bool device)
     TRY(exchange_wait(p->t));
     if (!device)
         return 0;
-    TRY(window_give(p->window, seen ? peer : self, 0, p->other, 0, bytes));
+    for (size_t at = 0; at < bytes; at += PIECE)
+        TRY(window_give(p->window, seen ? peer : self, at, p->other, at, piece_of(bytes, at)));
     return p->dev->api->sync(p->stream);
 }
 

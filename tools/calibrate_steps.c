@@ -103,13 +103,16 @@ static int measure_alone(struct device *dev, struct stream *stream,
     return 0;
 }
 
+// `alone` [2]: what either of them takes alone, which is in the forecast.
 static int measure_pair(struct device *dev, struct stream *stream,
                         const struct calibrate_settings *o, const char *placement,
-                        struct link_rate *out)
+                        const struct link_rate *const alone[2], struct link_rate *out)
 {
     for (int train = 0; train < 2; train++) {
         struct times t;
         TRY(measure(dev, stream, o, placement, 2, train, &t));
+        t.forecast_layer -= fmax(alone[0]->layer[train], alone[1]->layer[train]);
+        t.forecast_rest -= fmax(alone[0]->step[train], alone[1]->step[train]);
         beside(&t, 1, train, out);
     }
     return 0;
@@ -164,7 +167,10 @@ static int all_steps(struct exchange *x, struct device *dev, struct stream *stre
     for (int a = 0; a < ranks; a++)
         for (int b = a + 1; b < ranks; b++) { // of alike devices: in place of what one alone takes
             name_placement(ranks, a, b, experts, placement, size);
-            TRY(measure_pair(dev, stream, o, placement, &found));
+            const struct link_rate self[2] = {road_of(rates, names[a], names[a]),
+                                              road_of(rates, names[b], names[b])};
+            TRY(measure_pair(dev, stream, o, placement,
+                             (const struct link_rate *const[]){&self[0], &self[1]}, &found));
             TRY(store_both(rates, names[a], names[b], &found));
         }
     return 0;
