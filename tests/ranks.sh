@@ -227,7 +227,7 @@ for ((i = 0; i < 100; i++)); do # a rank ends when its mpirun is gone
 done
 if [ -s killed.npz.part ] && [ ! -e killed.npz ]; then ok "a killed archive leaves its part"; else bad "a killed archive" "no part"; fi
 ranks 2 "${archive[@]}" killed.npz
-grep -q '^600 images, [1-5][0-9]* to draw' err &&
+grep -qE '^600 images, [1-5]?[0-9]{1,2} to draw' err &&
     ok "it goes on where it was" || bad "a killed archive" "begins anew"
 cmp alone.npz killed.npz >/dev/null 2>&1 && [ ! -e killed.npz.part ] && ok "and is that of one rank" ||
     bad "a killed archive" "exit status $status, or it differs"
