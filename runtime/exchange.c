@@ -34,6 +34,7 @@ struct exchange {
     double patience;        // seconds that a wait may take
     struct exchange_figures figures;
     struct watch *watch; // or NULL
+    void (*late)(void);  // or NULL
     char library[FABRIC_LIBRARY];
 };
 
@@ -268,20 +269,40 @@ struct watch {
     int32_t over, lost_one;
 };
 
+static bool is_over(const struct watch *w)
+{
+    return __atomic_load_n(&w->over, __ATOMIC_ACQUIRE);
+}
+
+static void wait_a_little(void)
+{
+    nanosleep(&(struct timespec){.tv_nsec = 50000000}, NULL);
+}
+
 static void *watch(void *user)
 {
     struct watch *w = user;
     bool lost = false;
-    while (!lost && !__atomic_load_n(&w->over, __ATOMIC_ACQUIRE)) {
-        nanosleep(&(struct timespec){.tv_nsec = 50000000}, NULL);
+    while (!lost && !is_over(w)) {
+        wait_a_little();
         for (int i = 0; i < w->x->node_ranks; i++)
             lost = lost || (w->x->board[i].leaving ? false : is_gone(w->x, i));
     }
     if (lost) {
         __atomic_store_n(&w->lost_one, 1, __ATOMIC_RELEASE);
         w->lost(w->user);
+        for (int i = 0; i < 6 && !is_over(w); i++)
+            wait_a_little();
+        if (!is_over(w) && w->x->late && look_around(w->x) < 0)
+            w->x->late();
     }
     return NULL;
+}
+
+void exchange_when_late(struct exchange *x, void (*late)(void))
+{
+    if (x)
+        x->late = late;
 }
 
 int exchange_watch(struct exchange *x, void (*lost)(void *user), void *user)

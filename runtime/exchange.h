@@ -53,6 +53,9 @@ bool exchange_first_to_tell(struct exchange *x);
 // exchange_wait().
 int exchange_watch(struct exchange *x, void (*lost)(void *user), void *user);
 void exchange_unwatch(struct exchange *x);
+// late() is called in the watch's thread, with error_message() set, when 0.3 seconds after that the watch
+// still goes on: the thread that should tell may wait long for its device, and mpirun ends all in a second.
+void exchange_when_late(struct exchange *x, void (*late)(void));
 // ERR_LOST, with who and what it was doing, once the watch has seen that; does not look itself.
 int exchange_watched(struct exchange *x);
 

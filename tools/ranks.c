@@ -72,6 +72,16 @@ static void widen_binding(void)
     sched_setaffinity(0, sizeof set, &set); // where this is not allowed it stays as it was
 }
 
+static const char *running; // the command
+
+static void tell_late(void)
+{
+    char what[600];
+    snprintf(what, sizeof what, "%s", error_message());
+    fail(ERR_LOST, "%s%s", what, strcmp(running, "train") ? "" : " with --resume");
+    report_failure(running);
+}
+
 int ranks_open(const char *command)
 {
     static const char *const on_ranks[] = {"train", "sample", "bench", "calibrate", "eval"};
@@ -84,6 +94,8 @@ int ranks_open(const char *command)
         return report_failure(command);
     if (!exchange)
         return 0;
+    running = command;
+    exchange_when_late(exchange, tell_late);
     widen_binding();
     stop_on_signals();
     return 0;
