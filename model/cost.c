@@ -38,47 +38,61 @@ static struct device paper_device(const struct cost_options *o)
     return dev;
 }
 
-// line: for a line through several plans, which one device's own, leaner or not by the batch, is
-// not.
-static int training_memory(struct device *dev, const struct config *c, const struct cost_options *o,
-                           int batch, const struct dit_ranks *ranks, const bool *streamed,
-                           bool line, double *bytes)
+static struct train_options training(const struct cost_options *o, int batch)
 {
     struct train_options t = train_defaults();
-    struct trainer *trainer = NULL;
     t.batch = batch;
     t.recompute = o->recompute;
     t.early = o->early;
-    t.ranks = ranks;
-    t.offload.which = streamed;
-    t.as_ranks = line;
-    int code = trainer_new(dev, NULL, c, &t, &trainer);
-    if (code >= 0)
-        *bytes = (double)plan_total(trainer->dit->plan);
-    if (trainer)
-        trainer_free(trainer);
+    return t;
+}
+
+// *layers (may be NULL): how many stream. After ERR_NOMEM the figures are those of a plan beyond the
+// limit, where there is one.
+static int training_memory(struct device *dev, const struct config *c,
+                           const struct train_options *t, int *layers, double *bytes)
+{
+    struct trainer *trainer = NULL;
+    int code = trainer_new(dev, NULL, c, t, &trainer);
+    if (!trainer)
+        return code;
+    *bytes = (double)plan_total(trainer->dit->plan);
+    if (layers)
+        *layers = streamed_figures(trainer->dit).blocks;
+    trainer_free(trainer);
     return code;
 }
 
+static int sampling_memory(struct device *dev, const struct config *c,
+                           const struct dit_options *options, double *bytes)
+{
+    struct dit *d = NULL;
+    TRY(dit_new(dev, NULL, c, options, &d));
+    int code = dit_layout(d);
+    *bytes = (double)plan_total(d->plan);
+    dit_free(d);
+    return code;
+}
+
+// line: for a line through several plans, which one device's own, leaner or not by the batch, is
+// not.
 static int memory_with(const struct config *c, const struct cost_options *o, int batch,
                        const struct dit_ranks *ranks, const bool *streamed, bool line,
                        double *bytes)
 {
     struct device dev = paper_device(o);
-    struct dit *d = NULL;
-    if (o->train)
-        return training_memory(&dev, c, o, batch, ranks, streamed, line, bytes);
-    TRY(dit_new(&dev, NULL, c,
-                &(struct dit_options){
-                    .batch = batch,
-                    .ahead = line ? 0 : sampler_ahead(&dev, c, batch, PASSES),
-                    .ranks = ranks,
-                    .offload.which = streamed},
-                &d));
-    int code = dit_layout(d);
-    *bytes = (double)plan_total(d->plan);
-    dit_free(d);
-    return code;
+    if (o->train) {
+        struct train_options t = training(o, batch);
+        t.ranks = ranks;
+        t.offload.which = streamed;
+        t.as_ranks = line;
+        return training_memory(&dev, c, &t, NULL, bytes);
+    }
+    const struct dit_options options = {.batch = batch,
+                                        .ahead = line ? 0 : sampler_ahead(&dev, c, batch, PASSES),
+                                        .ranks = ranks,
+                                        .offload.which = streamed};
+    return sampling_memory(&dev, c, &options, bytes);
 }
 
 int model_memory(const struct config *c, const struct cost_options *o, int batch, double *bytes)
@@ -90,21 +104,12 @@ static int training_offload(const struct config *c, const struct cost_options *o
                             uint64_t limit, int *layers, double *bytes)
 {
     struct device dev = paper_device(o);
-    struct train_options t = train_defaults();
-    struct trainer *trainer = NULL;
-    t.batch = batch;
-    t.recompute = o->recompute;
-    t.early = o->early;
+    struct train_options t = training(o, batch);
     t.limit = limit;
     t.offload.blocks = OFFLOAD_AUTO;
-    int code = trainer_new(&dev, NULL, c, &t, &trainer);
-    if (trainer) {
-        *layers = streamed_figures(trainer->dit).blocks;
-        *bytes = (double)plan_total(trainer->dit->plan);
-        trainer_free(trainer);
-        return 0;
-    }
-    return code;
+    *layers = -1;
+    int code = training_memory(&dev, c, &t, layers, bytes);
+    return *layers < 0 ? code : 0;
 }
 
 static int sampling_with(const struct config *c, const struct cost_options *o, int batch,
@@ -114,12 +119,7 @@ static int sampling_with(const struct config *c, const struct cost_options *o, i
     const struct dit_options options = {.batch = batch,
                                         .ahead = sampler_ahead(&dev, c, batch, PASSES),
                                         .offload.blocks = layers};
-    struct dit *d = NULL;
-    TRY(dit_new(&dev, NULL, c, &options, &d));
-    int code = dit_layout(d);
-    *bytes = (double)plan_total(d->plan);
-    dit_free(d);
-    return code;
+    return sampling_memory(&dev, c, &options, bytes);
 }
 
 int model_offload(const struct config *c, const struct cost_options *o, int batch, double limit,

@@ -186,12 +186,17 @@ int placement_list(const struct placement *p, int rank, int layer, int *list)
     return count;
 }
 
+int placement_held(const struct placement *p, int rank)
+{
+    int held = 0;
+    for (int l = 0; l < p->layers; l++)
+        held += placement_list(p, rank, l, NULL);
+    return held;
+}
+
 bool placement_nothing(const struct placement *p, int rank)
 {
-    bool none = rank > 0 && p->share[rank] == 0;
-    for (int l = 0; l < p->layers && none; l++)
-        none = placement_list(p, rank, l, NULL) == 0;
-    return none;
+    return rank > 0 && p->share[rank] == 0 && placement_held(p, rank) == 0;
 }
 
 // ---- checking -----------------------------------------------------------------------------------

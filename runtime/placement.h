@@ -77,6 +77,7 @@ void placement_stream_whole(struct placement *p);
 // The experts of a layer that `rank` has, ascending, in list[experts] (may be NULL); returns how
 // many.
 int placement_list(const struct placement *p, int rank, int layer, int *list);
+int placement_held(const struct placement *p, int rank); // its experts, of all layers
 
 // Has the rank neither images nor experts? Such a rank keeps out of the exchange, of sums and
 // updates; never the first, which writes files.

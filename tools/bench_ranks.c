@@ -22,14 +22,6 @@ static json_t *parts(const struct forecast *f)
     return list;
 }
 
-static int held_by(const struct placement *p, int rank)
-{
-    int held = 0;
-    for (int l = 0; l < p->layers; l++)
-        held += placement_list(p, rank, l, NULL);
-    return held;
-}
-
 // How many times its even share of rows the busiest rank's experts get, the mean over blocks: what
 // it takes longer there, the others wait. Of placements without copies.
 static json_t *busiest(const json_t *load, const struct placement *p)
@@ -66,7 +58,7 @@ int bench_ranks_add(json_t *row, const char *name, const struct rank_plan *p, do
     json_t *images = json_array(), *experts = json_array(), *waits = json_array();
     for (int r = 0; r < ranks; r++) {
         json_array_append_new(images, json_integer(p->placement.share[r]));
-        json_array_append_new(experts, json_integer(held_by(&p->placement, r)));
+        json_array_append_new(experts, json_integer(placement_held(&p->placement, r)));
         json_array_append_new(waits, json_real(all[r]));
     }
     free(all);

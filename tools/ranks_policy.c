@@ -328,14 +328,6 @@ int ranks_place(struct exchange *x, const struct device *dev, const struct roads
 
 // ---- telling ------------------------------------------------------------------------------------
 
-static int held_by(const struct placement *p, int rank)
-{
-    int held = 0;
-    for (int l = 0; l < p->layers; l++)
-        held += placement_list(p, rank, l, NULL);
-    return held;
-}
-
 void ranks_place_say(const struct rank_options *o, const struct rank_work *w,
                      const struct rank_place *p)
 {
@@ -347,7 +339,7 @@ void ranks_place_say(const struct rank_options *o, const struct rank_work *w,
     for (int r = 0, i = 0, e = 0; r < q->ranks && q->ranks <= MOST; r++) {
         i += snprintf(images + i, sizeof images - (size_t)i, "%s%d", r ? ":" : " ", q->share[r]);
         e +=
-            snprintf(experts + e, sizeof experts - (size_t)e, "%s%d", r ? ":" : " ", held_by(q, r));
+            snprintf(experts + e, sizeof experts - (size_t)e, "%s%d", r ? ":" : " ", placement_held(q, r));
     }
     if (isfinite(p->predicted))
         snprintf(forecast, sizeof forecast, "predicted %.1f ms a %s", 1e3 * p->predicted,
